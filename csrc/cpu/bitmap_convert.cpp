@@ -1,0 +1,108 @@
+// Conversions of BitmapWeight on the CPU: threads and registration. The contract is in bitmap_convert.h.
+#include "bitmap_convert.h"
+
+#include "sparse_driver.h"
+
+namespace pyfast {
+namespace {
+
+BitmapConvertArgs convert_args(int64_t n, int64_t k, int64_t dense_stride) {
+  return {n, k, dense_stride, (k + kTileColumns - 1) / kTileColumns};
+}
+
+int64_t tile_rows(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
+
+void check_bitmap(const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k) {
+  const int64_t tiles = tile_rows(n) * ((k + kTileColumns - 1) / kTileColumns);
+  STD_TORCH_CHECK(bitmaps.scalar_type() == ScalarType::Long && bitmaps.dim() == 2 && bitmaps.size(0) == tiles &&
+                      bitmaps.size(1) == kTileWords && bitmaps.is_contiguous(),
+                  "bitmaps: must be contiguous int64 [tiles, 16] for the given shape");
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.size(0) == tiles + 1 &&
+                      offsets.is_contiguous(),
+                  "offsets: must be contiguous int64 [tiles + 1]");
+}
+
+// Runs body(U{}, begin, end) over tile rows, U the unsigned integer of the element's size.
+template <class Body>
+void for_tile_rows(const Tensor& elements, const char* name, int64_t rows, Body body) {
+  const bool wide = dtype_of(elements, name) == Dtype::f32;
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    if (wide)
+      body(uint32_t{}, begin, end);
+    else
+      body(uint16_t{}, begin, end);
+  });
+}
+
+Tensor gather(const Tensor& dense, const Tensor& bitmaps, const Tensor& offsets, int64_t stored) {
+  STD_TORCH_CHECK(dense.dim() == 2, "dense: must have shape [out_features, in_features]");
+  const Tensor d = rows_contiguous(dense);
+  const int64_t n = d.size(0), k = d.size(1);
+  check_bitmap(bitmaps, offsets, n, k);
+  const BitmapConvertArgs args = convert_args(n, k, d.stride(0));
+  const auto* bits = reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>());
+  const int64_t* at = offsets.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(stored == at[offsets.size(0) - 1], "stored: must be the last offset");
+  Tensor values = torch::stable::new_empty(dense, {stored});
+  for_tile_rows(d, "dense", tile_rows(n), [&](auto unit, int64_t begin, int64_t end) {
+    using U = decltype(unit);
+    bitmap_gather(args, static_cast<const U*>(d.const_data_ptr()), bits, at, static_cast<U*>(values.mutable_data_ptr()),
+                  begin, end);
+  });
+  return values;
+}
+
+std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense) {
+  STD_TORCH_CHECK(dense.dim() == 2, "dense: must have shape [out_features, in_features]");
+  const Tensor d = rows_contiguous(dense);
+  const int64_t n = d.size(0), k = d.size(1);
+  const BitmapConvertArgs args = convert_args(n, k, d.stride(0));
+  const int64_t tiles = tile_rows(n) * args.tiles;
+  Tensor bitmaps = torch::stable::new_empty(dense, {tiles, kTileWords}, ScalarType::Long);
+  Tensor offsets = torch::stable::new_empty(dense, {tiles + 1}, ScalarType::Long);
+  auto* bits = reinterpret_cast<uint64_t*>(bitmaps.mutable_data_ptr<int64_t>());
+  int64_t* at = offsets.mutable_data_ptr<int64_t>();
+  for_tile_rows(d, "dense", tile_rows(n), [&](auto unit, int64_t begin, int64_t end) {
+    using U = decltype(unit);
+    bitmap_scan(args, static_cast<const U*>(d.const_data_ptr()), bits, at + 1, begin, end);
+  });
+  at[0] = 0;
+  for (int64_t i = 0; i < tiles; ++i) at[i + 1] += at[i];
+  return {gather(d, bitmaps, offsets, at[tiles]), bitmaps, offsets};
+}
+
+}  // namespace
+
+Tensor bitmap_decompress_rows(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k,
+                              int64_t begin, int64_t end) {
+  check_bitmap(bitmaps, offsets, n, k);
+  const BitmapConvertArgs args = convert_args(n, k, k);
+  const auto* bits = reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>());
+  const int64_t* at = offsets.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous() && values.size(0) == at[offsets.size(0) - 1],
+                  "values: must be contiguous, with as many elements as the last offset says");
+  Tensor dense = torch::stable::new_empty(values, {end - begin, k});
+  advise_huge_pages(dense);
+  const int64_t first = begin / kTileRows;
+  for_tile_rows(values, "values", tile_rows(end) - first, [&](auto unit, int64_t from, int64_t to) {
+    using U = decltype(unit);
+    bitmap_scatter(args, static_cast<const U*>(values.const_data_ptr()), bits, at,
+                   static_cast<U*>(dense.mutable_data_ptr()) + from * kTileRows * k, first + from, first + to);
+  });
+  return dense;
+}
+
+namespace {
+
+Tensor decompress(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k) {
+  return bitmap_decompress_rows(values, bitmaps, offsets, n, k, 0, n);
+}
+
+}  // namespace
+}  // namespace pyfast
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast, CPU, m) {
+  m.impl("bitmap_compress", TORCH_BOX(&pyfast::compress));
+  m.impl("bitmap_decompress", TORCH_BOX(&pyfast::decompress));
+  m.impl("bitmap_gather", TORCH_BOX(&pyfast::gather));
+}

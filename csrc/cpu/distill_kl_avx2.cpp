@@ -1,0 +1,16 @@
+// distill_kl for AVX2 + FMA + F16C: eight floats at a time. See distill_kl_rows.h for the algorithm.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,bmi2")
+
+#include "vec_avx2.h"
+#include "distill_kl_rows.h"
+
+namespace pyfast {
+
+const DistillKlTable kDistillKlAvx2 = {
+    {forward_kl<float>, forward_kl<bf16>, forward_kl<f16>},
+    {scale_rows<float>, scale_rows<bf16>, scale_rows<f16>},
+};
+
+}  // namespace pyfast
+#endif

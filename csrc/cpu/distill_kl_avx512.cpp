@@ -1,0 +1,16 @@
+// distill_kl for AVX-512 F/BW/DQ/VL: sixteen floats at a time. See distill_kl_rows.h for the algorithm.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+
+#include "vec_avx512.h"
+#include "distill_kl_rows.h"
+
+namespace pyfast {
+
+const DistillKlTable kDistillKlAvx512 = {
+    {forward_kl<float>, forward_kl<bf16>, forward_kl<f16>},
+    {scale_rows<float>, scale_rows<bf16>, scale_rows<f16>},
+};
+
+}  // namespace pyfast
+#endif

@@ -1,0 +1,223 @@
+// The row algorithm of distill_kl, written once over Vec (vec_serial.h, vec_avx2.h, vec_avx512.h) and
+// compiled by each ISA file. Everything is in an unnamed namespace: nothing compiled for a newer ISA can be
+// picked by the linker for an older one.
+//
+//      student row  ──► max, Σ2^… (1024 words at a time, while they are in L1) ──► m, Σ ┐
+//      teacher row  ──► the same ─────────────────────────────────────────────────► m, Σ ┤
+//                                                                                        ▼
+//      both rows again (L2/L3) ──► t, x ──► t·(e^x − 1 − x) ──► Σ in double ──► rows[i]
+//                                       └─► t·(e^x − 1)·scale ──► streaming store ──► grad[i, :]
+//
+// Pass 2 needs two exponentials a word, not three: s = t·e^x, and e^x is wanted anyway.
+#pragma once
+
+#include "distill_kl.h"
+
+namespace pyfast {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // words summed in float32 before the sum goes to double
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+constexpr double kLn2Double = 0.69314718055994530942;
+constexpr float kLowest = -3.40282347e+38f;  // stands in for -inf as a maximum, so that -inf - max is -inf
+constexpr float kNegInf = -__builtin_inff();
+
+// 2^n, relative error below 1.2e-7; 0 at or below n = -126. Degree 5 on [-1/2, 1/2] (minimax).
+inline Vec exp2(Vec n) {
+  const Vec k = round_nearest(n);
+  const Vec f = n - k;
+  Vec p = fma(broadcast(0.0013264727f), f, broadcast(0.009671513f));
+  p = fma(p, f, broadcast(0.055507336f));
+  p = fma(p, f, broadcast(0.24022242f));
+  p = fma(p, f, broadcast(0.693147f));
+  p = fma(p, f, broadcast(1.0f));
+  return scale_by_exp2(p, k, n);
+}
+
+struct ExpParts {
+  Vec expm1;    // e^x - 1
+  Vec expm1_x;  // e^x - 1 - x
+};
+
+// Both parts keep their relative accuracy down to x = 0: there k = 0 and the polynomial gives e^f - 1 - f itself.
+inline ExpParts exp_parts(Vec x) {
+  const Vec n = x * broadcast(kLog2e);
+  const Vec k = round_nearest(n);
+  const Vec f = fnma(k, broadcast(kLn2), x);
+  Vec q = fma(broadcast(0.0013901287f), f, broadcast(0.008363146f));
+  q = fma(q, f, broadcast(0.041666854f));
+  q = fma(q, f, broadcast(0.16666578f));
+  q = fma(q, f, broadcast(0.5f));
+  q = q * (f * f);
+  const Vec small = f + q;
+  const Vec one = broadcast(1.0f);
+  const Vec big = scale_by_exp2(small + one, k, n) - one;
+  const auto near = equal(k, broadcast(0.0f));
+  return {select(near, small, big), select(near, q, big - x)};
+}
+
+struct RowSum {
+  float max;   // of the raw logits, at least kLowest
+  double sum;  // of 2^((z - max) * scale)
+};
+
+// One pass over a row: log-sum-exp as (max, sum), rescaled when a later chunk raises the maximum.
+template <class T>
+RowSum row_sum(const T* z, int64_t vocab, float scale) {
+  RowSum r{kLowest, 0.0};
+  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
+    const T* p = z + begin;
+    const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
+    const int64_t full = n / Vec::width * Vec::width;
+    Vec top = broadcast(kLowest);
+    for (int64_t i = 0; i < full; i += Vec::width) top = max(load(p + i), top);
+    if (full < n) top = max(load_partial(p + full, n - full, kNegInf), top);
+    const float chunk_max = reduce_max(top);
+    if (chunk_max > r.max) {
+      r.sum *= __builtin_exp2(static_cast<double>(r.max - chunk_max) * scale);
+      r.max = chunk_max;
+    }
+    const Vec m = broadcast(r.max), a = broadcast(scale);
+    Vec sum0 = broadcast(0.0f), sum1 = broadcast(0.0f);
+    int64_t i = 0;
+    for (; i + 2 * Vec::width <= full; i += 2 * Vec::width) {
+      sum0 = sum0 + exp2((load(p + i) - m) * a);
+      sum1 = sum1 + exp2((load(p + i + Vec::width) - m) * a);
+    }
+    if (i < full) sum0 = sum0 + exp2((load(p + i) - m) * a);
+    if (full < n) sum1 = sum1 + exp2((load_partial(p + full, n - full, kNegInf) - m) * a);
+    r.sum += static_cast<double>(reduce_add(sum0 + sum1));
+  }
+  return r;
+}
+
+// What pass 2 needs to know of a row pair; scalars in float32, computed in double.
+struct RowPair {
+  float student_max, student_scale, student_log2_sum;
+  float teacher_max, teacher_scale, teacher_log2_sum;
+  float teacher_share;     // student_temperature / teacher_temperature
+  float student_inverse;   // 1 / student_temperature
+  float log_ratio_offset;  // log-sum-exp of the teacher less that of the student
+  float grad_scale;
+};
+
+struct Terms {
+  Vec value, grad;
+};
+
+// value = s - t - t x and grad = s - t, each free of cancellation.
+inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
+  const Vec t =
+      exp2(fma(zt - broadcast(row.teacher_max), broadcast(row.teacher_scale), broadcast(-row.teacher_log2_sum)));
+  const Vec x =
+      fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse), broadcast(row.log_ratio_offset));
+  const ExpParts e = exp_parts(x);
+  Terms out{t * e.expm1_x, t * e.expm1};
+  const auto excluded = equal(t, broadcast(0.0f));
+  if (any(excluded)) {  // x may be inf or NaN there; both terms have the limit s
+    const Vec s =
+        exp2(fma(zs - broadcast(row.student_max), broadcast(row.student_scale), broadcast(-row.student_log2_sum)));
+    out.value = select(excluded, s, out.value);
+    out.grad = select(excluded, s, out.grad);
+  }
+  return out;
+}
+
+template <class T, bool with_grad>
+float forward_kl_row(const T* student, const T* teacher, T* grad, int64_t vocab, const RowPair& row, bool streaming) {
+  const Vec scale = broadcast(row.grad_scale);
+  double total = 0.0;
+  Vec part = broadcast(0.0f);
+  auto partial = [&](int64_t at, int64_t n) {
+    const Terms e =
+        forward_kl_terms(load_partial(student + at, n, kNegInf), load_partial(teacher + at, n, kNegInf), row);
+    if constexpr (with_grad) store_partial(grad + at, n, e.grad * scale);
+    part = part + e.value;
+  };
+  constexpr int64_t store_bytes = Vec::width * static_cast<int64_t>(sizeof(T));
+  int64_t i = 0;
+  if (with_grad && streaming) {  // streaming stores want an aligned address: peel up to it
+    const int64_t off =
+        static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad) % store_bytes) / static_cast<int64_t>(sizeof(T));
+    i = off == 0 ? 0 : Vec::width - off;
+    if (i > vocab) i = vocab;
+    if (i > 0) partial(0, i);
+  }
+  while (i + Vec::width <= vocab) {
+    const int64_t left = (vocab - i) / Vec::width * Vec::width;
+    const int64_t end = i + (left < kChunk ? left : kChunk);
+    for (; i < end; i += Vec::width) {
+      const Terms e = forward_kl_terms(load(student + i), load(teacher + i), row);
+      if constexpr (with_grad) {
+        if (streaming)
+          stream(grad + i, e.grad * scale);
+        else
+          store(grad + i, e.grad * scale);
+      }
+      part = part + e.value;
+    }
+    total += static_cast<double>(reduce_add(part));
+    part = broadcast(0.0f);
+  }
+  if (i < vocab) partial(i, vocab - i);
+  return static_cast<float>(total + static_cast<double>(reduce_add(part)));
+}
+
+template <class T>
+void zero_row(T* p, int64_t n) {
+  const Vec zero = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) store(p + i, zero);
+  if (i < n) store_partial(p + i, n - i, zero);
+}
+
+template <class T>
+void forward_kl(const DistillKlArgs& a, int64_t begin, int64_t end) {
+  const double student_inverse = 1.0 / a.student_temperature, teacher_inverse = 1.0 / a.teacher_temperature;
+  for (int64_t i = begin; i < end; ++i) {
+    T* grad = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + i * a.grad_stride;
+    const float weight = a.row_scale[i];
+    if (weight == 0.0f) {
+      a.rows[i] = 0.0f;
+      if (grad != nullptr) zero_row(grad, a.vocab);
+      continue;
+    }
+    const T* student = static_cast<const T*>(a.student) + i * a.student_stride;
+    const T* teacher = static_cast<const T*>(a.teacher) + i * a.teacher_stride;
+    RowPair row;
+    row.student_scale = static_cast<float>(student_inverse / kLn2Double);
+    row.teacher_scale = static_cast<float>(teacher_inverse / kLn2Double);
+    const RowSum s = row_sum(student, a.vocab, row.student_scale);
+    const RowSum t = row_sum(teacher, a.vocab, row.teacher_scale);
+    row.student_max = s.max;
+    row.teacher_max = t.max;
+    const double student_log2 = __builtin_log2(s.sum), teacher_log2 = __builtin_log2(t.sum);
+    row.student_log2_sum = static_cast<float>(student_log2);
+    row.teacher_log2_sum = static_cast<float>(teacher_log2);
+    row.teacher_share = static_cast<float>(a.student_temperature / a.teacher_temperature);
+    row.student_inverse = static_cast<float>(student_inverse);
+    row.log_ratio_offset = static_cast<float>((t.max * teacher_inverse - s.max * student_inverse) +
+                                              kLn2Double * (teacher_log2 - student_log2));
+    row.grad_scale = static_cast<float>(weight * student_inverse);
+    const float kl = grad == nullptr ? forward_kl_row<T, false>(student, teacher, grad, a.vocab, row, false)
+                                     : forward_kl_row<T, true>(student, teacher, grad, a.vocab, row, a.stream_grad);
+    a.rows[i] = weight * kl;
+  }
+  if (a.stream_grad) stream_fence();
+}
+
+template <class T>
+void scale_rows(const ScaleRowsArgs& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const T* grad = static_cast<const T*>(a.grad) + i * a.grad_stride;
+    T* out = static_cast<T*>(a.out) + i * a.out_stride;
+    const Vec scale = broadcast(a.scale[i * a.scale_stride]);
+    int64_t v = 0;
+    for (; v + Vec::width <= a.vocab; v += Vec::width) store(out + v, load(grad + v) * scale);
+    if (v < a.vocab) store_partial(out + v, a.vocab - v, load_partial(grad + v, a.vocab - v, 0.0f) * scale);
+  }
+}
+
+}  // namespace
+}  // namespace pyfast

@@ -1,0 +1,75 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace pyfast {
+namespace {
+
+constexpr int kUnset = -1;
+std::atomic<int> chosen{kUnset};
+
+int parse(const char* name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) {
+      if (!isa_supported(static_cast<Isa>(i)))
+        throw std::invalid_argument("PYFAST_ISA: this processor cannot run '" + std::string(name) + "'");
+      return i;
+    }
+  }
+  throw std::invalid_argument("PYFAST_ISA: got '" + std::string(name) + "', accepted: serial, avx2, avx512");
+}
+
+int choose() {
+  if (const char* name = std::getenv("PYFAST_ISA"); name != nullptr && *name != '\0') return parse(name);
+  for (int i = kIsaCount - 1; i > 0; --i)
+    if (isa_supported(static_cast<Isa>(i))) return i;
+  return static_cast<int>(Isa::serial);
+}
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi2");
+  switch (isa) {
+    case Isa::serial:
+      return true;
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+#else
+  return isa == Isa::serial;
+#endif
+}
+
+Isa active_isa() {
+  int isa = chosen.load(std::memory_order_relaxed);
+  if (isa == kUnset) {
+    isa = choose();  // racing threads compute the same answer
+    chosen.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
+
+void set_active_isa(const char* name) { chosen.store(parse(name), std::memory_order_relaxed); }
+
+bool prefers_narrow_expand() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+}  // namespace pyfast

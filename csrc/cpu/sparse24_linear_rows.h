@@ -1,0 +1,63 @@
+// The vector algorithm of sparse24_linear over Vec. The ISA file that includes this says how kept columns are
+// looked up (struct Lookup): no gather from memory, the candidates of one step lie in two registers.
+//
+//   step = 2·width columns:   metadata ──► width indices (2 bits each, plus 4·(lane/2))
+//                             x[step]  ──► two registers ──(permute by index)──► width activations
+//                             values   ──► width weights ──────────────────────► one FMA
+//
+// Four rows share the two registers of x and the loop; up to four tokens share the indices.
+#pragma once
+
+#include "sparse24_linear.h"
+
+namespace pyfast {
+namespace {
+
+template <class T, int rows, int tokens>
+void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
+  constexpr int64_t step = 2 * Vec::width;
+  const T* values = static_cast<const T*>(a.values) + row * (a.k / 2);
+  const uint16_t* metadata = a.metadata + row * (a.k / 16);
+  const float* x = a.x + token * a.x_stride;
+  Vec sum[rows][tokens];
+  for (auto& of_row : sum)
+    for (Vec& s : of_row) s = broadcast(0.0f);
+  for (int64_t k = 0; k < a.k; k += step) {
+    Vec low[tokens], high[tokens];
+    for (int t = 0; t < tokens; ++t) {
+      low[t] = load(x + t * a.x_stride + k);
+      high[t] = load(x + t * a.x_stride + k + Vec::width);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const Lookup kept(metadata + r * (a.k / 16) + k / 16);
+      const Vec w = load(values + r * (a.k / 2) + k / 2);
+      for (int t = 0; t < tokens; ++t) sum[r][t] = fma(w, kept(low[t], high[t]), sum[r][t]);
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    const float bias = a.bias == nullptr ? 0.0f : a.bias[row + r];
+    for (int t = 0; t < tokens; ++t)
+      narrow(reduce_add(sum[r][t]) + bias, static_cast<T*>(a.y) + (token + t) * a.y_stride + row + r);
+  }
+}
+
+template <class T, int tokens>
+void sparse24_tokens(const Sparse24LinearArgs& a, int64_t begin, int64_t end, int64_t token) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) sparse24_block<T, 4, tokens>(a, row, token);
+  for (; row < end; ++row) sparse24_block<T, 1, tokens>(a, row, token);
+}
+
+template <class T>
+void sparse24_linear(const Sparse24LinearArgs& a, int64_t begin, int64_t end) {
+  int64_t token = 0;
+  for (; token + 4 <= a.tokens; token += 4) sparse24_tokens<T, 4>(a, begin, end, token);
+  if (token + 2 <= a.tokens) {
+    sparse24_tokens<T, 2>(a, begin, end, token);
+    token += 2;
+  }
+  if (token < a.tokens) sparse24_tokens<T, 1>(a, begin, end, token);
+}
+
+}  // namespace
+}  // namespace pyfast

@@ -1,0 +1,103 @@
+// Eight floats in a ymm register. Include only from a file whose target pragma names AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "scalars.h"
+
+namespace pyfast {
+namespace {
+
+struct Vec {
+  static constexpr int width = 8;
+  using Mask = __m256;
+  __m256 v;
+};
+
+inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }                  // b where a is NaN
+
+inline float reduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline __m256 equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
+inline bool any(__m256 m) { return _mm256_movemask_ps(m) != 0; }
+inline Vec select(__m256 m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m)}; }
+
+inline Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+// p * 2^k for integral k >= -126; 0 where exponent n (before rounding) is at or below -126; NaN stays NaN.
+// p lies in [0.7, 1.5], so adding k to its exponent field is exact; past 2^127 the answer is +inf.
+inline Vec scale_by_exp2(Vec p, Vec k, Vec n) {
+  const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(k.v), 23);
+  __m256 r = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift));
+  const __m256 huge = _mm256_cmp_ps(k.v, _mm256_set1_ps(127.0f), _CMP_GT_OQ);
+  r = _mm256_blendv_ps(r, _mm256_set1_ps(__builtin_inff()), huge);
+  r = _mm256_blendv_ps(r, k.v, _mm256_cmp_ps(k.v, k.v, _CMP_UNORD_Q));
+  return {_mm256_and_ps(r, _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLE_UQ))};
+}
+
+inline __m256 widen_bf16(__m128i half) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+inline __m128i narrow_bf16(__m256 a) {  // round to nearest even; NaN made quiet
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i high = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i even = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(even, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+
+inline __m128i narrow_f16(__m256 a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const bf16* p) { return {widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a.v)); }
+inline void store(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a.v)); }
+
+// Non-temporal: p aligned to the size of the store.
+inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+inline void stream(bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a.v)); }
+inline void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a.v)); }
+inline void stream_fence() { _mm_sfence(); }
+
+// The first n < 8 elements, through a buffer on the stack: no read or write past the end.
+template <class T>
+inline Vec load_partial(const T* p, int64_t n, float fill) {
+  T raw[8] = {};
+  for (int64_t i = 0; i < n; ++i) raw[i] = p[i];
+  const __m256 lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 inside = _mm256_cmp_ps(lane, _mm256_set1_ps(static_cast<float>(n)), _CMP_LT_OQ);
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), load(raw).v, inside)};
+}
+template <class T>
+inline void store_partial(T* p, int64_t n, Vec a) {
+  T raw[8];
+  store(raw, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = raw[i];
+}
+
+}  // namespace
+}  // namespace pyfast

@@ -1,0 +1,87 @@
+// Sixteen floats in a zmm register. Include only from a file whose target pragma names AVX-512 F/BW/DQ/VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "scalars.h"
+
+namespace pyfast {
+namespace {
+
+struct Vec {
+  static constexpr int width = 16;
+  using Mask = __mmask16;
+  __m512 v;
+};
+
+inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b where a is NaN
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+inline __mmask16 equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+inline bool any(__mmask16 m) { return m != 0; }
+inline Vec select(__mmask16 m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m, yes.v)}; }
+
+inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
+
+// p * 2^k for integral k >= -126; 0 where exponent n (before rounding) is at or below -126; NaN stays NaN.
+inline Vec scale_by_exp2(Vec p, Vec k, Vec n) {
+  const __mmask16 alive = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
+  return {_mm512_maskz_scalef_ps(alive, p.v, k.v)};
+}
+
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }  // 0 <= n < 16
+
+inline __m512 widen_bf16(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline __m256i narrow_bf16(__m512 a) {  // round to nearest even; NaN made quiet
+  const __m512i u = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(r);
+}
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+
+inline Vec load_partial(const float* p, int64_t n, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
+}
+inline Vec load_partial(const bf16* p, int64_t n, float fill) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)))};
+}
+inline Vec load_partial(const f16* p, int64_t n, float fill) {
+  return {_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), first(n), _mm256_maskz_loadu_epi16(first(n), p))};
+}
+
+inline __m256i narrow_f16(__m512 a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a.v)); }
+inline void store(f16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a.v)); }
+
+// Non-temporal: p aligned to the size of the store.
+inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+inline void stream(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a.v)); }
+inline void stream(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a.v)); }
+inline void stream_fence() { _mm_sfence(); }
+
+inline void store_partial(float* p, int64_t n, Vec a) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline void store_partial(bf16* p, int64_t n, Vec a) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a.v)); }
+inline void store_partial(f16* p, int64_t n, Vec a) { _mm256_mask_storeu_epi16(p, first(n), narrow_f16(a.v)); }
+
+}  // namespace
+}  // namespace pyfast

@@ -1,0 +1,66 @@
+// One float as a "vector" of one lane: the portable twin of vec_avx2.h and vec_avx512.h. Written so that
+// the same kernel template compiles for every ISA and the serial build is the easiest one to step through.
+#pragma once
+
+#include <cstdint>
+
+#include "scalars.h"
+
+namespace pyfast {
+namespace {
+
+struct Vec {
+  static constexpr int width = 1;
+  using Mask = bool;
+  float v;
+};
+
+inline Vec broadcast(float x) { return {x}; }
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }    // a * b + c
+inline Vec fnma(Vec a, Vec b, Vec c) { return {__builtin_fmaf(-a.v, b.v, c.v)}; }  // c - a * b
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }                   // b where a is NaN
+inline float reduce_add(Vec a) { return a.v; }
+inline float reduce_max(Vec a) { return a.v; }
+
+inline bool equal(Vec a, Vec b) { return a.v == b.v; }
+inline bool any(bool m) { return m; }
+inline Vec select(bool m, Vec yes, Vec no) { return m ? yes : no; }
+
+inline Vec round_nearest(Vec a) { return {__builtin_rintf(a.v)}; }
+
+// p * 2^k for integral k >= -126; 0 where exponent n (before rounding) is at or below -126; NaN stays NaN.
+inline Vec scale_by_exp2(Vec p, Vec k, Vec n) {
+  if (n.v <= -126.0f) return {0.0f};
+  if (k.v != k.v) return {k.v};
+  if (k.v > 127.0f) return {__builtin_inff()};
+  const int exponent = static_cast<int>(k.v);
+  return {p.v * from_bits(static_cast<uint32_t>(exponent + 127) << 23)};
+}
+
+template <class T>
+inline Vec load(const T* p) {
+  return {widen(*p)};
+}
+template <class T>
+inline Vec load_partial(const T* p, int64_t n, float fill) {
+  return {n > 0 ? widen(*p) : fill};
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  narrow(a.v, p);
+}
+template <class T>
+inline void stream(T* p, Vec a) {
+  narrow(a.v, p);
+}
+template <class T>
+inline void store_partial(T* p, int64_t n, Vec a) {
+  if (n > 0) narrow(a.v, p);
+}
+inline void stream_fence() {}
+
+}  // namespace
+}  // namespace pyfast

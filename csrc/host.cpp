@@ -1,0 +1,166 @@
+// Module pyfast._host: the CPU kernels for NumPy arrays, without torch. Every variant is callable by name, whatever
+// this process would choose: for kernel research, parity tests and microbenchmarks. Single-threaded.
+//
+// Elements: float32 and float16 arrays are taken as they are; uint16 arrays hold bfloat16 bits.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/bitmap_linear.h"
+#include "cpu/distill_kl.h"
+#include "cpu/isa.h"
+#include "cpu/sparse24_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+struct Variant {
+  const char* name;
+  pyfast::Isa needs;
+};
+
+constexpr Variant kVariants[] = {
+    {"serial", pyfast::Isa::serial},
+    {"avx2", pyfast::Isa::avx2},
+    {"avx512", pyfast::Isa::avx512},
+    {"avx512_narrow", pyfast::Isa::avx512},
+};
+
+pyfast::Isa checked(const std::string& variant) {
+  std::string accepted;
+  for (const Variant& v : kVariants) {
+    if (!pyfast::isa_supported(v.needs)) continue;
+    if (variant == v.name) return v.needs;
+    accepted += accepted.empty() ? v.name : std::string(", ") + v.name;
+  }
+  throw py::value_error("variant: got '" + variant + "', accepted here: " + accepted);
+}
+
+std::vector<std::string> variants() {
+  std::vector<std::string> names;
+  for (const Variant& v : kVariants)
+    if (pyfast::isa_supported(v.needs)) names.emplace_back(v.name);
+  return names;
+}
+
+pyfast::Dtype dtype_of(const py::array& a, const char* name) {
+  if (a.dtype().is(py::dtype::of<float>())) return pyfast::Dtype::f32;
+  if (a.dtype().is(py::dtype::of<uint16_t>())) return pyfast::Dtype::bf16;
+  if (a.dtype().kind() == 'f' && a.itemsize() == 2) return pyfast::Dtype::f16;
+  throw py::type_error(std::string(name) + ": accepted: float32, float16, or uint16 holding bfloat16 bits");
+}
+
+py::array contiguous(const py::array& a) { return py::array::ensure(a, py::array::c_style); }
+
+void require(bool condition, const char* message) {
+  if (!condition) throw py::value_error(message);
+}
+
+py::tuple distill_kl(const py::array& student, const py::array& teacher, double temperature,
+                     std::optional<double> teacher_temperature, const std::string& variant, bool with_grad) {
+  const pyfast::DistillKlTable& table = pyfast::distill_kl_table(checked(variant));
+  const py::array s = contiguous(student), t = contiguous(teacher);
+  require(s.ndim() == 2 && t.ndim() == 2 && s.shape(0) == t.shape(0) && s.shape(1) == t.shape(1),
+          "student, teacher: accepted: two matrices of one shape");
+  const pyfast::Dtype dtype = dtype_of(s, "student");
+  require(dtype_of(t, "teacher") == dtype, "teacher: accepted: the student's dtype");
+  require(temperature > 0 && teacher_temperature.value_or(temperature) > 0, "temperature: accepted: above 0");
+  const py::ssize_t rows = s.shape(0), vocab = s.shape(1);
+  py::array_t<float> value(rows);
+  py::array grad(s.dtype(), std::vector<py::ssize_t>{with_grad ? rows : 0, with_grad ? vocab : 0});
+  const std::vector<float> ones(static_cast<size_t>(rows), 1.0f);
+  pyfast::DistillKlArgs args{};
+  args.student = s.data();
+  args.teacher = t.data();
+  args.row_scale = ones.data();
+  args.rows = value.mutable_data();
+  args.grad = with_grad ? grad.mutable_data() : nullptr;
+  args.student_stride = args.teacher_stride = args.grad_stride = args.vocab = vocab;
+  args.student_temperature = temperature;
+  args.teacher_temperature = teacher_temperature.value_or(temperature);
+  table.forward_kl[static_cast<int>(dtype)](args, 0, rows);
+  return py::make_tuple(value, grad);
+}
+
+py::array sparse24_linear(const Array<float>& x, const py::array& values, const Array<uint16_t>& metadata,
+                          const std::string& variant) {
+  const pyfast::Sparse24LinearTable& table = pyfast::sparse24_linear_table(checked(variant));
+  const py::array v = contiguous(values);
+  require(x.ndim() == 2 && v.ndim() == 2 && metadata.ndim() == 2, "x, values, metadata: accepted: matrices");
+  const py::ssize_t tokens = x.shape(0), n = v.shape(0), k = 2 * v.shape(1);
+  require(k % 32 == 0 && x.shape(1) == k && metadata.shape(0) == n && metadata.shape(1) == k / 16,
+          "x, values, metadata: accepted: [tokens, k], [n, k/2], [n, k/16] with k a multiple of 32");
+  py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
+  pyfast::Sparse24LinearArgs args{};
+  args.x = x.data();
+  args.values = v.data();
+  args.metadata = metadata.data();
+  args.y = y.mutable_data();
+  args.tokens = tokens;
+  args.k = args.x_stride = k;
+  args.y_stride = n;
+  table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, n);
+  return y;
+}
+
+const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
+  const pyfast::Isa isa = checked(variant);
+#if defined(__x86_64__)
+  if (isa == pyfast::Isa::avx512)
+    return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Narrow;
+#endif
+  return pyfast::bitmap_linear_table(isa);
+}
+
+py::array bitmap_linear(const Array<float>& x, const py::array& values, const Array<uint64_t>& bitmaps,
+                        const Array<int64_t>& offsets, py::ssize_t n, const std::string& variant) {
+  const pyfast::BitmapLinearTable& table = bitmap_table(variant);
+  const py::array v = contiguous(values);
+  require(x.ndim() == 2 && x.shape(1) % pyfast::kTileColumns == 0, "x: accepted: [tokens, k], k a multiple of 64");
+  const py::ssize_t tokens = x.shape(0), k = x.shape(1);
+  const py::ssize_t tile_rows = (n + pyfast::kTileRows - 1) / pyfast::kTileRows;
+  const py::ssize_t tiles = tile_rows * (k / pyfast::kTileColumns);
+  require(bitmaps.ndim() == 2 && bitmaps.shape(0) == tiles && bitmaps.shape(1) == pyfast::kTileWords,
+          "bitmaps: accepted: [tiles, 16]");
+  require(offsets.ndim() == 1 && offsets.shape(0) == tiles + 1 && v.ndim() == 1 && offsets.at(tiles) == v.shape(0),
+          "offsets: accepted: [tiles + 1], the last one the number of values");
+  py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
+  pyfast::BitmapLinearArgs args{};
+  args.x = x.data();
+  args.values = v.data();
+  args.bitmaps = bitmaps.data();
+  args.offsets = offsets.data();
+  args.y = y.mutable_data();
+  args.tokens = tokens;
+  args.n = n;
+  args.k = args.x_stride = k;
+  args.y_stride = n;
+  args.nnz = v.shape(0);
+  table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, tile_rows);
+  return y;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "CPU kernels of pyfast for NumPy arrays; every variant by name, single-threaded, no torch.";
+  m.def("variants", &variants, "Names of the variants that this processor can run.");
+  m.def("prefers_narrow_expand", &pyfast::prefers_narrow_expand,
+        "Whether bitmap_linear uses avx512_narrow here where the ISA is avx512.");
+  m.def("distill_kl", &distill_kl, py::arg("student"), py::arg("teacher"), py::arg("temperature") = 1.0,
+        py::arg("teacher_temperature") = py::none(), py::arg("variant") = "serial", py::arg("grad") = true,
+        "Forward KL of each row and its gradient: (float32 [rows], [rows, V] or [0, 0]).");
+  m.def("sparse24_linear", &sparse24_linear, py::arg("x"), py::arg("values"), py::arg("metadata"),
+        py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
+  m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),
+        py::arg("n"), py::arg("variant") = "serial", "x [tokens, k] float32 times a bitmap weight: [tokens, n].");
+}

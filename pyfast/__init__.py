@@ -1,0 +1,22 @@
+"""pyfast: what does compression really buy, on this machine?
+
+Three doors: :func:`distillation_loss` (fused), :func:`sparse_linear` and :func:`sparsify` (2:4 and bitmap weights),
+and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measures all three against the best dense.
+"""
+
+from pyfast import backends, nn, structured
+from pyfast._version import __version__
+from pyfast.ops.distill_kl import distillation_loss
+from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
+
+__all__ = [
+    "BitmapWeight",
+    "Sparse24Weight",
+    "__version__",
+    "backends",
+    "distillation_loss",
+    "nn",
+    "sparse_linear",
+    "sparsify",
+    "structured",
+]

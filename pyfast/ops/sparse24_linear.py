@@ -1,0 +1,58 @@
+"""sparse24_linear: the product with a 2:4 weight. :func:`pyfast.sparse_linear` is the public door.
+
+Kernels: ``csrc/cpu/sparse24_linear*``; on CUDA decompression and the dense product; truth:
+``pyfast/reference/sparse24_linear.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pyfast import backends
+from pyfast.ops import sparse24_convert
+from pyfast.ops._library import LIBRARY, define
+from pyfast.reference import sparse24_linear as reference
+
+
+def sparse24_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+    """x [tokens, k] to [tokens, n]; differentiable in x, values and bias at the fixed pattern."""
+    if backends.select("sparse24_linear", x.device.type, x.dtype, backend) == "reference":
+        return reference.sparse24_linear(x, values, metadata, bias)
+    return torch.ops.pyfast.sparse24_linear(x, values, metadata, bias)
+
+
+define("sparse24_linear(Tensor x, Tensor values, Tensor metadata, Tensor? bias) -> Tensor")
+
+
+@torch.library.register_fake("pyfast::sparse24_linear", lib=LIBRARY)
+def _fake(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+@torch.library.impl(LIBRARY, "sparse24_linear", "CUDA")
+def _cuda(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, values, metadata, _ = inputs
+    ctx.save_for_backward(x, values, metadata)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, metadata = ctx.saved_tensors
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1])
+    if ctx.needs_input_grad[1]:
+        grad_values = sparse24_convert.gather(grad.T @ x, metadata)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum(0)
+    return grad_x, grad_values, None, grad_bias
+
+
+torch.library.register_autograd("pyfast::sparse24_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

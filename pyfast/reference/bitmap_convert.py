@@ -1,0 +1,58 @@
+"""Bitmap weights to and from dense, in plain torch (docs/formats.md).
+
+Everything is a permutation of elements: dense [n, k] is padded to whole tiles of 16 × 64 and re-ordered as
+[tile, word, bit]; the stored elements of that order, one after another, are the values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pyfast.reference.sparse24_convert import padded, stored
+
+TILE_ROWS, TILE_COLUMNS, TILE_WORDS = 16, 64, 16
+
+
+def to_tiles(dense: Tensor) -> Tensor:
+    """[n, k] to [tiles, 16 words, 64 bits], zeros in the padding."""
+    n, k = dense.shape
+    whole = pad(dense, (0, padded(k, TILE_COLUMNS) - k, 0, padded(n, TILE_ROWS) - n))
+    #              tile row, half, row, tile, block of 8 columns, column
+    blocks = whole.reshape(whole.shape[0] // 16, 2, 8, whole.shape[1] // 64, 8, 8)
+    return blocks.permute(0, 3, 4, 1, 2, 5).reshape(-1, TILE_WORDS, 64)
+
+
+def from_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of :func:`to_tiles`."""
+    rows, columns = padded(n, TILE_ROWS), padded(k, TILE_COLUMNS)
+    blocks = tiles.reshape(rows // 16, columns // 64, 8, 2, 8, 8).permute(0, 3, 4, 1, 2, 5)
+    return blocks.reshape(rows, columns)[:n, :k]
+
+
+def bits_of(bitmaps: Tensor) -> Tensor:
+    """int64 [tiles, 16] to boolean [tiles, 16, 64]."""
+    return (bitmaps.unsqueeze(-1) >> torch.arange(64, device=bitmaps.device)) & 1 == 1
+
+
+def compress(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """values [stored], bitmaps int64 [tiles, 16], offsets int64 [tiles + 1]."""
+    tiles = to_tiles(dense)
+    bits = stored(tiles)
+    bitmaps = (bits.to(torch.int64) << torch.arange(64, device=dense.device)).sum(-1)
+    counts = bits.sum((1, 2))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return tiles[bits], bitmaps, offsets
+
+
+def decompress(values: Tensor, bitmaps: Tensor, n: int, k: int) -> Tensor:
+    """Dense [n, k]."""
+    bits = bits_of(bitmaps)
+    tiles = values.new_zeros(bits.shape).masked_scatter(bits, values)
+    return from_tiles(tiles, n, k)
+
+
+def gather(dense: Tensor, bitmaps: Tensor) -> Tensor:
+    """The elements of ``dense`` at the stored places: [stored]."""
+    return to_tiles(dense)[bits_of(bitmaps)]
