@@ -106,20 +106,25 @@ struct Terms {
   Vec value, grad;
 };
 
+// Above this x the rounding of x itself, |x| 2^-24, would show in s = t e^x: s is then computed on its own.
+constexpr float kFar = 16.0f;
+
 // value = s - t - t x and grad = s - t, each free of cancellation.
 inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
-  const Vec t =
-      exp2(fma(zt - broadcast(row.teacher_max), broadcast(row.teacher_scale), broadcast(-row.teacher_log2_sum)));
-  const Vec x =
-      fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse), broadcast(row.log_ratio_offset));
+  const Vec t = exp2(
+      fma(zt - broadcast(row.teacher_max), broadcast(row.teacher_scale), broadcast(-row.teacher_log2_sum)));
+  const Vec x = fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse),
+                    broadcast(row.log_ratio_offset));
   const ExpParts e = exp_parts(x);
   Terms out{t * e.expm1_x, t * e.expm1};
-  const auto excluded = equal(t, broadcast(0.0f));
-  if (any(excluded)) {  // x may be inf or NaN there; both terms have the limit s
-    const Vec s =
-        exp2(fma(zs - broadcast(row.student_max), broadcast(row.student_scale), broadcast(-row.student_log2_sum)));
-    out.value = select(excluded, s, out.value);
-    out.grad = select(excluded, s, out.grad);
+  const auto far = not_at_most(x, broadcast(kFar));
+  if (any(far)) {  // also where the teacher excludes a word: x is inf or NaN, t is 0 and both terms have the limit s
+    const Vec s = exp2(
+        fma(zs - broadcast(row.student_max), broadcast(row.student_scale), broadcast(-row.student_log2_sum)));
+    const Vec grad = s - t;
+    const Vec value = select(equal(t, broadcast(0.0f)), s, fnma(t, x, grad));
+    out.value = select(far, value, out.value);
+    out.grad = select(far, grad, out.grad);
   }
   return out;
 }

@@ -36,6 +36,7 @@ inline float reduce_max(Vec a) {
 }
 
 inline __m256 equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
+inline __m256 not_at_most(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }  // or NaN
 inline bool any(__m256 m) { return _mm256_movemask_ps(m) != 0; }
 inline Vec select(__m256 m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m)}; }
 

@@ -26,6 +26,7 @@ inline float reduce_add(Vec a) { return a.v; }
 inline float reduce_max(Vec a) { return a.v; }
 
 inline bool equal(Vec a, Vec b) { return a.v == b.v; }
+inline bool not_at_most(Vec a, Vec b) { return !(a.v <= b.v); }  // true where either is NaN
 inline bool any(bool m) { return m; }
 inline Vec select(bool m, Vec yes, Vec no) { return m ? yes : no; }
 

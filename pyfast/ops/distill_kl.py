@@ -232,11 +232,14 @@ def _scale_rows_cuda(grad: Tensor, scale: Tensor) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     grad = output[1]
     ctx.mark_non_differentiable(grad)
+    ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of the logits for grad
     ctx.with_grad = inputs[-1]
     ctx.save_for_backward(grad)
 
 
-def _backward(ctx: Any, grad_rows: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_rows is None:
+        return (None,) * 7
     if not ctx.with_grad:
         raise RuntimeError("pyfast::distill_kl: backward needs with_grad=True in forward")
     (grad,) = ctx.saved_tensors

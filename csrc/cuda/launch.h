@@ -1,0 +1,66 @@
+// What the CUDA registrations share: dtypes, argument checks, the stream, the check after a launch.
+// Only <op>.cu files include it; kernels never see torch.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "common.cuh"
+
+namespace pyfast::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Grids have at most so many blocks along y.
+inline constexpr int64_t kMaxBlocksY = 65535;
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
+}
+
+// A contiguous CUDA tensor of that many dimensions, on the device of `values`.
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& values) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == values.get_device_index(), name,
+                  ": must be on the CUDA device of values");
+  STD_TORCH_CHECK(tensor.dim() == dimensions && tensor.is_contiguous(), name, ": must be contiguous with ", dimensions,
+                  " dimension(s), got ", tensor.dim());
+}
+
+// True for 32-bit elements, false for 16-bit ones.
+inline bool is_wide(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                  ": dtype must be float32, bfloat16 or float16");
+  return dtype == ScalarType::Float;
+}
+
+inline bool is_aligned(const void* pointer, std::uintptr_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
+// The dense output [rows, columns] as kernels see it.
+template <class U>
+Dense<U> dense_view(const Tensor& tensor) {
+  Dense<U> dense{static_cast<U*>(tensor.mutable_data_ptr()), tensor.size(0), tensor.size(1), false};
+  dense.packed = is_aligned(dense.data, 16) && dense.columns % kPackColumns<U> == 0;
+  return dense;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace pyfast::cuda

@@ -1,0 +1,33 @@
+"""What the tests share: every ISA this machine runs, relative errors, and offline transformers."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyfast import backends
+
+
+@pytest.fixture(params=["serial", "avx2", "avx512"])
+def isa(request):
+    """Runs the test once with each ISA of the native kernels."""
+    if request.param not in backends.isas_supported():
+        pytest.skip(f"this processor cannot run {request.param}")
+    with backends.isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """‖got − truth‖ / ‖truth‖ in float64; NaN where got holds NaN."""
+    truth = truth.double()
+    return float((got.double() - truth).norm() / truth.norm().clamp(min=1e-300))
