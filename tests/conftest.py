@@ -29,5 +29,5 @@ def seed():
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """‖got − truth‖ / ‖truth‖ in float64; NaN where got holds NaN."""
-    truth = truth.double()
-    return float((got.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+    truth = truth.detach().double()
+    return float((got.detach().double() - truth).norm() / truth.norm().clamp(min=1e-300))

@@ -154,8 +154,9 @@ class Sparse24Weight(SparseWeight):
         n, k = shape[0], padded(shape[1], COLUMN_UNIT)
         _check_tensor("values", tensors["values"], DTYPES, (n, k // 2))
         _check_tensor("metadata", tensors["metadata"], (torch.int16,), (n, k // 16))
-        nibbles = (tensors["metadata"].to(torch.int64).unsqueeze(-1) >> torch.arange(0, 16, 4)) & 15
-        legal = torch.zeros(16, dtype=torch.bool)
+        metadata = tensors["metadata"]
+        nibbles = (metadata.to(torch.int64).unsqueeze(-1) >> torch.arange(0, 16, 4, device=metadata.device)) & 15
+        legal = torch.zeros(16, dtype=torch.bool, device=metadata.device)
         legal[[0x4, 0x8, 0x9, 0xC, 0xD, 0xE]] = True
         if not bool(legal[nibbles].all()):
             raise ValueError("metadata: holds a nibble that names no pair of columns; the weight is damaged")
