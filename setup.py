@@ -1,14 +1,14 @@
 """Builds the native modules of pyfast; everything else about the package is in pyproject.toml.
 
-pyfast._C      CPU kernels and their op registrations; LibTorch stable ABI and abi3, so that one build serves
-               every torch >= 2.11 and every Python >= 3.10
+pyfast._C      CPU kernels and their op registrations; LibTorch stable ABI and abi3, so that the module serves every
+               torch >= 2.11 and every Python >= 3.10
 pyfast._host   the same kernels for NumPy, without torch (pybind11, hence one build a Python version)
 pyfast._cuda   CUDA kernels; stable ABI and abi3; imported only where torch has CUDA
 
 Environment
-    PYFAST_CUDA=1           build pyfast._cuda or fail; 0 leaves it out; unset builds it where nvcc and a CUDA
-                            build of torch are there
-    TORCH_CUDA_ARCH_LIST    the architectures, e.g. "9.0"; default: all that DEFAULT_CUDA_ARCHS names
+    PYFAST_CUDA=1           build pyfast._cuda or fail; 0 leaves it out; unset builds it where nvcc and a CUDA build
+                            of torch are there. With 1 a CPU build of torch is enough to compile and link.
+    TORCH_CUDA_ARCH_LIST    the architectures, such as "9.0" or "8.0;9.0+PTX"; default: DEFAULT_CUDA_ARCHS
     PYFAST_NATIVE=0         no native module at all: the plain-torch reference serves
 """
 
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, include_paths, library_paths
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"  # 2.11
@@ -35,37 +37,115 @@ def sources(*patterns: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found]
 
 
-def cpu_extensions() -> list:
+def cpu_extensions() -> list[Extension]:
     import pybind11
 
     variants = ("serial", "avx2", "avx512*")
     kernels = sources("csrc/cpu/isa.cpp", "csrc/cpu/tables.cpp", *(f"csrc/cpu/*_{isa}.cpp" for isa in variants))
     torch_side = [path for path in sources("csrc/cpu/*.cpp") if path not in kernels]
     headers = sources("csrc/cpu/*.h")
-    version = ("PYFAST_VERSION", f'"{VERSION}"')
     return [
         CppExtension(
             "pyfast._C",
             ["csrc/library.cpp", *torch_side, *kernels],
-            define_macros=[*ABI3_MACROS, version],
+            define_macros=[*ABI3_MACROS, ("PYFAST_VERSION", f'"{VERSION}"')],
             depends=headers,
             extra_compile_args=CXX_FLAGS,
             py_limited_api=True,
         ),
-        CppExtension(
+        Extension(
             "pyfast._host",
             ["csrc/host.cpp", *kernels],
             include_dirs=[pybind11.get_include()],
             depends=headers,
             extra_compile_args=CXX_FLAGS,
+            language="c++",
         ),
     ]
 
 
-def setup_arguments() -> dict:
+def cuda_extensions() -> list[Extension]:
+    wanted = os.environ.get("PYFAST_CUDA")
+    if wanted not in (None, "0", "1"):
+        raise SystemExit(f"PYFAST_CUDA: got {wanted!r}, accepted: 0 or 1")
+    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
+    if wanted == "1" and not nvcc:
+        raise SystemExit("PYFAST_CUDA=1, but there is no nvcc: set CUDA_HOME")
+    if wanted == "0" or not nvcc or (wanted is None and torch.version.cuda is None):
+        return []
+    files = ["csrc/cuda/module.cpp", *sources("csrc/cuda/*.cu")]
+    headers = sources("csrc/cuda/*.cuh", "csrc/cuda/*.h")
+    return [Extension("pyfast._cuda", files, depends=headers, py_limited_api=True)]
+
+
+def gencode_flags(arch_list: str) -> list[str]:
+    """nvcc flags for a list such as "8.0 9.0a;12.0+PTX"."""
+    flags = []
+    for arch in arch_list.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: got {arch!r}, accepted: numbers such as 9.0, 9.0a, 12.0+PTX")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class BuildNative(BuildExtension):
+    """BuildExtension for the CPU modules; pyfast._cuda by nvcc and the linker directly, because BuildExtension takes
+    CUDA sources only with a CUDA build of torch."""
+
+    def build_extensions(self) -> None:
+        every = self.extensions
+        self.extensions = [extension for extension in every if extension.name != "pyfast._cuda"]
+        super().build_extensions()
+        self.extensions = every
+        for extension in every:
+            if extension.name == "pyfast._cuda":
+                self.build_cuda(extension)
+
+    def build_cuda(self, extension: Extension) -> None:
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        cuda_include, python_include = f"{CUDA_HOME}/include", sysconfig.get_paths()["include"]
+        isystem = [f"-isystem{path}" for path in (*include_paths(), cuda_include, python_include)]
+        macros = ["-DUSE_CUDA", *(f"-D{name}={value}" for name, value in ABI3_MACROS)]
+        macros += [f'-DPYFAST_VERSION="{VERSION}"', f'-DPYFAST_CUDA_ARCHS="{archs}"']
+        host_flags = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
+        objects = []
+        for source in extension.sources:
+            target = str(folder / (Path(source).stem + ".o"))
+            objects.append(target)
+            if source.endswith(".cu"):
+                command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", *macros, *isystem, *gencode_flags(archs)]
+                command += ["-Werror=all-warnings", f"-Xcompiler={host_flags}"]
+            else:
+                command = ["g++", "-std=c++20", "-O3", *macros, *isystem, *host_flags.split(",")]
+            self.spawn([*command, "-c", source, "-o", target])
+        output = self.get_ext_fullpath(extension.name)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        # libtorch.so stands between: in a CUDA build of torch it brings in libtorch_cuda.so, whose one symbol (the
+        # current stream) a CPU build of torch does not have.
+        libraries = [
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+            "-lcudart_static",
+            "-lrt",
+            "-lpthread",
+            "-ldl",
+        ]
+        search = [f"-L{path}" for path in (*library_paths(), f"{CUDA_HOME}/lib64")]
+        self.spawn(["g++", "-shared", *objects, "-o", output, *search, *libraries])
+
+
+def native() -> dict:
     if os.environ.get("PYFAST_NATIVE") == "0":
         return {}
-    return {"ext_modules": cpu_extensions(), "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [*cpu_extensions(), *cuda_extensions()], "cmdclass": {"build_ext": BuildNative}}
 
 
-setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **setup_arguments())
+setup(**native())

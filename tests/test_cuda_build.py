@@ -1,0 +1,301 @@
+"""The CUDA kernels without a GPU: their indices proved on the host, and nvcc compiles them without a spill.
+
+With a GPU the same cases run on it. The truth is built here from the formats' definitions, one element after
+the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+SHAPES = [(1, 1), (3, 5), (16, 16), (16, 64), (17, 65), (5, 24), (40, 136), (33, 129), (64, 192), (130, 260)]
+OPS = ("sparse24_convert", "bitmap_convert")
+
+# One lane after the other, through the functions that the kernels call. Only the warp's scan is replaced.
+HARNESS = r"""
+#include "bitmap_convert.cuh"
+#include "sparse24_convert.cuh"
+
+using namespace pyfast::cuda;
+
+template <class U>
+void sparse24(const U* values, const uint8_t* metadata, U* out, int64_t n, int64_t k, int64_t padded,
+              bool packed) {
+  const Sparse24Weight<U> weight{values, metadata, padded};
+  const Dense<U> dense{out, n, k, packed};
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t chunk = 0; chunk * kPackColumns<U> < k; ++chunk)
+      store_pack(dense, row, chunk * kPackColumns<U>,
+                 sparse24_expand(sparse24_values(weight, row, chunk), sparse24_nibbles(weight, row, chunk)));
+}
+
+template <class U>
+void bitmap(const U* values, const uint32_t* bitmaps, const int64_t* offsets, U* out, int64_t n, int64_t k,
+            int64_t stored, bool packed) {
+  const Dense<U> dense{out, n, k, packed};
+  const uint32_t tiles_a_row = static_cast<uint32_t>((k + kTileColumns - 1) / kTileColumns);
+  const uint32_t tiles = static_cast<uint32_t>((n + kTileRows - 1) / kTileRows) * tiles_a_row;
+  for (uint32_t tile = 0; tile < tiles; ++tile) {
+    U staged[kTileElements] = {};
+    int count = 0, next = 0;
+    for (int lane = 0; lane < 32; ++lane) count += __builtin_popcount(bitmaps[tile * 32 + lane]);
+    const int readable = bitmap_readable(offsets[tile], count, stored);
+    for (int i = 0; i < readable; ++i) staged[i] = values[offsets[tile] + i];
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t bits = bitmaps[tile * 32 + lane];
+      bitmap_expand(dense, bitmap_place(tile, tiles_a_row, lane), bits, staged, next);
+      next += __builtin_popcount(bits);
+    }
+  }
+}
+
+extern "C" {
+void sparse24_2(const uint16_t* v, const uint8_t* m, uint16_t* o, int64_t n, int64_t k, int64_t p,
+                bool packed) {
+  sparse24(v, m, o, n, k, p, packed);
+}
+void sparse24_4(const uint32_t* v, const uint8_t* m, uint32_t* o, int64_t n, int64_t k, int64_t p,
+                bool packed) {
+  sparse24(v, m, o, n, k, p, packed);
+}
+void bitmap_2(const uint16_t* v, const uint32_t* b, const int64_t* at, uint16_t* o, int64_t n, int64_t k,
+              int64_t s, bool packed) {
+  bitmap(v, b, at, o, n, k, s, packed);
+}
+void bitmap_4(const uint32_t* v, const uint32_t* b, const int64_t* at, uint32_t* o, int64_t n, int64_t k,
+              int64_t s, bool packed) {
+  bitmap(v, b, at, o, n, k, s, packed);
+}
+}
+"""
+
+
+def random_bits(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> np.ndarray:
+    """Elements of ``size`` bytes, none of them +0.0, among them -0.0 and NaN."""
+    bits = rng.integers(1, 2 ** (8 * size), size=shape, dtype=f"u{size}")
+    flat = bits.reshape(-1)
+    flat[::7] = 1 << (8 * size - 1)
+    flat[3::11] = 2 ** (8 * size - 1) - 1
+    return bits
+
+
+def sparse24_case(n: int, k: int, size: int, multiple: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A 2:4 weight with every legal pair: values [n, K/2], metadata int16 [n, K/16], dense [n, k]."""
+    rng = np.random.default_rng(n * 1000 + k)
+    padded = -(-k // multiple) * multiple
+    dense = np.zeros((n, padded), dtype=f"u{size}")
+    values = np.zeros((n, padded // 2), dtype=f"u{size}")
+    metadata = np.zeros((n, padded // 16), dtype=np.uint16)
+    drawn = random_bits(rng, values.shape, size)
+    pairs = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    for row in range(n):
+        for group in range(padded // 4):
+            first, second = pairs[rng.integers(len(pairs))]
+            for place, column in enumerate((4 * group + first, 4 * group + second)):
+                if column < k:
+                    values[row, 2 * group + place] = dense[row, column] = drawn[row, 2 * group + place]
+            metadata[row, group // 4] |= (first | second << 2) << (4 * (group % 4))
+    return values, metadata.view(np.int16), np.ascontiguousarray(dense[:, :k])
+
+
+def bitmap_case(n: int, k: int, size: int, density: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A bitmap weight: values [stored], bitmaps int64 [tiles, 16], offsets [tiles + 1], dense [n, k]."""
+    rng = np.random.default_rng(n * 1000 + k)
+    dense = random_bits(rng, (n, k), size) * (rng.random((n, k)) < density).astype(f"u{size}")
+    values, words, offsets = [], [], [0]
+    for top in range(0, n, 16):
+        for left in range(0, k, 64):
+            for block in range(16):
+                word = 0
+                for bit in range(64):
+                    row, column = top + 8 * (block % 2) + bit // 8, left + 8 * (block // 2) + bit % 8
+                    if row < n and column < k and dense[row, column] != 0:
+                        word |= 1 << bit
+                        values.append(dense[row, column])
+                words.append(word)
+            offsets.append(len(values))
+    bitmaps = np.array(words, dtype=np.uint64).reshape(-1, 16).view(np.int64)
+    return np.array(values, dtype=f"u{size}"), bitmaps, np.array(offsets, dtype=np.int64), dense
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "harness.cpp").write_text(HARNESS)
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{SOURCES}"]
+    command = [compiler, *flags, str(folder / "harness.cpp"), "-o", str(folder / "harness.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(folder / "harness.so"))
+
+
+class Guarded:
+    """An output [n, k] of foreign elements between two margins that must stay as they are."""
+
+    MARGIN = 64
+
+    def __init__(self, n: int, k: int, size: int) -> None:
+        self.shape = n, k
+        room = np.zeros(n * k + 2 * self.MARGIN + 16, dtype=f"u{size}")
+        start = -room.ctypes.data % 16 // size
+        self.all = room[start : start + n * k + 2 * self.MARGIN]
+        self.all[:] = 0x5A5A
+
+    @property
+    def pointer(self) -> ctypes.c_void_p:
+        return address(self.all[self.MARGIN :])
+
+    @property
+    def result(self) -> np.ndarray:
+        assert (self.all[: self.MARGIN] == 0x5A5A).all(), "wrote before the output"
+        assert (self.all[-self.MARGIN :] == 0x5A5A).all(), "wrote past the output"
+        return self.all[self.MARGIN : -self.MARGIN].reshape(self.shape)
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def integers(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("multiple", [16, 32])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_sparse24_indices_on_the_host(host: ctypes.CDLL, n: int, k: int, multiple: int, size: int) -> None:
+    values, metadata, dense = sparse24_case(n, k, size, multiple)
+    out = Guarded(n, k, size)
+    call = getattr(host, f"sparse24_{size}")
+    packed = ctypes.c_bool(k * size % 16 == 0)
+    call(address(values), address(metadata), out.pointer, *integers(n, k, 2 * values.shape[1]), packed)
+    np.testing.assert_array_equal(out.result, dense)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_bitmap_indices_on_the_host(host: ctypes.CDLL, n: int, k: int, density: float, size: int) -> None:
+    values, bitmaps, offsets, dense = bitmap_case(n, k, size, density)
+    out = Guarded(n, k, size)
+    call = getattr(host, f"bitmap_{size}")
+    packed = ctypes.c_bool(k * size % 16 == 0)
+    call(address(values), address(bitmaps), address(offsets), out.pointer, *integers(n, k, len(values)), packed)
+    np.testing.assert_array_equal(out.result, dense)
+
+
+@pytest.mark.parametrize("damage", [-(2**40), -1, 10**6, 2**62])
+def test_bitmap_offsets_that_point_elsewhere_are_not_followed(host: ctypes.CDLL, damage: int) -> None:
+    values, bitmaps, offsets, dense = bitmap_case(40, 136, 2, 0.5)
+    offsets = offsets.copy()
+    offsets[4] = damage
+    out = Guarded(40, 136, 2)
+    sizes = integers(40, 136, len(values))
+    host.bitmap_2(address(values), address(bitmaps), address(offsets), out.pointer, *sizes, ctypes.c_bool(True))
+    expected = dense.copy()
+    expected[16:32, 64:128] = 0  # tile 4 of three a row
+    np.testing.assert_array_equal(out.result, expected)
+
+
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    if found is None:
+        pytest.skip("no nvcc")
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """For each op, the object file and what ptxas said, for sm_80 and sm_90, warnings being errors."""
+    compiler = nvcc()
+    folder = tmp_path_factory.mktemp("nvcc")
+    include = Path(torch.__file__).parent / "include"
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-isystem",
+        str(include),
+    ]
+    flags += ["-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,-Werror"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+    flags += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in (80, 90)]
+    built = {}
+    for op in OPS:
+        command = [compiler, *flags, "-c", str(SOURCES / f"{op}.cu"), "-o", str(folder / f"{op}.o")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        built[op] = folder / f"{op}.o", done.stdout + done.stderr
+    return built
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_warnings_and_spills(objects: dict[str, tuple[Path, str]], op: str) -> None:
+    _, report = objects[op]
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    assert sorted(target for _, target, *_ in kernels) == ["80", "80", "90", "90"], report
+    for name, target, stack, stores, loads, registers in kernels:
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on sm_{target}"
+        assert int(registers) <= 80, f"{name} holds {registers} registers on sm_{target}"
+
+
+def test_needs_nothing_of_torch_but_the_stable_interface(objects: dict[str, tuple[Path, str]]) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    for path, _ in objects.values():
+        symbols = subprocess.run(["nm", "-u", str(path)], capture_output=True, text=True, check=True).stdout.split()
+        wanted = {symbol for symbol in symbols if re.search("torch|aten|c10", symbol, re.IGNORECASE)}
+        assert "aoti_torch_get_current_cuda_stream" in wanted
+        assert not {symbol for symbol in wanted if not re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", symbol)}
+
+
+DTYPES = {"bfloat16": (torch.bfloat16, 2), "float16": (torch.float16, 2), "float32": (torch.float32, 4)}
+
+
+def on_gpu(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Copies the array; unsigned elements become ``dtype`` with the same bits."""
+    signed = array.view(array.dtype.str.replace("u", "i"))
+    tensor = torch.from_numpy(signed).cuda()
+    return tensor if dtype is None else tensor.view(dtype)
+
+
+def bits_of(tensor: torch.Tensor, size: int) -> np.ndarray:
+    return tensor.view({2: torch.int16, 4: torch.int32}[size]).cpu().numpy().view(f"u{size}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (70, 2048)])
+def test_decompress_on_the_gpu(n: int, k: int, dtype: str) -> None:
+    import pyfast  # noqa: F401
+
+    element, size = DTYPES[dtype]
+    values, metadata, dense = sparse24_case(n, k, size, 32)
+    out = torch.ops.pyfast.sparse24_decompress(on_gpu(values, element), on_gpu(metadata), n, k)
+    np.testing.assert_array_equal(bits_of(out, size), dense)
+    for density in (0.0, 0.5, 1.0):
+        values, bitmaps, offsets, dense = bitmap_case(n, k, size, density)
+        out = torch.ops.pyfast.bitmap_decompress(on_gpu(values, element), on_gpu(bitmaps), on_gpu(offsets), n, k)
+        np.testing.assert_array_equal(bits_of(out, size), dense)
