@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sysconfig
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, include_paths, library_paths
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"  # 2.11
@@ -64,14 +65,22 @@ def cpu_extensions() -> list[Extension]:
     ]
 
 
+def find_cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or the one whose nvcc is on the PATH, or /usr/local/cuda."""
+    on_path = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
+    return next((Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+
+
 def cuda_extensions() -> list[Extension]:
     wanted = os.environ.get("PYFAST_CUDA")
     if wanted not in (None, "0", "1"):
         raise SystemExit(f"PYFAST_CUDA: got {wanted!r}, accepted: 0 or 1")
-    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
-    if wanted == "1" and not nvcc:
-        raise SystemExit("PYFAST_CUDA=1, but there is no nvcc: set CUDA_HOME")
-    if wanted == "0" or not nvcc or (wanted is None and torch.version.cuda is None):
+    if wanted == "0" or (wanted is None and torch.version.cuda is None):
+        return []
+    if find_cuda_home() is None:
+        if wanted == "1":
+            raise SystemExit("PYFAST_CUDA=1, but there is no nvcc: set CUDA_HOME or put it on the PATH")
         return []
     files = ["csrc/cuda/module.cpp", *sources("csrc/cuda/*.cu")]
     headers = sources("csrc/cuda/*.cuh", "csrc/cuda/*.h")
@@ -106,10 +115,11 @@ class BuildNative(BuildExtension):
                 self.build_cuda(extension)
 
     def build_cuda(self, extension: Extension) -> None:
+        home = find_cuda_home()
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        cuda_include, python_include = f"{CUDA_HOME}/include", sysconfig.get_paths()["include"]
+        cuda_include, python_include = f"{home}/include", sysconfig.get_paths()["include"]
         isystem = [f"-isystem{path}" for path in (*include_paths(), cuda_include, python_include)]
         macros = ["-DUSE_CUDA", *(f"-D{name}={value}" for name, value in ABI3_MACROS)]
         macros += [f'-DPYFAST_VERSION="{VERSION}"', f'-DPYFAST_CUDA_ARCHS="{archs}"']
@@ -119,7 +129,7 @@ class BuildNative(BuildExtension):
             target = str(folder / (Path(source).stem + ".o"))
             objects.append(target)
             if source.endswith(".cu"):
-                command = [f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", *macros, *isystem, *gencode_flags(archs)]
+                command = [f"{home}/bin/nvcc", "-std=c++20", "-O3", *macros, *isystem, *gencode_flags(archs)]
                 command += ["-Werror=all-warnings", f"-Xcompiler={host_flags}"]
             else:
                 command = ["g++", "-std=c++20", "-O3", *macros, *isystem, *host_flags.split(",")]
@@ -138,7 +148,7 @@ class BuildNative(BuildExtension):
             "-lpthread",
             "-ldl",
         ]
-        search = [f"-L{path}" for path in (*library_paths(), f"{CUDA_HOME}/lib64")]
+        search = [f"-L{path}" for path in (*library_paths(), f"{home}/lib64")]
         self.spawn(["g++", "-shared", *objects, "-o", output, *search, *libraries])
 
 

@@ -1,0 +1,180 @@
+"""The generated parts of the README: ``python -m pyfast.bench.readme README.md RESULTS.json [MORE.json]``.
+
+Rewrites what stands between ``<!-- results:begin -->`` and ``<!-- results:end -->`` (figures, from the JSON
+files, each file with its device named) and between ``<!-- backends:begin -->`` and ``<!-- backends:end
+-->`` (which backend serves which op). With ``--check`` nothing is written, and the exit code is 1 where the
+file differs from what would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pyfast.bench import runner, tables
+from pyfast.bench.breakeven import break_even_text, speedup_points
+from pyfast.bench.schema import Report, Result
+
+_TOKENS = (1, 16, 128)
+
+
+def update(text: str, reports: Sequence[Report], ops: Iterable[tuple[str, str]]) -> str:
+    """The README's text with both blocks made anew. ``ops`` are pairs of op and backend in priority order.
+    Raises ValueError where a marker is missing, doubled or out of order."""
+    text = replace_block(text, "results", "\n\n".join(results(report) for report in reports))
+    return replace_block(text, "backends", backends(ops))
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """The text with ``content`` between the markers of a block."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README: one {begin} and after it one {end} were expected")
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def results(report: Report) -> str:
+    """Markdown of one report: a paragraph on the device, then a table a suite, then the bars."""
+    e = report.environment
+    about = f"**{e.get('device')}**: {e.get('threads')} threads, torch {e.get('torch')}"
+    about += f", kernels {e['isa']}" if e.get("isa") else ""
+    if "copy_gbps" in e:
+        about += f"; copies at {e['copy_gbps']:.0f} GB/s, dense float32 at {e['dense_gflops']:.0f} GFLOP/s"
+    about += f" (commit {e['commit']})." if e.get("commit") else "."
+    parts = [about]
+    parts += [part for part in (_losses(report), _sparse(report)) if part]
+    parts += [_others(report, suite) for suite in ("layers", "model") if report.select(suite=suite)]
+    parts += [_bars(report)] if report.bars else []
+    return "\n\n".join(parts)
+
+
+def backends(ops: Iterable[tuple[str, str]]) -> str:
+    """A table of ops by backends; a cell holds the place in the priority order."""
+    order: dict[str, list[str]] = {}
+    for op, backend in ops:
+        order.setdefault(op, []).append(backend)
+    names = list(dict.fromkeys(name for row in order.values() for name in row))
+    rows = [[f"`{op}`", *(str(row.index(n) + 1) if n in row else "-" for n in names)] for op, row in order.items()]
+    return markdown(["op", *names], rows)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _losses(report: Report) -> str:
+    rows = []
+    for r in report.select(suite="losses"):
+        memory = r.metrics.get("extra_bytes")
+        rows.append(
+            [
+                f"{r.case}, {'x'.join(map(str, r.shape))} {r.dtype}",
+                r.impl,
+                f"{r.ms:.3g}",
+                tables.percent(r.of_floor),
+                tables.speedup_text(r, None),
+                "-" if memory is None else f"{memory / 1e6:.0f} MB",
+            ]
+        )
+    header = [
+        "forward KL, T = 4",
+        "implementation",
+        "ms",
+        "of floor",
+        "against eager",
+        "memory beyond the gradient",
+    ]
+    return markdown(header, rows) if rows else ""
+
+
+def _sparse(report: Report) -> str:
+    found = [r for r in report.select(suite="sparse", op="sparse_linear") if r.format != "dense"]
+    tokens = [t for t in _TOKENS if any(r.tokens == t for r in found)]
+    rows = []
+    for shape in tables.sparse_shapes(found):
+        size = "x".join(map(str, shape))
+        here = [r for r in found if r.shape == shape]
+        for line in dict.fromkeys((r.impl, tables.format_text(r), r.dtype) for r in here):
+            cells: dict[int, Result] = {r.tokens: r for r in here if (r.impl, tables.format_text(r), r.dtype) == line}
+            speedups = [f"{cells[t].speedup:.2f}x" if t in cells and cells[t].speedup else "-" for t in tokens]
+            name = line[1] if line[0] == "pyfast" else f"{line[1]} ({line[0]})"
+            rows.append([f"{size} {line[2]}", name, *speedups])
+        for dtype in dict.fromkeys(r.dtype for r in here):
+            points = [speedup_points(here, shape=shape, tokens=t, dtype=dtype) for t in tokens]
+            if any(len(p) > 1 for p in points):
+                rows.append([f"{size} {dtype}", "bitmap pays from", *map(break_even_text, points)])
+    if not rows:
+        return ""
+    table = markdown(["weight", "format", *(f"{t} token{'s' if t > 1 else ''}" for t in tokens)], rows)
+    return f"Speedup over the fastest dense linear of any library and dtype, cold weights:\n\n{table}"
+
+
+def _others(report: Report, suite: str) -> str:
+    shown = report.select(suite=suite)
+    metrics = [name for name in tables.metric_names(shown) if any(name in r.metrics for r in shown)][:4]
+    rows = [
+        [
+            f"{r.case} {r.op}",
+            r.impl,
+            tables.format_text(r),
+            r.dtype,
+            f"{r.ms:.3g}",
+            tables.speedup_text(r, None),
+            *(tables.figure(m, r.metrics[m]) if m in r.metrics else "-" for m in metrics),
+        ]
+        for r in shown
+    ]
+    notes = "; ".join(dict.fromkeys(r.note for r in shown if r.note))
+    header = [
+        suite,
+        "implementation",
+        "format",
+        "dtype",
+        "ms",
+        "speedup",
+        *(m.replace("_", " ") for m in metrics),
+    ]
+    return markdown(header, rows) + (f"\n\n({notes})" if notes else "")
+
+
+def _bars(report: Report) -> str:
+    words = {True: "yes", False: "no", None: "not decided"}
+    rows = [[b.name, tables.required_text(b), tables.measured_text(b), words[b.met]] for b in report.bars]
+    return markdown(["bar", "required", "measured", "met"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pyfast.bench.readme", description=__doc__.split("\n")[0])
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files written by pyfast bench")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file differs")
+    given = parser.parse_args(arguments)
+    from pyfast import backends as served
+
+    try:
+        before = given.readme.read_text(encoding="utf-8")
+        reports = [runner.read(path) for path in given.results]
+        after = update(before, reports, [(row.op, row.backend) for row in served.op_table()])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if before == after:
+        return 0
+    if given.check:
+        lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "present", "generated", lineterm="")
+        print("\n".join(lines), file=sys.stderr)
+        return 1
+    given.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""Suite ``sparse``: sparse weights beside the best dense linear, and the rate of conversion.
+
+The task is ``x @ W.T`` with x ``[tokens, K]`` and W ``[N, K]``. Weights are cold: each implementation
+rotates over copies of its weight until they exceed four times the last-level cache. All implementations of
+a shape and number of tokens are timed in turn, dense ones of every dtype among them; the fastest dense one
+is the baseline of them all. The floor is the time to read the weight (as that format stores it) and x and
+to write y, at the bandwidth of reading.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from pyfast.bench import bars, baselines, hardware
+from pyfast.bench.cases import DTYPES, keep_runnable, relative_error, time_case
+from pyfast.bench.floors import Floors, floor_ms
+from pyfast.bench.options import Options
+from pyfast.bench.progress import Progress
+from pyfast.bench.schema import Bar, Result
+from pyfast.bench.timing import Rotating, cold
+
+CONVERSION_SHAPE = (4096, 4096)
+ROWS_CHECKED = 256
+_PATTERNS_2_OF_4 = torch.tensor(
+    [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A sparse weight to time: format "2:4", "bitmap" or "csr" (torch's), sparsity 0 to 1, dtype."""
+
+    format: str
+    sparsity: float
+    dtype: str
+
+    @property
+    def impl(self) -> str:
+        return "torch CSR" if self.format == "csr" else "pyfast"
+
+    @property
+    def name(self) -> str:
+        return f"{self.impl} {self.format} {self.sparsity:.2f} {self.dtype}"
+
+
+def prune(weight: torch.Tensor, format: str, sparsity: float) -> torch.Tensor:
+    """The weight with zeros in the pattern of a format, placed at random: exactly two of each four of a
+    row, or ``sparsity`` of the whole. Of drawn weights it does not matter which ones go."""
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = weight.shape
+    if format == "2:4":
+        pattern = torch.randint(0, 6, (rows, columns // 4), generator=generator)
+        kept = _PATTERNS_2_OF_4[pattern].reshape(rows, columns)
+    else:
+        kept = torch.rand(rows, columns, generator=generator) >= sparsity
+    return torch.where(kept, weight, 0.0)  # a product with the mask would leave -0.0, which formats keep
+
+
+def build(dense: torch.Tensor, format: str) -> Any:
+    """The container of a format over a pruned weight."""
+    if format == "csr":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch says at every first use that CSR is a beta
+            csr = dense.to_sparse_csr()
+            # MKL takes 32-bit indices; torch would otherwise convert them at every call.
+            indices = csr.crow_indices().int(), csr.col_indices().int()
+            return torch.sparse_csr_tensor(*indices, csr.values(), csr.shape, check_invariants=True)
+    import pyfast
+
+    kinds: dict[str, Any] = {"2:4": pyfast.Sparse24Weight, "bitmap": pyfast.BitmapWeight}
+    return kinds[format].from_dense(dense)
+
+
+def weight_bytes(weight: Any) -> int:
+    """Bytes of a weight as its format stores it."""
+    if isinstance(weight, torch.Tensor) and weight.layout is torch.sparse_csr:
+        return weight.crow_indices().nbytes + weight.col_indices().nbytes + weight.values().nbytes
+    return int(weight.nbytes)
+
+
+@dataclass
+class Sparse:
+    """A variant, built: copies in rotation, bytes of one copy, non-zeros, and the first rows of the pruned
+    weight to check results with."""
+
+    variant: Variant
+    ring: Rotating[Any]
+    nbytes: int
+    nonzeros: int
+    first_rows: torch.Tensor
+
+    def linear(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        ring = self.ring
+        if self.variant.format == "csr":
+            return lambda x: (ring() @ x.T).T
+        import pyfast
+
+        return lambda x: pyfast.sparse_linear(x, ring())
+
+
+@dataclass
+class Weights:
+    """Every weight of one shape, shared by the cases of that shape."""
+
+    dense: torch.Tensor
+    sparse: dict[str, Sparse]
+    llc_bytes: int
+    note: str
+
+
+@lru_cache(maxsize=1)
+def _weights(shape: tuple[int, int], variants: tuple[Variant, ...], device: str, seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(*shape, generator=generator)
+    llc_bytes, note = _affordable_cache(len(variants) + 5) if device == "cpu" else (0, "")
+    built = {}
+    for v in variants:
+        pruned = prune(dense, v.format, v.sparsity).to(device, DTYPES[v.dtype])
+        weight = build(pruned, v.format)
+        nbytes = weight_bytes(weight)
+        ring = cold(_copier(weight), nbytes, llc_bytes)
+        built[v.name] = Sparse(v, ring, nbytes, int(torch.count_nonzero(pruned)), pruned[:ROWS_CHECKED].clone())
+    return Weights(dense.to(device), built, llc_bytes, note)
+
+
+def _copier(weight: Any) -> Callable[[], Any]:
+    if isinstance(weight, torch.Tensor):
+        return weight.clone
+    return lambda: copy.deepcopy(weight)
+
+
+def _affordable_cache(implementations: int) -> tuple[int, str]:
+    """The last-level cache to exceed four times, cut down where the copies would take half of the memory."""
+    llc_bytes = hardware.last_level_cache_bytes()
+    affordable = hardware.available_memory_bytes() // 2 // implementations // 5
+    if llc_bytes <= affordable:
+        return llc_bytes, ""
+    return affordable, "weights only partly cold: too little memory for more copies"
+
+
+@dataclass
+class SparseCase:
+    """One shape (N, K) and number of tokens, with the sparse variants to time beside the dense baselines."""
+
+    shape: tuple[int, int]
+    tokens: int
+    variants: tuple[Variant, ...]
+    device: str = "cpu"
+    seed: int = 0
+    say: Callable[[str], None] = field(default=lambda text: None, repr=False)
+
+    @property
+    def id(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}-{self.tokens}"
+
+    @property
+    def names(self) -> list[str]:
+        return [b.name for b in self.baselines] + [v.name for v in self.variants]
+
+    @property
+    def baselines(self) -> tuple[baselines.Baseline, ...]:
+        return baselines.available(self.device)
+
+    def weights(self) -> Weights:
+        """The weights of this case's shape; cases of one shape that follow each other share them."""
+        return _weights(self.shape, self.variants, self.device, self.seed)
+
+    def x(self) -> torch.Tensor:
+        """The input ``[tokens, K]``, float32."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn(self.tokens, self.shape[1], generator=generator).to(self.device)
+
+    def implementations(self) -> dict[str, Callable[[], object]]:
+        """By name; each gives y ``[tokens, N]``."""
+        weights = self.weights()
+        x = {name: self.x().to(dtype) for name, dtype in DTYPES.items()}
+        impls: dict[str, Callable[[], object]] = {}
+        for baseline in self.baselines:
+            dtype = str(baseline.dtype).removeprefix("torch.")
+            linear = baseline.cold(weights.dense.to(baseline.dtype), self.tokens, weights.llc_bytes)
+            impls[baseline.name] = _bind(linear, x[dtype])
+        for name, sparse in weights.sparse.items():
+            impls[name] = _bind(sparse.linear(), x[sparse.variant.dtype])
+        return keep_runnable(impls, lambda name: name.startswith("pyfast"), self.say)
+
+    def flops(self, nonzeros: int) -> int:
+        return 2 * nonzeros * self.tokens
+
+    def bytes(self, weight_bytes: int, dtype: str) -> int:
+        return weight_bytes + self.tokens * sum(self.shape) * DTYPES[dtype].itemsize
+
+
+def _bind(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], object]:
+    return lambda: linear(x)
+
+
+@dataclass
+class ConversionCase:
+    """From a dense float32 weight to one format, or back."""
+
+    op: str
+    format: str
+    shape: tuple[int, int] = CONVERSION_SHAPE
+    device: str = "cpu"
+    seed: int = 0
+    tokens: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.shape[0]}x{self.shape[1]}-{self.format}"
+
+    @property
+    def names(self) -> list[str]:
+        return ["pyfast"]
+
+    def implementations(self) -> dict[str, Callable[[], object]]:
+        dense = prune(torch.randn(self.shape, generator=torch.Generator().manual_seed(self.seed)), self.format, 0.5)
+        dense = dense.to(self.device)
+        weight = build(dense, self.format)
+        self.weight_bytes = weight_bytes(weight)
+        self.error = relative_error(weight.to_dense(), dense.double())
+        if self.op == "to_dense":
+            return {"pyfast": weight.to_dense}
+        return {"pyfast": lambda: build(dense, self.format)}
+
+
+def cases(options: Options) -> list[SparseCase]:
+    """The cases of a run: a square layer, the two shapes of Qwen2.5-0.5B's MLP and, unless quick,
+    Llama-3.1-8B's."""
+    f32, bf16 = "float32", "bfloat16"
+    two_four = [Variant("2:4", 0.5, f32), Variant("2:4", 0.5, bf16)]
+    few = [*two_four, *(Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9)), Variant("bitmap", 0.8, bf16)]
+    all_sparsities = [Variant("bitmap", s, d) for d in (f32, bf16) for s in (0.5, 0.7, 0.8, 0.9, 0.95)]
+    csr = [Variant("csr", s, f32) for s in (0.8, 0.95)]
+    tokens = (1, 16, 128)
+    plan: list[tuple[tuple[int, int], list[Variant], tuple[int, ...]]]
+    if options.quick:
+        plan = [((4864, 896), few, (1, 16)), ((896, 4864), few, (1,))]
+    else:
+        plan = [
+            ((4096, 4096), [*two_four, *all_sparsities, *csr], tokens),
+            ((4864, 896), [*two_four, *all_sparsities], tokens),
+            ((896, 4864), few, tokens),
+            ((14336, 4096), few, tokens),
+        ]
+    return [
+        SparseCase(shape, count, tuple(variants), options.device, options.seed)
+        for shape, variants, counts in plan
+        for count in counts
+    ]
+
+
+def conversions(options: Options) -> list[ConversionCase]:
+    """The conversions of a run."""
+    shape = (1024, 1024) if options.quick else CONVERSION_SHAPE
+    return [
+        ConversionCase(op, format, shape, options.device, options.seed)
+        for format in ("2:4", "bitmap")
+        for op in ("from_dense", "to_dense")
+    ]
+
+
+def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Result], list[Bar]]:
+    """Measure every case. ``speedup`` is against the best dense of any kind and dtype of the same case;
+    the metrics hold "speedup_same_dtype" and "weight_bytes"."""
+    results: list[Result] = []
+    todo, more = cases(options), conversions(options)
+    with progress.step("sparse", total=len(todo) + len(more)):
+        for case in todo:
+            case.say = progress.say
+            with progress.step(case.id):
+                results += _measure(case, options, floors)
+            progress.advance()
+        _weights.cache_clear()
+        for conversion in more:
+            with progress.step(conversion.id):
+                results.append(_measure_conversion(conversion, options, floors))
+            progress.advance()
+    return results, bars.sparse(results, options)
+
+
+def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]:
+    impls = case.implementations()
+    budget_s = options.budget(2.5 if case.tokens < 128 else 4.0)
+    timings = time_case(impls, budget_s=budget_s, device=case.device, min_rounds=3 if case.tokens >= 128 else 5)
+    weights = case.weights()
+    dense = {b.name: b for b in case.baselines if b.name in timings}
+    best_name, best = baselines.best(timings, list(dense))
+    best_of = {
+        dtype: baselines.best(timings, names)[1].ms
+        for dtype in ("float32", "bfloat16")
+        if (names := [name for name, b in dense.items() if b.dtype is DTYPES[dtype]])
+    }
+    common: dict[str, Any] = {
+        "suite": "sparse",
+        "op": "sparse_linear",
+        "case": f"{case.shape[0]}x{case.shape[1]}",
+        "shape": list(case.shape),
+        "tokens": case.tokens,
+        "baseline": best_name,
+        "baseline_ms": best.ms,
+    }
+    results = []
+    for name, timing in timings.items():
+        sparse = weights.sparse.get(name)
+        dtype = sparse.variant.dtype if sparse else str(dense[name].dtype).removeprefix("torch.")
+        stored = sparse.nbytes if sparse else weights.dense.numel() * DTYPES[dtype].itemsize
+        nbytes = case.bytes(stored, dtype)
+        flops = case.flops(sparse.nonzeros if sparse else weights.dense.numel())
+        metrics = {"weight_bytes": float(stored)}
+        if dtype in best_of:
+            metrics["speedup_same_dtype"] = best_of[dtype] / timing.ms
+        rows = sparse.first_rows if sparse else weights.dense[:ROWS_CHECKED].to(DTYPES[dtype])
+        results.append(
+            Result.timed(
+                timing,
+                format=sparse.variant.format if sparse else "dense",
+                sparsity=sparse.variant.sparsity if sparse else 0.0,
+                dtype=dtype,
+                impl=sparse.variant.impl if sparse else dense[name].impl,
+                bytes=nbytes,
+                flops=flops,
+                floor_ms=floor_ms(nbytes, flops, floors, by="read", dtype=dtype),
+                error=_error(case.x().to(DTYPES[dtype]), rows, impls[name]()),
+                metrics=metrics,
+                note=weights.note,
+                **common,
+            )
+        )
+    return results
+
+
+def _error(x: torch.Tensor, weight: torch.Tensor, y: object) -> float | None:
+    """Relative error of the first token's outputs for the first rows of the weight, against float64."""
+    if not isinstance(y, torch.Tensor):
+        raise TypeError(f"y: a tensor was expected, got {type(y).__name__}")
+    truth = x[0].double() @ weight.double().T
+    return relative_error(y[0, : weight.shape[0]], truth)
+
+
+def _measure_conversion(case: ConversionCase, options: Options, floors: Floors) -> Result:
+    impls = keep_runnable(case.implementations(), lambda name: True, lambda text: None)
+    timing = time_case(impls, budget_s=options.budget(1.0), device=case.device)["pyfast"]
+    weights = case.shape[0] * case.shape[1]
+    nbytes = 4 * weights + case.weight_bytes
+    return Result.timed(
+        timing,
+        suite="sparse",
+        op=case.op,
+        case=f"{case.shape[0]}x{case.shape[1]}",
+        shape=list(case.shape),
+        tokens=0,
+        format=case.format,
+        sparsity=0.5,
+        dtype="float32",
+        impl="pyfast",
+        bytes=nbytes,
+        flops=0,
+        floor_ms=floor_ms(nbytes, 0, floors, by="copy"),
+        error=case.error,
+        metrics={"mweights_per_s": weights / timing.ms / 1e3, "weight_bytes": float(case.weight_bytes)},
+    )

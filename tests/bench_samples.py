@@ -1,0 +1,52 @@
+"""Made-up results for the tests of the benchmark."""
+
+from __future__ import annotations
+
+from pyfast.bench.floors import Floors
+from pyfast.bench.schema import Bar, Report, Result
+from pyfast.bench.timing import Timing
+
+FLOORS = Floors(copy_gbps=20.0, read_gbps=10.0, dense_gflops=200.0, dense_bf16_gflops=400.0)
+
+
+def result(ms: float = 2.0, *, spread: float = 0.5, floor_ms: float | None = None, **fields) -> Result:
+    defaults = {
+        "suite": "sparse",
+        "op": "sparse_linear",
+        "case": "4096x4096",
+        "shape": [4096, 4096],
+        "tokens": 1,
+        "format": "bitmap",
+        "sparsity": 0.5,
+        "dtype": "float32",
+        "impl": "pyfast",
+    }
+    return Result.timed(Timing(ms, ms - spread, ms + spread, 9), floor_ms=floor_ms, **{**defaults, **fields})
+
+
+def report() -> Report:
+    dense = result(4.0, impl="onednn-prepacked", format="dense", sparsity=0.0, baseline_ms=4.0)
+    points = [(0.5, 5.0), (0.7, 3.2), (0.9, 1.0)]
+    rows = [result(ms, sparsity=s, baseline="onednn-prepacked float32", baseline_ms=4.0) for s, ms in points]
+    loss = result(
+        10.0,
+        suite="losses",
+        op="distill_kl",
+        case="loss+gradient",
+        shape=[512, 32000],
+        tokens=512,
+        format="none",
+        sparsity=0.0,
+        impl="pyfast[avx2]",
+        floor_ms=5.0,
+        baseline_ms=100.0,
+        metrics={"extra_bytes": 0.0},
+        note="a note",
+    )
+    found = [Bar.judge("fast", 1.5, 2.0), Bar.judge("lean", 0.05, 0.2, unit="of the logits", at_most=True)]
+    return Report({"device": "Some CPU", "threads": 2, "isa": "avx512", "torch": "2.11"}, [dense, *rows, loss], found)
+
+
+def loss_result(impl: str, ms: float, shape: list[int], **fields) -> Result:
+    kind = {"suite": "losses", "op": "distill_kl", "case": "loss+gradient", "format": "none", "sparsity": 0.0}
+    return result(ms, **kind, shape=shape, tokens=shape[0], impl=impl, **fields)

