@@ -69,7 +69,9 @@ def find_cuda_home() -> Path | None:
     """The CUDA toolkit: CUDA_HOME, or the one whose nvcc is on the PATH, or /usr/local/cuda."""
     on_path = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
-    return next((Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()), None)
+    needed = ("bin/nvcc", "include/cuda_runtime_api.h")
+    homes = [Path(candidate) for candidate in candidates if candidate]
+    return next((home for home in homes if all((home / path).exists() for path in needed)), None)
 
 
 def cuda_extensions() -> list[Extension]:

@@ -118,7 +118,7 @@ const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   if (isa == pyfast::Isa::avx512)
     return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Narrow;
 #endif
-  return pyfast::bitmap_linear_table(isa);
+  return pyfast::bitmap_linear_table(isa, 1.0);
 }
 
 py::array bitmap_linear(const Array<float>& x, const py::array& values, const Array<uint64_t>& bitmaps,
@@ -154,8 +154,8 @@ py::array bitmap_linear(const Array<float>& x, const py::array& values, const Ar
 PYBIND11_MODULE(_host, m) {
   m.doc() = "CPU kernels of pyfast for NumPy arrays; every variant by name, single-threaded, no torch.";
   m.def("variants", &variants, "Names of the variants that this processor can run.");
-  m.def("prefers_narrow_expand", &pyfast::prefers_narrow_expand,
-        "Whether bitmap_linear uses avx512_narrow here where the ISA is avx512.");
+  m.def("has_slow_expand", &pyfast::has_slow_expand,
+        "Whether bitmap_linear uses avx512_narrow here below a quarter of the elements.");
   m.def("distill_kl", &distill_kl, py::arg("student"), py::arg("teacher"), py::arg("temperature") = 1.0,
         py::arg("teacher_temperature") = py::none(), py::arg("variant") = "serial", py::arg("grad") = true,
         "Forward KL of each row and its gradient: (float32 [rows], [rows, V] or [0, 0]).");

@@ -6,9 +6,16 @@
 #include <stdexcept>
 
 #include "cpu/isa.h"
+#include "cpu/reuse.h"
 
 #ifndef PYFAST_VERSION
 #define PYFAST_VERSION "unknown"
+#endif
+
+#if defined(__clang__)
+#define PYFAST_COMPILER __VERSION__
+#else
+#define PYFAST_COMPILER "GCC " __VERSION__
 #endif
 
 namespace {
@@ -60,15 +67,18 @@ PyObject* build_info(PyObject*, PyObject*) {
 #else
   constexpr const char* built = "serial";
 #endif
-  return Py_BuildValue("{s:s,s:s,s:s,s:s}", "compiler", __VERSION__, "isas", built, "version", PYFAST_VERSION,
+  return Py_BuildValue("{s:s,s:s,s:s,s:s}", "compiler", PYFAST_COMPILER, "isas", built, "version", PYFAST_VERSION,
                        "torch_target", "2.11");
 }
+
+PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfast::release_memory()); }
 
 PyMethodDef methods[] = {
     {"active_isa", active_isa, METH_NOARGS, "Name of the ISA in use."},
     {"set_active_isa", set_active_isa, METH_O, "Use this ISA from now on, in the whole process."},
     {"supported_isas", supported_isas, METH_NOARGS, "Names of the built ISAs that this processor runs."},
     {"build_info", build_info, METH_NOARGS, "Compiler, ISAs built, version, torch ABI target."},
+    {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -125,6 +125,12 @@ def build_info() -> dict[str, str]:
     return info
 
 
+def release_memory() -> int:
+    """Gives back the memory of the last large gradient, which is kept for the next call (one block, at most of the
+    size of the logits; docs/kernels.md says why). Returns its bytes."""
+    return 0 if _native.CPU is None else _native.CPU.release_memory()
+
+
 def op_table() -> list[OpRow]:
     """Every op with its backends in priority order; the native one split by ISA, with the reason for each refusal."""
     rows = []

@@ -73,29 +73,30 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense) {
 
 }  // namespace
 
-Tensor bitmap_decompress_rows(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k,
-                              int64_t begin, int64_t end) {
+void bitmap_decompress_rows(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n,
+                            Tensor& dense, int64_t begin) {
+  const int64_t rows = dense.size(0), k = dense.size(1);
   check_bitmap(bitmaps, offsets, n, k);
-  const BitmapConvertArgs args = convert_args(n, k, k);
+  const BitmapConvertArgs args = convert_args(begin + rows, k, k);
   const auto* bits = reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>());
   const int64_t* at = offsets.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous() && values.size(0) == at[offsets.size(0) - 1],
                   "values: must be contiguous, with as many elements as the last offset says");
-  Tensor dense = torch::stable::new_empty(values, {end - begin, k});
-  advise_huge_pages(dense);
   const int64_t first = begin / kTileRows;
-  for_tile_rows(values, "values", tile_rows(end) - first, [&](auto unit, int64_t from, int64_t to) {
+  for_tile_rows(values, "values", tile_rows(begin + rows) - first, [&](auto unit, int64_t from, int64_t to) {
     using U = decltype(unit);
     bitmap_scatter(args, static_cast<const U*>(values.const_data_ptr()), bits, at,
                    static_cast<U*>(dense.mutable_data_ptr()) + from * kTileRows * k, first + from, first + to);
   });
-  return dense;
 }
 
 namespace {
 
 Tensor decompress(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k) {
-  return bitmap_decompress_rows(values, bitmaps, offsets, n, k, 0, n);
+  Tensor dense = torch::stable::new_empty(values, {n, k});
+  advise_huge_pages(dense);
+  bitmap_decompress_rows(values, bitmaps, offsets, n, dense, 0);
+  return dense;
 }
 
 }  // namespace

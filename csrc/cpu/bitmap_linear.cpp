@@ -6,9 +6,6 @@
 namespace pyfast {
 namespace {
 
-// Above this many tokens the strip kernels lose to decompressing a panel and calling the dense library.
-constexpr int64_t kFewTokens = 9;
-
 Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmaps, const Tensor& offsets,
                      const std::optional<Tensor>& bias, int64_t n) {
   check_linear(x, values, n, bias);
@@ -21,9 +18,11 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
                       offsets.size(0) == tiles * tile_rows + 1,
                   "offsets: must be contiguous int64 [tiles + 1]");
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values: must be contiguous and flat");
-  if (tokens > kFewTokens)
-    return linear_by_panels(x, n, bias, [&](int64_t begin, int64_t end) {
-      return bitmap_decompress_rows(values, bitmaps, offsets, n, k, begin, end);
+  const double density = static_cast<double>(values.size(0)) / static_cast<double>(std::max<int64_t>(1, n * k));
+  const BitmapLinearTable& table = bitmap_linear_table(active_isa(), density);
+  if (tokens > table.few_tokens)
+    return linear_by_panels(x, n, bias, [&](Tensor& dense, int64_t begin) {
+      bitmap_decompress_rows(values, bitmaps, offsets, n, dense, begin);
     });
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   if (tokens == 0 || n == 0) return y;
@@ -43,8 +42,7 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   args.y_stride = n;
   args.nnz = values.size(0);
   STD_TORCH_CHECK(args.offsets[tiles * tile_rows] == args.nnz, "values: must have as many elements as offsets say");
-  const BitmapLinearKernel kernel =
-      bitmap_linear_table(active_isa()).linear[static_cast<int>(dtype_of(values, "values"))];
+  const BitmapLinearKernel kernel = table.linear[static_cast<int>(dtype_of(values, "values"))];
   torch::stable::parallel_for(0, tile_rows, 1 + 16384 / (args.k * kTileRows),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;

@@ -44,6 +44,7 @@ using BitmapLinearKernel = void (*)(const BitmapLinearArgs& args, int64_t begin,
 
 struct BitmapLinearTable {
   BitmapLinearKernel linear[kDtypeCount];
+  int64_t few_tokens;  // above so many, decompressing a panel and calling the dense library is faster (measured)
 };
 
 extern const BitmapLinearTable kBitmapLinearSerial;
@@ -53,6 +54,7 @@ extern const BitmapLinearTable kBitmapLinearAvx512;        // 16 lanes: vexpandp
 extern const BitmapLinearTable kBitmapLinearAvx512Narrow;  // 8 lanes: vpermi2ps by table, where vexpandps is slow
 #endif
 
-const BitmapLinearTable& bitmap_linear_table(Isa isa);
+// The table for an ISA and a weight that stores this share of its elements.
+const BitmapLinearTable& bitmap_linear_table(Isa isa, double density);
 
 }  // namespace pyfast

@@ -24,7 +24,9 @@ inline Vec expand(const T* values, const int32_t* lane) {
 namespace pyfast {
 
 const BitmapLinearTable kBitmapLinearAvx2 = {
-    {bitmap_linear<float, 1, false>, bitmap_linear<bf16, 1, false>, bitmap_linear<f16, 1, false>}};
+    {bitmap_linear<float, 1, false>, bitmap_linear<bf16, 1, false>, bitmap_linear<f16, 1, false>},
+    12,
+};
 
 }  // namespace pyfast
 #endif

@@ -29,6 +29,7 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
         x8[t] = {_mm512_broadcast_f32x8(_mm256_loadu_ps(x + t * a.x_stride + 8 * block))};
 #pragma GCC unroll 8
       for (int pair = 0; pair < kPairs; ++pair) {
+        if (pair % 4 == 0) prefetch_values(w);
         const unsigned mask = (words[2 * block + pair / 4] >> (16 * (pair % 4))) & 0xffff;
         const Vec e = {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(w).v)};
         for (int t = 0; t < tokens; ++t) sum[t][pair] = fma(e, x8[t], sum[t][pair]);
@@ -57,7 +58,10 @@ void bitmap_linear(const BitmapLinearArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const BitmapLinearTable kBitmapLinearAvx512 = {{bitmap_linear<float>, bitmap_linear<bf16>, bitmap_linear<f16>}};
+const BitmapLinearTable kBitmapLinearAvx512 = {
+    {bitmap_linear<float>, bitmap_linear<bf16>, bitmap_linear<f16>},
+    32,
+};
 
 }  // namespace pyfast
 #endif

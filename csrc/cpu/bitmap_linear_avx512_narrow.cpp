@@ -23,7 +23,9 @@ inline Vec expand(const T* values, const int32_t* lane) {
 namespace pyfast {
 
 const BitmapLinearTable kBitmapLinearAvx512Narrow = {
-    {bitmap_linear<float, 3, true>, bitmap_linear<bf16, 3, true>, bitmap_linear<f16, 3, true>}};
+    {bitmap_linear<float, 3, true>, bitmap_linear<bf16, 3, true>, bitmap_linear<f16, 3, true>},
+    32,
+};
 
 }  // namespace pyfast
 #endif

@@ -49,6 +49,7 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token, in
           w += __builtin_popcountll(word);
           continue;
         }
+        prefetch_values(w);
 #pragma GCC unroll 8
         for (int row = 0; row < 8; ++row) {
           const unsigned mask = (word >> (8 * row)) & 0xff;

@@ -31,6 +31,9 @@ void bitmap_linear(const BitmapLinearArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const BitmapLinearTable kBitmapLinearSerial = {{bitmap_linear<float>, bitmap_linear<bf16>, bitmap_linear<f16>}};
+const BitmapLinearTable kBitmapLinearSerial = {
+    {bitmap_linear<float>, bitmap_linear<bf16>, bitmap_linear<f16>},
+    8,
+};
 
 }  // namespace pyfast

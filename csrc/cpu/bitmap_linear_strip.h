@@ -22,6 +22,15 @@ struct TileValues {
   }
 };
 
+// Asks for the values that lie kAhead bytes after w, as many lines as one word of the bitmap takes up at half
+// density. Without it two threads reach 60 % of the read bandwidth: decoding leaves too few loads in flight.
+template <class T>
+inline void prefetch_values(const T* w) {
+  constexpr int kAhead = 2048, kLine = 64;
+  for (int line = 0; line < 32 * static_cast<int>(sizeof(T)) / kLine; ++line)
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + line * kLine, 0, 3);
+}
+
 template <class T>
 void write_output(const BitmapLinearArgs& a, int64_t row, int64_t token, float sum) {
   if (row >= a.n) return;  // a row of padding

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "torch_glue.h"
+#include "reuse.h"
 
 namespace pyfast {
 namespace {
@@ -25,14 +25,13 @@ std::tuple<Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teach
   const Dtype dtype = dtype_of(student, "student");
   const int64_t rows = student.size(0), vocab = student.size(1);
   Tensor value = torch::stable::new_empty(student, {rows}, ScalarType::Float);
-  Tensor grad = torch::stable::new_empty(student, {with_grad ? rows : 0, with_grad ? vocab : 0});
+  Tensor grad = reusable_empty(student, with_grad ? rows : 0, with_grad ? vocab : 0);
   if (rows == 0 || vocab == 0) {
     torch::stable::zero_(value);
     return {value, grad};
   }
   const Tensor s = rows_contiguous(student), t = rows_contiguous(teacher);
   const Tensor scale = torch::stable::contiguous(row_scale);
-  if (with_grad) advise_huge_pages(grad);
   DistillKlArgs args{};
   args.student = s.const_data_ptr();
   args.teacher = t.const_data_ptr();
@@ -45,7 +44,7 @@ std::tuple<Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teach
   args.vocab = vocab;
   args.student_temperature = student_temperature;
   args.teacher_temperature = teacher_temperature;
-  args.stream_grad = with_grad && grad.numel() * static_cast<int64_t>(grad.element_size()) > kStreamBytes;
+  args.stream_grad = with_grad && rows * vocab * static_cast<int64_t>(student.element_size()) > kStreamBytes;
   const DistillKlKernel kernel = distill_kl_table(active_isa()).forward_kl[static_cast<int>(dtype)];
   torch::stable::parallel_for(0, rows, 1 + 16384 / vocab,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -58,10 +57,9 @@ Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "scale: must be float32");
   const Dtype dtype = dtype_of(grad, "grad");
   const int64_t rows = grad.size(0), vocab = grad.size(1);
-  Tensor out = torch::stable::new_empty(grad, {rows, vocab});
+  Tensor out = reusable_empty(grad, rows, vocab);
   if (rows == 0 || vocab == 0) return out;
   const Tensor g = rows_contiguous(grad);
-  advise_huge_pages(out);
   const ScaleRowsArgs args{g.const_data_ptr(),
                            scale.const_data_ptr<float>(),
                            out.mutable_data_ptr(),

@@ -16,6 +16,8 @@
 namespace pyfast {
 namespace {
 
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+
 constexpr int64_t kChunk = 1024;  // words summed in float32 before the sum goes to double
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
@@ -23,16 +25,18 @@ constexpr double kLn2Double = 0.69314718055994530942;
 constexpr float kLowest = -3.40282347e+38f;  // stands in for -inf as a maximum, so that -inf - max is -inf
 constexpr float kNegInf = -__builtin_inff();
 
-// 2^n, relative error below 1.2e-7; 0 at or below n = -126. Degree 5 on [-1/2, 1/2] (minimax).
+// Beyond this |x| the rounding of x itself, |x| 2^-24, would show in s = t e^x: s is then computed on its own.
+constexpr float kFar = 16.0f;
+
+// 2^n, relative error below 2e-7; 0 for -inf and below the normal numbers. Degree 5 on [0, 1] (minimax).
 inline Vec exp2(Vec n) {
-  const Vec k = round_nearest(n);
-  const Vec f = n - k;
-  Vec p = fma(broadcast(0.0013264727f), f, broadcast(0.009671513f));
-  p = fma(p, f, broadcast(0.055507336f));
-  p = fma(p, f, broadcast(0.24022242f));
-  p = fma(p, f, broadcast(0.693147f));
-  p = fma(p, f, broadcast(1.0f));
-  return scale_by_exp2(p, k, n);
+  const Vec f = above_floor(n);
+  Vec p = fma(broadcast(0.0018775767f), f, broadcast(0.00898934f));
+  p = fma(p, f, broadcast(0.055826318f));
+  p = fma(p, f, broadcast(0.24015361f));
+  p = fma(p, f, broadcast(0.6931531f));
+  p = fma(p, f, broadcast(0.99999994f));
+  return scale_by_floor(p, n);
 }
 
 struct ExpParts {
@@ -40,62 +44,74 @@ struct ExpParts {
   Vec expm1_x;  // e^x - 1 - x
 };
 
-// Both parts keep their relative accuracy down to x = 0: there k = 0 and the polynomial gives e^f - 1 - f itself.
+// For |x| <= kFar. With x = k ln 2 + f, q = e^f - 1 - f and c = 2^k,
+//   e^x - 1 - x = c q + (c f + (c - 1 - x)),
+// which is q itself where k = 0: c f - x is then exactly 0. So both parts keep their relative accuracy down to x = 0.
 inline ExpParts exp_parts(Vec x) {
-  const Vec n = x * broadcast(kLog2e);
-  const Vec k = round_nearest(n);
+  const Vec k = round_nearest(x * broadcast(kLog2e));
   const Vec f = fnma(k, broadcast(kLn2), x);
-  Vec q = fma(broadcast(0.0013901287f), f, broadcast(0.008363146f));
-  q = fma(q, f, broadcast(0.041666854f));
-  q = fma(q, f, broadcast(0.16666578f));
-  q = fma(q, f, broadcast(0.5f));
-  q = q * (f * f);
-  const Vec small = f + q;
-  const Vec one = broadcast(1.0f);
-  const Vec big = scale_by_exp2(small + one, k, n) - one;
-  const auto near = equal(k, broadcast(0.0f));
-  return {select(near, small, big), select(near, q, big - x)};
+  const Vec f2 = f * f;
+  const Vec low = fma(broadcast(0.16666578f), f, broadcast(0.5f));
+  const Vec high = fma(broadcast(0.0013901287f), f2, fma(broadcast(0.008363146f), f, broadcast(0.041666854f)));
+  const Vec q = fma(high, f2, low) * f2;
+  const Vec c = power_of_two(k);
+  const Vec expm1_x = fma(c, q, fma(c, f, (c - broadcast(1.0f)) - x));
+  return {expm1_x + x, expm1_x};
 }
 
 struct RowSum {
-  float max;   // of the raw logits, at least kLowest
-  double sum;  // of 2^((z - max) * scale)
+  float shift;  // near the maximum of the raw logits; at least kLowest
+  double sum;   // of 2^((z - shift) * scale)
 };
 
-// One pass over a row: log-sum-exp as (max, sum), rescaled when a later chunk raises the maximum.
+// Σ 2^((z - shift) * scale) of one chunk, and its largest z.
+struct ChunkSum {
+  float max, sum;
+};
+
+template <class T>
+ChunkSum chunk_sum(const T* z, int64_t n, float shift, float scale) {
+  const Vec m = broadcast(shift), a = broadcast(scale);
+  Vec top = broadcast(kLowest), sum0 = broadcast(0.0f), sum1 = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
+    const Vec z0 = load(z + i), z1 = load(z + i + Vec::width);
+    top = max(z0, max(z1, top));
+    sum0 = sum0 + exp2((z0 - m) * a);
+    sum1 = sum1 + exp2((z1 - m) * a);
+  }
+  for (; i < n; i += Vec::width) {
+    const Vec z0 = i + Vec::width <= n ? load(z + i) : load_partial(z + i, n - i, kNegInf);
+    top = max(z0, top);
+    sum0 = sum0 + exp2((z0 - m) * a);
+  }
+  return {reduce_max(top), reduce_add(sum0 + sum1)};
+}
+
+// One pass over a row: log-sum-exp as (shift, sum). The shift need not be the maximum, only so near that nothing
+// overflows: a chunk that rises more than kHeadroom above it is summed again with a new one.
 template <class T>
 RowSum row_sum(const T* z, int64_t vocab, float scale) {
-  RowSum r{kLowest, 0.0};
+  constexpr float kHeadroom = 8.0f;  // in powers of two
+  const float first = widen(z[0]);
+  RowSum r{first >= kLowest && first <= -kLowest ? first : kLowest, 0.0};
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
-    const T* p = z + begin;
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    const int64_t full = n / Vec::width * Vec::width;
-    Vec top = broadcast(kLowest);
-    for (int64_t i = 0; i < full; i += Vec::width) top = max(load(p + i), top);
-    if (full < n) top = max(load_partial(p + full, n - full, kNegInf), top);
-    const float chunk_max = reduce_max(top);
-    if (chunk_max > r.max) {
-      r.sum *= __builtin_exp2(static_cast<double>(r.max - chunk_max) * scale);
-      r.max = chunk_max;
+    ChunkSum chunk = chunk_sum(z + begin, n, r.shift, scale);
+    if ((chunk.max - r.shift) * scale > kHeadroom) {
+      r.sum *= __builtin_exp2((static_cast<double>(r.shift) - chunk.max) * scale);
+      r.shift = chunk.max;
+      chunk = chunk_sum(z + begin, n, r.shift, scale);
     }
-    const Vec m = broadcast(r.max), a = broadcast(scale);
-    Vec sum0 = broadcast(0.0f), sum1 = broadcast(0.0f);
-    int64_t i = 0;
-    for (; i + 2 * Vec::width <= full; i += 2 * Vec::width) {
-      sum0 = sum0 + exp2((load(p + i) - m) * a);
-      sum1 = sum1 + exp2((load(p + i + Vec::width) - m) * a);
-    }
-    if (i < full) sum0 = sum0 + exp2((load(p + i) - m) * a);
-    if (full < n) sum1 = sum1 + exp2((load_partial(p + full, n - full, kNegInf) - m) * a);
-    r.sum += static_cast<double>(reduce_add(sum0 + sum1));
+    r.sum += static_cast<double>(chunk.sum);
   }
   return r;
 }
 
 // What pass 2 needs to know of a row pair; scalars in float32, computed in double.
 struct RowPair {
-  float student_max, student_scale, student_log2_sum;
-  float teacher_max, teacher_scale, teacher_log2_sum;
+  float student_shift, student_scale, student_log2_sum;
+  float teacher_shift, teacher_scale, teacher_log2_sum;
   float teacher_share;     // student_temperature / teacher_temperature
   float student_inverse;   // 1 / student_temperature
   float log_ratio_offset;  // log-sum-exp of the teacher less that of the student
@@ -106,21 +122,18 @@ struct Terms {
   Vec value, grad;
 };
 
-// Above this x the rounding of x itself, |x| 2^-24, would show in s = t e^x: s is then computed on its own.
-constexpr float kFar = 16.0f;
-
 // value = s - t - t x and grad = s - t, each free of cancellation.
 inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
-  const Vec t = exp2(
-      fma(zt - broadcast(row.teacher_max), broadcast(row.teacher_scale), broadcast(-row.teacher_log2_sum)));
-  const Vec x = fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse),
-                    broadcast(row.log_ratio_offset));
+  const Vec t =
+      exp2(fma(zt - broadcast(row.teacher_shift), broadcast(row.teacher_scale), broadcast(-row.teacher_log2_sum)));
+  const Vec x =
+      fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse), broadcast(row.log_ratio_offset));
   const ExpParts e = exp_parts(x);
   Terms out{t * e.expm1_x, t * e.expm1};
-  const auto far = not_at_most(x, broadcast(kFar));
+  const auto far = not_at_most(abs(x), broadcast(kFar));
   if (any(far)) {  // also where the teacher excludes a word: x is inf or NaN, t is 0 and both terms have the limit s
-    const Vec s = exp2(
-        fma(zs - broadcast(row.student_max), broadcast(row.student_scale), broadcast(-row.student_log2_sum)));
+    const Vec s =
+        exp2(fma(zs - broadcast(row.student_shift), broadcast(row.student_scale), broadcast(-row.student_log2_sum)));
     const Vec grad = s - t;
     const Vec value = select(equal(t, broadcast(0.0f)), s, fnma(t, x, grad));
     out.value = select(far, value, out.value);
@@ -129,8 +142,11 @@ inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
   return out;
 }
 
+// next_*: rows that the thread reads after this one. This pass computes while memory would rest, so it asks for them;
+// the first pass over them then runs from L2.
 template <class T, bool with_grad>
-float forward_kl_row(const T* student, const T* teacher, T* grad, int64_t vocab, const RowPair& row, bool streaming) {
+float forward_kl_row(const T* student, const T* teacher, T* grad, int64_t vocab, const RowPair& row, bool streaming,
+                     const T* next_student, const T* next_teacher) {
   const Vec scale = broadcast(row.grad_scale);
   double total = 0.0;
   Vec part = broadcast(0.0f);
@@ -153,6 +169,8 @@ float forward_kl_row(const T* student, const T* teacher, T* grad, int64_t vocab,
     const int64_t left = (vocab - i) / Vec::width * Vec::width;
     const int64_t end = i + (left < kChunk ? left : kChunk);
     for (; i < end; i += Vec::width) {
+      prefetch(next_student + i);
+      prefetch(next_teacher + i);
       const Terms e = forward_kl_terms(load(student + i), load(teacher + i), row);
       if constexpr (with_grad) {
         if (streaming)
@@ -195,18 +213,22 @@ void forward_kl(const DistillKlArgs& a, int64_t begin, int64_t end) {
     row.teacher_scale = static_cast<float>(teacher_inverse / kLn2Double);
     const RowSum s = row_sum(student, a.vocab, row.student_scale);
     const RowSum t = row_sum(teacher, a.vocab, row.teacher_scale);
-    row.student_max = s.max;
-    row.teacher_max = t.max;
+    row.student_shift = s.shift;
+    row.teacher_shift = t.shift;
     const double student_log2 = __builtin_log2(s.sum), teacher_log2 = __builtin_log2(t.sum);
     row.student_log2_sum = static_cast<float>(student_log2);
     row.teacher_log2_sum = static_cast<float>(teacher_log2);
     row.teacher_share = static_cast<float>(a.student_temperature / a.teacher_temperature);
     row.student_inverse = static_cast<float>(student_inverse);
-    row.log_ratio_offset = static_cast<float>((t.max * teacher_inverse - s.max * student_inverse) +
+    row.log_ratio_offset = static_cast<float>((t.shift * teacher_inverse - s.shift * student_inverse) +
                                               kLn2Double * (teacher_log2 - student_log2));
     row.grad_scale = static_cast<float>(weight * student_inverse);
-    const float kl = grad == nullptr ? forward_kl_row<T, false>(student, teacher, grad, a.vocab, row, false)
-                                     : forward_kl_row<T, true>(student, teacher, grad, a.vocab, row, a.stream_grad);
+    const T* next_student = i + 1 < end ? student + a.student_stride : student;
+    const T* next_teacher = i + 1 < end ? teacher + a.teacher_stride : teacher;
+    const float kl =
+        grad == nullptr
+            ? forward_kl_row<T, false>(student, teacher, grad, a.vocab, row, false, next_student, next_teacher)
+            : forward_kl_row<T, true>(student, teacher, grad, a.vocab, row, a.stream_grad, next_student, next_teacher);
     a.rows[i] = weight * kl;
   }
   if (a.stream_grad) stream_fence();

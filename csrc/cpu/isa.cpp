@@ -63,7 +63,7 @@ Isa active_isa() {
 
 void set_active_isa(const char* name) { chosen.store(parse(name), std::memory_order_relaxed); }
 
-bool prefers_narrow_expand() {
+bool has_slow_expand() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_is("amd");

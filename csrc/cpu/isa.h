@@ -21,7 +21,7 @@ Isa active_isa();
 // Replaces the ISA in use for the whole process. Throws std::invalid_argument like active_isa().
 void set_active_isa(const char* name);
 
-// True where a 512-bit vexpandps is slow enough that 256-bit table look-ups win (AMD; see docs/kernels.md).
-bool prefers_narrow_expand();
+// True where a 512-bit vexpandps takes longer than two 256-bit table look-ups (AMD; see docs/kernels.md).
+bool has_slow_expand();
 
 }  // namespace pyfast

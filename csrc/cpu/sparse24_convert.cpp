@@ -72,27 +72,27 @@ Tensor gather(const Tensor& dense, const Tensor& metadata) {
 
 }  // namespace
 
-Tensor sparse24_decompress_rows(const Tensor& values, const Tensor& metadata, int64_t n, int64_t k, int64_t begin,
-                                int64_t end) {
+void sparse24_decompress_rows(const Tensor& values, const Tensor& metadata, Tensor& dense, int64_t begin) {
+  const int64_t rows = dense.size(0), k = dense.size(1), n = values.size(0);
   const Sparse24ConvertArgs args = convert_args(k, k);
   check_metadata(metadata, n, args.k_padded);
-  STD_TORCH_CHECK(
-      values.dim() == 2 && values.size(0) == n && values.size(1) == args.k_padded / 2 && values.is_contiguous(),
-      "values: must be contiguous [out_features, padded in_features / 2]");
-  Tensor dense = torch::stable::new_empty(values, {end - begin, k});
-  advise_huge_pages(dense);
-  for_rows(values, "values", end - begin, k, [&](auto unit, int64_t from, int64_t to) {
+  STD_TORCH_CHECK(values.dim() == 2 && values.size(1) == args.k_padded / 2 && values.is_contiguous(),
+                  "values: must be contiguous [out_features, padded in_features / 2]");
+  STD_TORCH_CHECK(begin + rows <= n, "n: got ", begin + rows, ", but the weight has ", n, " rows");
+  for_rows(values, "values", rows, k, [&](auto unit, int64_t from, int64_t to) {
     using U = decltype(unit);
     sparse24_scatter(args, static_cast<const U*>(values.const_data_ptr()), words(metadata),
                      static_cast<U*>(dense.mutable_data_ptr()) + from * k, begin + from, begin + to);
   });
-  return dense;
 }
 
 namespace {
 
 Tensor decompress(const Tensor& values, const Tensor& metadata, int64_t n, int64_t k) {
-  return sparse24_decompress_rows(values, metadata, n, k, 0, n);
+  Tensor dense = torch::stable::new_empty(values, {n, k});
+  advise_huge_pages(dense);
+  sparse24_decompress_rows(values, metadata, dense, 0);
+  return dense;
 }
 
 }  // namespace

@@ -6,9 +6,6 @@
 namespace pyfast {
 namespace {
 
-// Above this many tokens the row kernels lose to decompressing a panel and calling the dense library.
-constexpr int64_t kFewTokens = 12;
-
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,
                        const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(values.dim() == 2 && values.is_contiguous(), "values: must be contiguous [out_features, k / 2]");
@@ -19,10 +16,10 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   STD_TORCH_CHECK(metadata.scalar_type() == ScalarType::Short && metadata.is_contiguous() && metadata.dim() == 2 &&
                       metadata.size(0) == n && metadata.size(1) == k_padded / 16,
                   "metadata: must be contiguous int16 [out_features, k / 16]");
-  if (tokens > kFewTokens)
-    return linear_by_panels(x, n, bias, [&](int64_t begin, int64_t end) {
-      return sparse24_decompress_rows(values, metadata, n, k, begin, end);
-    });
+  const Sparse24LinearTable& table = sparse24_linear_table(active_isa());
+  if (tokens > table.few_tokens)
+    return linear_by_panels(
+        x, n, bias, [&](Tensor& dense, int64_t begin) { sparse24_decompress_rows(values, metadata, dense, begin); });
   Tensor y = torch::stable::new_empty(x, {tokens, n});
   if (tokens == 0 || n == 0) return y;
   const Tensor wide = widen_activations(x, k_padded);
@@ -37,8 +34,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   args.k = k_padded;
   args.x_stride = k_padded;
   args.y_stride = n;
-  const Sparse24LinearKernel kernel =
-      sparse24_linear_table(active_isa()).linear[static_cast<int>(dtype_of(values, "values"))];
+  const Sparse24LinearKernel kernel = table.linear[static_cast<int>(dtype_of(values, "values"))];
   // Four rows a step: hand out multiples of four, so that only the last thread sees a remainder.
   torch::stable::parallel_for(0, (n + 3) / 4, 1 + 4096 / k_padded,
                               [&](int64_t begin, int64_t end) { kernel(args, 4 * begin, std::min(4 * end, n)); });

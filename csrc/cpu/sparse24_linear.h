@@ -31,6 +31,7 @@ using Sparse24LinearKernel = void (*)(const Sparse24LinearArgs& args, int64_t be
 
 struct Sparse24LinearTable {
   Sparse24LinearKernel linear[kDtypeCount];
+  int64_t few_tokens;  // above so many, decompressing a panel and calling the dense library is faster (measured)
 };
 
 extern const Sparse24LinearTable kSparse24LinearSerial;

@@ -33,7 +33,10 @@ struct Lookup {
 
 namespace pyfast {
 
-const Sparse24LinearTable kSparse24LinearAvx2 = {{sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>}};
+const Sparse24LinearTable kSparse24LinearAvx2 = {
+    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>},
+    32,
+};
 
 }  // namespace pyfast
 #endif

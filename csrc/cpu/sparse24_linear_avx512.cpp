@@ -33,7 +33,9 @@ struct Lookup {
 namespace pyfast {
 
 const Sparse24LinearTable kSparse24LinearAvx512 = {
-    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>}};
+    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>},
+    32,
+};
 
 }  // namespace pyfast
 #endif

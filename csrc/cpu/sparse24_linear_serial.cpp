@@ -25,6 +25,8 @@ void sparse24_linear(const Sparse24LinearArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 const Sparse24LinearTable kSparse24LinearSerial = {
-    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>}};
+    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>},
+    8,
+};
 
 }  // namespace pyfast

@@ -62,19 +62,22 @@ constexpr int64_t kPanelBytes = int64_t{8} << 20;
 }  // namespace
 
 Tensor linear_by_panels(const Tensor& x, int64_t n, const std::optional<Tensor>& bias,
-                        const std::function<Tensor(int64_t, int64_t)>& decompress) {
-  const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+                        const std::function<void(Tensor&, int64_t)>& decompress) {
+  const int64_t row_bytes = std::max<int64_t>(1, x.size(1) * static_cast<int64_t>(x.element_size()));
   const int64_t panel = std::max<int64_t>(64, kPanelBytes / row_bytes / 64 * 64);
   Tensor y = torch::stable::new_empty(x, {x.size(0), n});
+  Tensor scratch = torch::stable::new_empty(x, {std::min(panel, n), x.size(1)});
   for (int64_t begin = 0; begin < n; begin += panel) {
     const int64_t rows = std::min(panel, n - begin);
+    Tensor dense = torch::stable::narrow(scratch, 0, 0, rows);
+    decompress(dense, begin);
     std::optional<Tensor> part_bias;
     if (bias.has_value()) {
       Tensor whole = *bias;
       part_bias = torch::stable::narrow(whole, 0, begin, rows);
     }
     Tensor part = torch::stable::narrow(y, 1, begin, rows);
-    torch::stable::copy_(part, dense_linear(x, decompress(begin, begin + rows), part_bias));
+    torch::stable::copy_(part, dense_linear(x, dense, part_bias));
   }
   return y;
 }

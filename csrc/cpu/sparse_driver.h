@@ -19,15 +19,15 @@ std::optional<Tensor> widen_bias(const std::optional<Tensor>& bias);
 // x [tokens, k] against a weight of n rows: checks shared by both formats.
 void check_linear(const Tensor& x, const Tensor& values, int64_t n, const std::optional<Tensor>& bias);
 
-// y = x Wᵀ + bias through aten::linear, a panel of rows at a time: decompress(begin, end) gives dense rows
-// [end - begin, k] of W, so that the scratch stays small enough for the cache.
+// y = x Wᵀ + bias through aten::linear, a panel of rows at a time: decompress(dense, begin) writes the dense rows of W
+// from begin on, as many as `dense` [rows, k] has. One panel is made and used again: it stays in the cache.
 Tensor linear_by_panels(const Tensor& x, int64_t n, const std::optional<Tensor>& bias,
-                        const std::function<Tensor(int64_t, int64_t)>& decompress);
+                        const std::function<void(Tensor&, int64_t)>& decompress);
 
-// Dense rows [begin, end) of a weight of shape n x k; begin a multiple of 16 for the bitmap.
-Tensor bitmap_decompress_rows(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k,
-                              int64_t begin, int64_t end);
-Tensor sparse24_decompress_rows(const Tensor& values, const Tensor& metadata, int64_t n, int64_t k, int64_t begin,
-                                int64_t end);
+// Writes the rows of a weight from `begin` on into dense [rows, k]. n: the rows of the weight; begin a multiple of 16
+// for the bitmap.
+void bitmap_decompress_rows(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n,
+                            Tensor& dense, int64_t begin);
+void sparse24_decompress_rows(const Tensor& values, const Tensor& metadata, Tensor& dense, int64_t begin);
 
 }  // namespace pyfast

@@ -40,17 +40,25 @@ inline __m256 not_at_most(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NL
 inline bool any(__m256 m) { return _mm256_movemask_ps(m) != 0; }
 inline Vec select(__m256 m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m)}; }
 
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// p * 2^k for integral k >= -126; 0 where exponent n (before rounding) is at or below -126; NaN stays NaN.
-// p lies in [0.7, 1.5], so adding k to its exponent field is exact; past 2^127 the answer is +inf.
-inline Vec scale_by_exp2(Vec p, Vec k, Vec n) {
-  const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(k.v), 23);
-  __m256 r = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shift));
-  const __m256 huge = _mm256_cmp_ps(k.v, _mm256_set1_ps(127.0f), _CMP_GT_OQ);
-  r = _mm256_blendv_ps(r, _mm256_set1_ps(__builtin_inff()), huge);
-  r = _mm256_blendv_ps(r, k.v, _mm256_cmp_ps(k.v, k.v, _CMP_UNORD_Q));
-  return {_mm256_and_ps(r, _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLE_UQ))};
+// n less its floor, in [0, 1]. NaN for -inf: scale_by_floor clears it.
+inline Vec above_floor(Vec n) {
+  return {_mm256_sub_ps(n.v, _mm256_round_ps(n.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC))};
+}
+
+// 2^k for integral k from -127 (there 0) to 127; NaN gives some number.
+inline Vec power_of_two(Vec k) {
+  const __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_set1_ps(-127.0f), k.v));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23))};
+}
+
+// p * 2^floor(n) for n <= 127; 0 where n <= -126; NaN where n is NaN.
+inline Vec scale_by_floor(Vec p, Vec n) {
+  const Vec scale = power_of_two({_mm256_round_ps(n.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)});
+  const __m256 alive = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLE_UQ);
+  return {_mm256_and_ps(_mm256_mul_ps(p.v, scale.v), alive)};
 }
 
 inline __m256 widen_bf16(__m128i half) {

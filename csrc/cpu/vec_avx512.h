@@ -31,13 +31,17 @@ inline __mmask16 not_at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v,
 inline bool any(__mmask16 m) { return m != 0; }
 inline Vec select(__mmask16 m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m, yes.v)}; }
 
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 
-// p * 2^k for integral k >= -126; 0 where exponent n (before rounding) is at or below -126; NaN stays NaN.
-inline Vec scale_by_exp2(Vec p, Vec k, Vec n) {
-  const __mmask16 alive = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
-  return {_mm512_maskz_scalef_ps(alive, p.v, k.v)};
-}
+// n less its floor, in [0, 1); 0 for -inf, so that 2^-inf below is 0 and not NaN.
+inline Vec above_floor(Vec n) { return {_mm512_reduce_ps(n.v, _MM_FROUND_TO_NEG_INF)}; }
+
+// p * 2^floor(n), by one instruction that knows every special case.
+inline Vec scale_by_floor(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+
+// 2^k for integral k.
+inline Vec power_of_two(Vec k) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), k.v)}; }
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }  // 0 <= n < 16
 

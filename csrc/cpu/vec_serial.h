@@ -30,16 +30,22 @@ inline bool not_at_most(Vec a, Vec b) { return !(a.v <= b.v); }  // true where e
 inline bool any(bool m) { return m; }
 inline Vec select(bool m, Vec yes, Vec no) { return m ? yes : no; }
 
+inline Vec abs(Vec a) { return {__builtin_fabsf(a.v)}; }
 inline Vec round_nearest(Vec a) { return {__builtin_rintf(a.v)}; }
 
-// p * 2^k for integral k >= -126; 0 where exponent n (before rounding) is at or below -126; NaN stays NaN.
-inline Vec scale_by_exp2(Vec p, Vec k, Vec n) {
-  if (n.v <= -126.0f) return {0.0f};
-  if (k.v != k.v) return {k.v};
+// n less its floor, in [0, 1]; 0 for -inf.
+inline Vec above_floor(Vec n) { return {n.v == -__builtin_inff() ? 0.0f : n.v - __builtin_floorf(n.v)}; }
+
+// 2^k for integral k; 0 at or below -127, +inf above 127, NaN for NaN.
+inline Vec power_of_two(Vec k) {
+  if (k.v != k.v) return k;
+  if (k.v <= -127.0f) return {0.0f};
   if (k.v > 127.0f) return {__builtin_inff()};
-  const int exponent = static_cast<int>(k.v);
-  return {p.v * from_bits(static_cast<uint32_t>(exponent + 127) << 23)};
+  return {from_bits(static_cast<uint32_t>(static_cast<int>(k.v) + 127) << 23)};
 }
+
+// p * 2^floor(n).
+inline Vec scale_by_floor(Vec p, Vec n) { return p * power_of_two({__builtin_floorf(n.v)}); }
 
 template <class T>
 inline Vec load(const T* p) {
