@@ -43,8 +43,8 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   args.nnz = values.size(0);
   STD_TORCH_CHECK(args.offsets[tiles * tile_rows] == args.nnz, "values: must have as many elements as offsets say");
   const BitmapLinearKernel kernel = table.linear[static_cast<int>(dtype_of(values, "values"))];
-  torch::stable::parallel_for(0, tile_rows, 1 + 16384 / (args.k * kTileRows),
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_chunks(tile_rows, 1 + 16384 / (args.k * kTileRows),
+                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return y;
 }
 

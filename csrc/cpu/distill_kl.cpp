@@ -46,8 +46,7 @@ std::tuple<Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teach
   args.teacher_temperature = teacher_temperature;
   args.stream_grad = with_grad && rows * vocab * static_cast<int64_t>(student.element_size()) > kStreamBytes;
   const DistillKlKernel kernel = distill_kl_table(active_isa()).forward_kl[static_cast<int>(dtype)];
-  torch::stable::parallel_for(0, rows, 1 + 16384 / vocab,
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_chunks(rows, 1 + 16384 / vocab, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {value, grad};
 }
 
@@ -68,8 +67,7 @@ Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
                            vocab,
                            vocab};
   const ScaleRowsKernel kernel = distill_kl_table(active_isa()).scale_rows[static_cast<int>(dtype)];
-  torch::stable::parallel_for(0, rows, 1 + 65536 / vocab,
-                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_chunks(rows, 1 + 65536 / vocab, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
 }
 

@@ -35,9 +35,9 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   args.x_stride = k_padded;
   args.y_stride = n;
   const Sparse24LinearKernel kernel = table.linear[static_cast<int>(dtype_of(values, "values"))];
-  // Four rows a step: hand out multiples of four, so that only the last thread sees a remainder.
-  torch::stable::parallel_for(0, (n + 3) / 4, 1 + 4096 / k_padded,
-                              [&](int64_t begin, int64_t end) { kernel(args, 4 * begin, std::min(4 * end, n)); });
+  // Four rows a step: hand out multiples of four, so that only the last chunk sees a remainder.
+  parallel_chunks((n + 3) / 4, 1 + 4096 / k_padded,
+                  [&](int64_t begin, int64_t end) { kernel(args, 4 * begin, std::min(4 * end, n)); });
   return y;
 }
 

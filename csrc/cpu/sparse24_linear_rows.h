@@ -5,7 +5,8 @@
 //                             x[step]  ──► two registers ──(permute by index)──► width activations
 //                             values   ──► width weights ──────────────────────► one FMA
 //
-// Four rows share the two registers of x and the loop; up to four tokens share the indices.
+// With several tokens four rows share the registers of x, and up to four tokens share the indices. One token is bound
+// by memory: it takes a row at a time, so that the weights are one stream.
 #pragma once
 
 #include "sparse24_linear.h"
@@ -22,13 +23,17 @@ void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
   Vec sum[rows][tokens];
   for (auto& of_row : sum)
     for (Vec& s : of_row) s = broadcast(0.0f);
+  constexpr int64_t ahead = 2048 / static_cast<int64_t>(sizeof(T));
   for (int64_t k = 0; k < a.k; k += step) {
+    // The values 2 KiB on: of the same row, or, past its end, of the row in the same place of the next block.
+    const int64_t later = k / 2 + ahead < a.k / 2 ? k / 2 + ahead : k / 2 + ahead + (rows - 1) * (a.k / 2);
     Vec low[tokens], high[tokens];
     for (int t = 0; t < tokens; ++t) {
       low[t] = load(x + t * a.x_stride + k);
       high[t] = load(x + t * a.x_stride + k + Vec::width);
     }
     for (int r = 0; r < rows; ++r) {
+      __builtin_prefetch(values + r * (a.k / 2) + later, 0, 3);
       const Lookup kept(metadata + r * (a.k / 16) + k / 16);
       const Vec w = load(values + r * (a.k / 2) + k / 2);
       for (int t = 0; t < tokens; ++t) sum[r][t] = fma(w, kept(low[t], high[t]), sum[r][t]);
@@ -44,7 +49,8 @@ void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
 template <class T, int tokens>
 void sparse24_tokens(const Sparse24LinearArgs& a, int64_t begin, int64_t end, int64_t token) {
   int64_t row = begin;
-  for (; row + 4 <= end; row += 4) sparse24_block<T, 4, tokens>(a, row, token);
+  if constexpr (tokens > 1)
+    for (; row + 4 <= end; row += 4) sparse24_block<T, 4, tokens>(a, row, token);
   for (; row < end; ++row) sparse24_block<T, 1, tokens>(a, row, token);
 }
 

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -41,6 +43,23 @@ inline Tensor rows_contiguous(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) <= 1 || t.stride(last) == 1) return t;
   return torch::stable::contiguous(t);
+}
+
+// body(begin, end) over [0, count) on all threads, in chunks that a thread takes when it is free: a thread that the
+// system holds up then delays the call by one chunk, not by its whole share. About 16 chunks a thread, none smaller
+// than `least`; one chunk, and no threads, where count is no larger.
+template <class Body>
+void parallel_chunks(int64_t count, int64_t least, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (count <= least || threads == 1) {
+    body(0, count);
+    return;
+  }
+  const int64_t chunk = std::max(least, count / (16 * threads));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(chunk); i < count; i = next.fetch_add(chunk)) body(i, std::min(i + chunk, count));
+  });
 }
 
 // Asks for 2 MiB pages under a fresh large output: 512 times fewer page faults on the first write.
