@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -74,12 +73,7 @@ def _measure_cpu(quick: bool) -> Floors:
     source = torch.ones(nbytes // 4, dtype=torch.float32)
     target = torch.zeros_like(source)
 
-    copies: list[Callable[[], object]] = [lambda: target.copy_(source)]
-    stream_copy = _stream_copy()
-    if stream_copy is not None:
-        source_np, target_np = source.numpy(), target.numpy()
-        copies.append(lambda: stream_copy(target_np, source_np))
-    copy_s = min(_best_s(copy, budget_s) for copy in copies)
+    copy_s = _best_s(lambda: target.copy_(source), budget_s)
 
     columns = 4096
     matrix = source[: source.numel() // columns * columns].view(-1, columns)
@@ -94,16 +88,6 @@ def _measure_cpu(quick: bool) -> Floors:
         dense_gflops=_cpu_gflops(torch.float32, quick, budget_s),
         dense_bf16_gflops=_cpu_gflops(torch.bfloat16, quick, budget_s),
     )
-
-
-def _stream_copy() -> Callable[..., object] | None:
-    """The compiled module's copy with non-temporal stores, where it is built."""
-    try:
-        host = importlib.import_module("pyfast._host")
-    except ImportError:
-        return None
-    copy: Callable[..., object] | None = getattr(host, "stream_copy", None)
-    return copy
 
 
 def _cpu_gflops(dtype: torch.dtype, quick: bool, budget_s: float) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ def run(
         on_start(outcome.report)
         with progress.step("suites", total=len(chosen)):
             for name in chosen:
+                begin = time.perf_counter()
                 try:
                     suite = importlib.import_module(f"pyfast.bench.suites.{name}")
                     results, bars = suite.run(options, measured, progress)
@@ -70,6 +72,8 @@ def run(
                     outcome.failures[name] = error
                 else:
                     outcome.report.add(results, bars)
+                    seconds = outcome.report.environment.setdefault("suite_seconds", {})
+                    seconds[name] = round(time.perf_counter() - begin, 1)
                     if json_path is not None:
                         write(outcome.report, json_path)
                     on_suite(name, outcome.report)

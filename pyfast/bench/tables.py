@@ -32,7 +32,6 @@ def details(title: str, results: Iterable[Result]) -> Table:
         "format": any(r.format != "none" for r in rows),
         "error": any(r.error is not None for r in rows),
         "floor": any(r.of_floor is not None for r in rows),
-        "note": any(r.note for r in rows),
     }
     table.add_column("shape")
     if optional["tokens"]:
@@ -51,8 +50,11 @@ def details(title: str, results: Iterable[Result]) -> Table:
     named = metric_names(rows)
     for metric in named:
         table.add_column(metric.replace("_", " "), justify="right")
-    if optional["note"]:
-        table.add_column("note", overflow="fold")
+    notes = list(dict.fromkeys(r.note for r in rows if r.note))
+    if notes:
+        table.add_column("note", justify="right")
+        table.caption = "\n".join(f"{number}  {note}" for number, note in enumerate(notes, 1))
+        table.caption_justify = "left"
     for r in rows:
         cells = ["x".join(map(str, r.shape))]
         cells += [str(r.tokens)] if optional["tokens"] else []
@@ -62,7 +64,7 @@ def details(title: str, results: Iterable[Result]) -> Table:
         cells.append(speedup_text(r, _baseline_of(r, rows)))
         cells += [f"{r.error:.1e}" if r.error is not None else "-"] if optional["error"] else []
         cells += [figure(metric, r.metrics[metric]) if metric in r.metrics else "-" for metric in named]
-        cells += [r.note] if optional["note"] else []
+        cells += [str(notes.index(r.note) + 1) if r.note else ""] if notes else []
         table.add_row(*map(Text, cells), style="bold" if r.impl == "pyfast" else "")
     return table
 
@@ -182,9 +184,22 @@ def figure(metric: str, value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
+# The metrics that a terminal has room for; the JSON and the page hold them all.
+_SHOWN = (
+    "tokens_per_s",
+    "weight_bytes",
+    "peak_bytes",
+    "extra_bytes",
+    "predicted_speedup",
+    "speedup_vs_compile",
+    "cosine",
+    "mweights_per_s",
+)
+
+
 def metric_names(results: Iterable[Result]) -> list[str]:
-    """The names of the metrics of the results, in order of appearance."""
-    return list(dict.fromkeys(metric for r in results for metric in r.metrics))
+    """The names of the metrics of the results that are shown, in order of appearance."""
+    return [m for m in dict.fromkeys(metric for r in results for metric in r.metrics) if m in _SHOWN]
 
 
 def _timed(r: Result, baseline: Result | None) -> Text:

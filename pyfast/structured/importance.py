@@ -47,9 +47,7 @@ def block_influence(model: nn.Module, batches: Iterable[Tensor | Mapping[str, An
     """
     parts = anatomy(model)
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches: got {type(batches).__name__}, an iterable of batches such as [batch] is wanted"
-        )
+        raise TypeError(f"batches: got {type(batches).__name__}, an iterable of batches such as [batch] is wanted")
     meter = _Meter(parts.layers)
     tokens = 0
     with evaluating(model), torch.no_grad(), meter.attached():
@@ -82,8 +80,7 @@ class _Meter:
     @contextmanager
     def attached(self) -> Iterator[None]:
         handles = [
-            layer.register_forward_hook(self._hook(index), with_kwargs=True)
-            for index, layer in enumerate(self.layers)
+            layer.register_forward_hook(self._hook(index), with_kwargs=True) for index, layer in enumerate(self.layers)
         ]
         try:
             yield
@@ -157,9 +154,7 @@ def _read(batch: Any, name: str, model: nn.Module, parts: Anatomy) -> tuple[dict
         shape = ids.shape
         words = parts.base.get_input_embeddings().num_embeddings
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= words):
-            raise ValueError(
-                f"{name}: input_ids has {int(ids.min())} to {int(ids.max())}, known are 0 to {words - 1}"
-            )
+            raise ValueError(f"{name}: input_ids has {int(ids.min())} to {int(ids.max())}, known are 0 to {words - 1}")
     elif isinstance(embeds, Tensor) and embeds.dim() == 3:
         shape = embeds.shape[:2]
     else:
@@ -174,9 +169,7 @@ def _read(batch: Any, name: str, model: nn.Module, parts: Anatomy) -> tuple[dict
         mask = torch.ones(shape, dtype=torch.bool, device=device)
     elif not isinstance(mask, Tensor) or mask.shape != shape:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"{name}: attention_mask is {got}, a tensor {tuple(shape)} like the tokens is wanted"
-        )
+        raise ValueError(f"{name}: attention_mask is {got}, a tensor {tuple(shape)} like the tokens is wanted")
     if parts.has_cache:
         arguments["use_cache"] = False
     return arguments, mask != 0

@@ -137,17 +137,13 @@ def _require_whole(model: Any, parts: Anatomy) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model: {name} carries adapters; merge or unload them first")
     if getattr(parts.config, "is_heterogeneous", False):
-        raise ValueError(
-            f"model: single layers of {name} have configurations of their own; this is not taught"
-        )
+        raise ValueError(f"model: single layers of {name} have configurations of their own; this is not taught")
     if len({id(layer) for layer in parts.layers}) != len(parts.layers):
         raise ValueError(f"model: one layer stands at two positions of {name}; this is not taught")
     tensors = [*model.parameters(), *model.buffers()]
     strange = {type(tensor.data).__name__ for tensor in tensors if type(tensor.data) is not Tensor}
     if strange:
-        raise ValueError(
-            f"model: {name} holds {', '.join(sorted(strange))}, sharded or packed; Tensor is wanted"
-        )
+        raise ValueError(f"model: {name} holds {', '.join(sorted(strange))}, sharded or packed; Tensor is wanted")
     if model.dtype not in SAME:
         raise ValueError(f"model: {name} is in {model.dtype}; {', '.join(map(str, SAME))} are accepted")
     devices = sorted({str(tensor.device) for tensor in tensors})

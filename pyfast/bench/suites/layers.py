@@ -112,7 +112,7 @@ def measure(case: Case, options: Options, floors: Floors) -> list[Result]:
         device=case.device,
         seed=case.seed,
         rounds=rounds[case.op],
-        budget_s=options.budget(8.0) / len(stacks),
+        budget_s=options.budget(5.0) / len(stacks),
     )
     timings = {name: by_variant[variant.name] for name, variant in stacks.items()}
     whole = case.name(0)
