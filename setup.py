@@ -122,7 +122,7 @@ class BuildNative(BuildExtension):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         cuda_include, python_include = f"{home}/include", sysconfig.get_paths()["include"]
-        isystem = [f"-isystem{path}" for path in (*include_paths(), cuda_include, python_include)]
+        isystem = [word for path in (*include_paths(), cuda_include, python_include) for word in ("-isystem", path)]
         macros = ["-DUSE_CUDA", *(f"-D{name}={value}" for name, value in ABI3_MACROS)]
         macros += [f'-DPYFAST_VERSION="{VERSION}"', f'-DPYFAST_CUDA_ARCHS="{archs}"']
         host_flags = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"

@@ -46,6 +46,9 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 }
 
 
+_PORTABLE = ("sparse24_convert", "bitmap_convert")  # native, but not by ISA
+
+
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot serve ``op`` for tensors on ``device`` (a device type) of ``dtype``; None if it can."""
     if backend not in PRIORITY[op]:
@@ -132,12 +135,16 @@ def release_memory() -> int:
 
 
 def op_table() -> list[OpRow]:
-    """Every op with its backends in priority order; the native one split by ISA, with the reason for each refusal."""
-    rows = []
+    """Every op with its backends in priority order and the reason for each refusal; the native one is split by ISA
+    where it has variants."""
+    rows: list[OpRow] = []
     cuda_here = torch.cuda.is_available()
     for op, backends in PRIORITY.items():
         for backend in backends:
-            if backend == "native":
+            if backend == "native" and op in _PORTABLE:
+                state = _native.CPU_REASON or "serves CPU tensors; portable code, no ISA variants"
+                rows.append(OpRow(op, backend, _native.CPU is not None, state))
+            elif backend == "native":
                 rows += [OpRow(op, name, *_isa_state(name)) for name in ISAS]
             elif backend == "reference":
                 rows.append(OpRow(op, backend, True, "plain torch; float64 and every device"))

@@ -217,9 +217,7 @@ def test_bad_input_names_the_argument(format, case):
     error, name, options = BAD[case]
     arguments = {"x": X, "weight": make(format, 20, 64)[1], "bias": B, **options}
     with pytest.raises(error, match=name):
-        pyfast.sparse_linear(
-            arguments["x"], arguments["weight"], arguments["bias"], backend=arguments.get("backend")
-        )
+        pyfast.sparse_linear(arguments["x"], arguments["weight"], arguments["bias"], backend=arguments.get("backend"))
 
 
 @pytest.mark.parametrize("case", ["bitmaps", "offsets", "values", "metadata"])

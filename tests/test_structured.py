@@ -153,9 +153,7 @@ class Wrapper(nn.Module):
 
 
 def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2)
-    )
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2))
 
 
 def changed(change: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -449,9 +447,7 @@ def test_success_changes_nothing_else(make: Callable[[], Any]) -> None:
         assert after[name] == before[name], name
     assert torch.equal(after["random"], before["random"])
     assert after["layers"] == [before["layers"][0], *(before["layers"][1 + index] for index in kept)]
-    differing = {
-        name for name, value in after["config fields"].items() if before["config fields"][name] != value
-    }
+    differing = {name for name, value in after["config fields"].items() if before["config fields"][name] != value}
     counted = {"num_hidden_layers", "layer_types", "max_window_layers"}
     assert differing == counted & {name for name in counted if hasattr(model.config, name)}
     assert [[module.training for module in layer.modules()] for layer in parts.layers] == modes

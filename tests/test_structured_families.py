@@ -188,9 +188,7 @@ def test_generation_with_the_cache(case: str) -> None:
         ids = made.sequences[:, : ids.shape[1] + 1]
 
 
-@pytest.mark.parametrize(
-    "case", ["llama-tied", "qwen2", "qwen3", "bert-words", "roberta-words", "bert-decoder"]
-)
+@pytest.mark.parametrize("case", ["llama-tied", "qwen2", "qwen3", "bert-words", "roberta-words", "bert-decoder"])
 def test_tied_embeddings_stay_tied(case: str, tmp_path: Path) -> None:
     model = ALL[case]()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -246,9 +244,7 @@ def test_every_model_type_of_every_family_is_tried_here() -> None:
     assert tried == {kind for family in FAMILIES for kind in family.model_types}
 
 
-@pytest.mark.parametrize(
-    "case", ["qwen2-mixed", "mistral", "bert-classifier", "roberta-body", "llama-answers"]
-)
+@pytest.mark.parametrize("case", ["qwen2-mixed", "mistral", "bert-classifier", "roberta-body", "llama-answers"])
 def test_block_influence_runs_on_every_kind(case: str) -> None:
     model = ALL[case]()
     influence = block_influence(model, [inputs(model)])
@@ -281,12 +277,8 @@ def test_rules_for_fields_that_count_layers() -> None:
         "num_kv_shared_layers": 2,
     }
     assert vars(config) == before
-    assert edited_fields(SimpleNamespace(num_hidden_layers=6, layer_types=None), 6, KEPT) == {
-        "num_hidden_layers": 4
-    }
-    with pytest.raises(
-        ValueError, match=r"config\.layer_types does not fit the model: it has 2 entries for 6"
-    ):
+    assert edited_fields(SimpleNamespace(num_hidden_layers=6, layer_types=None), 6, KEPT) == {"num_hidden_layers": 4}
+    with pytest.raises(ValueError, match=r"config\.layer_types does not fit the model: it has 2 entries for 6"):
         edited_fields(SimpleNamespace(layer_types=["a", "b"]), 6, KEPT)
 
 
@@ -297,9 +289,7 @@ def test_a_head_that_comes_untied_is_found() -> None:
     assert ties == {frozenset({"lm_head.weight", "model.embed_tokens.weight"})}
     verify.check_ties(model, parts, ties)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(
-        SurgeryError, match=r"ties nothing; before surgery lm_head.weight = model.embed_tokens.weight"
-    ):
+    with pytest.raises(SurgeryError, match=r"ties nothing; before surgery lm_head.weight = model.embed_tokens.weight"):
         verify.check_ties(model, parts, ties)
 
 
@@ -308,9 +298,7 @@ def test_rounding_that_the_uncut_model_shows_too_is_not_held_against_the_surgery
     model.to(torch.bfloat16)
     parts = anatomy(model)
     expected = verify.expect(model, parts, {3, 20})
-    assert (
-        expected.rounding > verify.CACHED[torch.bfloat16]
-    )  # beyond the table: this model needs the allowance
+    assert expected.rounding > verify.CACHED[torch.bfloat16]  # beyond the table: this model needs the allowance
     remove_layers(model, [3, 20])
     shallow = CAUSAL["llama"]()
     assert verify.expect(shallow, anatomy(shallow), {3}).rounding < 1e-4

@@ -57,9 +57,7 @@ def trace(model: Any) -> list[Any]:
 def states(model: Any, **arguments: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What enters and what leaves each layer, by replacing the layers' forward; no hook is used."""
     model = copy.deepcopy(model)
-    layers = (
-        model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.encoder.layer
-    )
+    layers = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.encoder.layer
     seen: list[tuple[Tensor, Tensor]] = []
 
     def watch(layer: Any) -> None:
@@ -159,9 +157,7 @@ def test_zero_states() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_influence_in_other_dtypes(dtype: torch.dtype) -> None:
     exact = block_influence(llama(), [tokens(2, 12)])
-    torch.testing.assert_close(
-        block_influence(llama().to(dtype), [tokens(2, 12)]), exact, rtol=0.05, atol=0.01
-    )
+    torch.testing.assert_close(block_influence(llama().to(dtype), [tokens(2, 12)]), exact, rtol=0.05, atol=0.01)
 
 
 def test_influence_leaves_no_trace_and_takes_what_models_take() -> None:

@@ -103,7 +103,7 @@ def _sparse(report: Report) -> str:
         here = [r for r in found if r.shape == shape]
         for line in dict.fromkeys((r.impl, tables.format_text(r), r.dtype) for r in here):
             cells: dict[int, Result] = {r.tokens: r for r in here if (r.impl, tables.format_text(r), r.dtype) == line}
-            speedups = [f"{cells[t].speedup:.2f}x" if t in cells and cells[t].speedup else "-" for t in tokens]
+            speedups = [_both_speedups(cells[t]) if t in cells else "-" for t in tokens]
             name = line[1] if line[0] == "pyfast" else f"{line[1]} ({line[0]})"
             rows.append([f"{size} {line[2]}", name, *speedups])
         for dtype in dict.fromkeys(r.dtype for r in here):
@@ -113,7 +113,13 @@ def _sparse(report: Report) -> str:
     if not rows:
         return ""
     table = markdown(["weight", "format", *(f"{t} token{'s' if t > 1 else ''}" for t in tokens)], rows)
-    return f"Speedup over the fastest dense linear of any library and dtype, cold weights:\n\n{table}"
+    text = "Speedup over the fastest dense linear of any library and dtype (in brackets: of the same dtype)"
+    return f"{text}; cold weights:\n\n{table}"
+
+
+def _both_speedups(r: Result) -> str:
+    same = r.metrics.get("speedup_same_dtype")
+    return (f"{r.speedup:.2f}x" if r.speedup else "-") + (f" ({same:.2f}x)" if same else "")
 
 
 def _others(report: Report, suite: str) -> str:

@@ -1,0 +1,145 @@
+"""The generated table of docs/kernels.md: what each variant of a CPU kernel reaches on one core, by itself.
+
+    python benchmarks/facts.py [--json benchmarks/results/<device>/facts.json] [--write docs/kernels.md]
+
+Kernels are called through ``pyfast._host``, by name, on one thread: data in the cache ("hot") shows the rate of the
+instructions, data from memory ("cold", rotating over copies beyond four times the last-level cache) what is left of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyfast import BitmapWeight, Sparse24Weight, _host
+from pyfast.bench import hardware
+from pyfast.bench.readme import replace_block
+from pyfast.sparse import magnitude_mask
+
+HOT, COLD = (256, 1024), (4096, 4096)
+
+
+def median_s(call: Callable[[], object], rounds: int = 25) -> float:
+    """Median seconds of a call, after two to warm up."""
+    call(), call()
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+def weights(kind: str, sparsity: float, shape: tuple[int, int]) -> Iterator[tuple]:
+    """Endless arguments of the kernel: one weight where hot, copies beyond the cache where cold."""
+    dense = torch.randn(*shape)
+    if kind == "sparse24_linear":
+        weight = Sparse24Weight.from_dense(dense, mask=magnitude_mask(dense, "2:4", 0.5))
+        arrays = (weight.values.numpy(), weight.metadata.numpy().view(np.uint16))
+    else:
+        weight = BitmapWeight.from_dense(torch.where(torch.rand(*shape) < sparsity, 0.0, dense))
+        arrays = (weight.values.numpy(), weight.bitmaps.numpy().view(np.uint64), weight.offsets.numpy())
+    copies = 1 if shape == HOT else 1 + 4 * hardware.last_level_cache_bytes() // weight.nbytes
+    return cycle([tuple(array.copy() for array in arrays) for _ in range(copies)])
+
+
+def linear_facts() -> list[dict]:
+    """Billions of weight positions a second and core, for every variant, format and sparsity."""
+    facts = []
+    cases = [("sparse24_linear", 0.5)] + [("bitmap_linear", s) for s in (0.5, 0.7, 0.8, 0.9)]
+    for op, sparsity in cases:
+        for variant in _host.variants():
+            if variant == "serial" or (op == "sparse24_linear" and variant == "avx512_narrow"):
+                continue
+            row = {"op": op, "sparsity": sparsity, "variant": variant}
+            for name, shape in (("hot", HOT), ("cold", COLD)):
+                x = np.random.default_rng(0).standard_normal((1, shape[1]), dtype=np.float32)
+                source, extra = weights(op, sparsity, shape), (shape[0],) if op == "bitmap_linear" else ()
+                kernel = getattr(_host, op)
+                seconds = median_s(lambda: kernel(x, *next(source), *extra, variant=variant))  # noqa: B023
+                row[f"{name}_gpositions_s"] = shape[0] * shape[1] / seconds / 1e9
+            facts.append(row)
+    return facts
+
+
+def loss_facts() -> list[dict]:
+    """Words a second and core of the forward KL with its gradient, rows that stay in L2."""
+    facts = []
+    student, teacher = (np.random.default_rng(i).standard_normal((16, 16000), dtype=np.float32) * 3 for i in (0, 1))
+    for variant in _host.variants():
+        if variant != "avx512_narrow":
+            seconds = median_s(lambda: _host.distill_kl(student, teacher, 4.0, variant=variant), 9)  # noqa: B023
+            facts.append({"op": "distill_kl", "variant": variant, "gwords_s": student.size / seconds / 1e9})
+    return facts
+
+
+def accuracy_facts() -> list[dict]:
+    """Relative error of the KL against float64 by pyfast and by the textbook formula in float32."""
+    import pyfast
+
+    facts = []
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(32, 32000, generator=generator) * 3
+    noise = torch.randn(32, 32000, generator=generator)
+    for target in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):
+        teacher = student + noise * (2 * target) ** 0.5
+        log_s, log_t = (torch.log_softmax(z.double(), -1) for z in (student, teacher))
+        true = (log_t.exp() * (log_t - log_s)).sum(-1)
+        log_s, log_t = (torch.log_softmax(z, -1) for z in (student, teacher))
+        textbook = (log_t.exp() * (log_t - log_s)).sum(-1)
+        ours = pyfast.distillation_loss(student, teacher, reduction="none")
+        facts.append(
+            {
+                "kl": float(true.mean()),
+                "pyfast": float(((ours - true) / true).abs().max()),
+                "textbook": float(((textbook - true) / true).abs().max()),
+            }
+        )
+    return facts
+
+
+def markdown(facts: dict) -> str:
+    """The facts as three tables, the device named."""
+    lines = [f"**{facts['device']}**, one thread.", ""]
+    lines += ["| kernel, one token, float32 | variant | in cache, G positions/s | from memory, G positions/s |"]
+    lines += ["| --- | --- | ---: | ---: |"]
+    for f in facts["linear"]:
+        name = f"{f['op']} {f['sparsity']:.0%}".replace("%", " %")
+        lines.append(f"| {name} | {f['variant']} | {f['hot_gpositions_s']:.1f} | {f['cold_gpositions_s']:.1f} |")
+    lines += ["", "| forward KL, loss and gradient, float32 | G words/s |", "| --- | ---: |"]
+    lines += [f"| {f['variant']} | {f['gwords_s']:.3f} |" for f in facts["losses"]]
+    lines += ["", "| mean KL | worst relative error, pyfast | textbook formula, float32 |", "| ---: | ---: | ---: |"]
+    lines += [f"| {f['kl']:.1e} | {f['pyfast']:.1e} | {f['textbook']:.1e} |" for f in facts["accuracy"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--write", type=Path, help="a Markdown file with a block named facts to make anew")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    facts = {
+        "device": hardware.cpu_name(),
+        "linear": linear_facts(),
+        "losses": loss_facts(),
+        "accuracy": accuracy_facts(),
+    }
+    text = markdown(facts)
+    print(text)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
+    if arguments.write:
+        arguments.write.write_text(replace_block(arguments.write.read_text(), "facts", text))
+
+
+if __name__ == "__main__":
+    main()

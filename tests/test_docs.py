@@ -1,0 +1,128 @@
+"""The documentation: its Python blocks run, its links lead somewhere, its figures follow from their formulas."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+
+from pyfast import BitmapWeight, Sparse24Weight
+from pyfast.sparse import magnitude_mask
+
+ROOT = Path(__file__).parent.parent
+FORMATS = ROOT / "docs" / "formats.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+FENCED = re.compile(
+    r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)``` *$", re.DOTALL | re.MULTILINE
+)
+INLINE_CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
+LINKS = (
+    re.compile(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)"),  # [text](target "title"), ![image](target)
+    re.compile(r"^ {0,3}\[[^\]]+\]:\s*<?([^\s>]+)", re.MULTILINE),  # [name]: target
+    re.compile(r"\b(?:href|src)=\"([^\"]+)\""),  # HTML
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of Python and the line of the page where its code begins, counted from 1."""
+
+    code: str
+    line: int
+
+
+def python_blocks(text: str) -> list[Block]:
+    return [
+        Block(dedent(found["body"]), text.count("\n", 0, found.start("body")) + 1)
+        for found in FENCED.finditer(text)
+        if found["language"] == "python"
+    ]
+
+
+def run(page: Path) -> None:
+    """All blocks of a page, in order, in one namespace; a traceback names the page and its line."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+
+
+def relative_links(text: str) -> list[str]:
+    """The targets of all links but those to other sites and to headings of the same page."""
+    prose = INLINE_CODE.sub("", FENCED.sub("", text))
+    targets = [target for pattern in LINKS for target in pattern.findall(prose)]
+    return [target for target in targets if not re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//|#", target)]
+
+
+def test_blocks_and_links_are_found():
+    text = "\n".join(
+        [
+            "[a](docs/a.md#part) ![b](<b.png>) [c](https://example.org) [d](#here) `[e](e.md)` [f][f]",
+            '<img src="g.svg"> [h](h.md "title")',
+            "",
+            "[f]: f.md",
+            "```python",
+            "x = '[i](i.md)'",
+            "```",
+            "```text",
+            "not Python",
+            "```",
+            "- item",
+            "  ```python",
+            "  if x:",
+            "      y = 1",
+            "  ```",
+        ]
+    )
+    assert python_blocks(text) == [Block("x = '[i](i.md)'\n", 6), Block("if x:\n    y = 1\n", 13)]
+    assert sorted(relative_links(text)) == ["b.png", "docs/a.md#part", "f.md", "g.svg", "h.md"]
+
+
+def test_the_formats_are_shown_by_examples_that_run(tmp_path, monkeypatch):
+    assert python_blocks(FORMATS.read_text(encoding="utf-8")), "docs/formats.md has no Python block"
+    monkeypatch.chdir(tmp_path)
+    run(FORMATS)
+
+
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_project(page):
+    for link in relative_links(page.read_text(encoding="utf-8")):
+        target = (page.parent / link.partition("#")[0]).resolve()
+        assert target.is_relative_to(ROOT) and target.exists(), f"{page.name}: {link} leads nowhere"
+
+
+CEILING = re.compile(r"^\| (\d+) % \| (2:4|bitmap) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+
+
+def ceiling(format: str, sparsity: float, bits: int) -> float:
+    return bits / (bits / 2 + 1) if format == "2:4" else bits / (bits * (1 - sparsity) + 1.0625)
+
+
+def test_the_table_of_ceilings_follows_from_the_formulas():
+    rows = CEILING.findall(FORMATS.read_text(encoding="utf-8"))
+    assert [row[:2] for row in rows] == [
+        ("50", "2:4"),
+        *((sparsity, "bitmap") for sparsity in ("50", "70", "80", "90", "95")),
+    ]
+    for percent, format, *stated in rows:
+        for bits, figure in zip((32, 16), stated, strict=True):
+            assert figure == f"{ceiling(format, int(percent) / 100, bits):.2f}", (percent, format, bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format, sparsity", [("2:4", 0.5), *(("bitmap", s) for s in (0.5, 0.7, 0.8, 0.9, 0.95))])
+def test_the_formulas_follow_from_the_bytes(format, sparsity, dtype):
+    dense = torch.randn(512, 1024).to(dtype)
+    mask = magnitude_mask(dense, format, sparsity)
+    weight = {"2:4": Sparse24Weight, "bitmap": BitmapWeight}[format].from_dense(dense, mask=mask)
+    bits = 8 * dense.element_size()
+    assert dense.nbytes / weight.nbytes == pytest.approx(ceiling(format, sparsity, bits), rel=1e-3)
