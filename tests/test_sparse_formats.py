@@ -178,6 +178,21 @@ def test_bits_that_do_not_agree_are_refused(tmp_path):
         Sparse24Weight.from_tensors({"values": weight.values, "metadata": metadata}, weight.shape)
 
 
+@pytest.mark.parametrize(("word", "bit"), [(0, 5), (0, 16), (1, 0), (2, 0), (15, 63)])
+def test_bits_in_the_padding_are_refused_and_never_followed(word, bit):
+    weight = BitmapWeight.from_dense(torch.zeros(2, 3))
+    bitmaps = weight.bitmaps.clone()
+    bitmaps[0, word] = 1 << bit if bit < 63 else -(1 << 63)
+    tensors = {"values": torch.ones(1), "bitmaps": bitmaps, "offsets": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match="outside the shape"):
+        BitmapWeight.from_tensors(tensors, (2, 3))
+    dense = torch.ops.pyfast.bitmap_decompress(*tensors.values(), 2, 3)
+    assert torch.equal(dense, torch.zeros(2, 3))
+    assert torch.equal(torch.ops.pyfast.bitmap_gather(torch.ones(2, 3), bitmaps, tensors["offsets"], 1), torch.zeros(1))
+    whole = BitmapWeight.from_tensors(tensors, (16, 64))
+    assert whole.to_dense().sum() == 1
+
+
 def test_a_weight_that_is_not_24_is_refused_with_its_place():
     dense = weight_24(6, 64)
     dense[4, 20:24] = torch.tensor([1.0, 2.0, 3.0, 0.0])

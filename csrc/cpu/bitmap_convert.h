@@ -57,7 +57,8 @@ void bitmap_scan(const BitmapConvertArgs& a, const U* dense, uint64_t* bitmaps, 
   }
 }
 
-// Calls visit(dense row, dense column, position in values) for every stored element of tile rows [begin, end).
+// Calls visit(dense row, dense column, position in values) for every stored element of tile rows [begin, end). A bit
+// in the padding names an element outside the matrix: visitors must not follow it.
 template <class Visit>
 void for_each_stored(const BitmapConvertArgs& a, const uint64_t* bitmaps, const int64_t* offsets, int64_t begin,
                      int64_t end, Visit visit) {
@@ -78,7 +79,7 @@ template <class U>
 void bitmap_gather(const BitmapConvertArgs& a, const U* dense, const uint64_t* bitmaps, const int64_t* offsets,
                    U* values, int64_t begin, int64_t end) {
   for_each_stored(a, bitmaps, offsets, begin, end, [&](int64_t row, int64_t column, int64_t position) {
-    values[position] = dense[row * a.dense_stride + column];
+    values[position] = row < a.n && column < a.k ? dense[row * a.dense_stride + column] : U{0};
   });
 }
 
@@ -91,7 +92,7 @@ void bitmap_scatter(const BitmapConvertArgs& a, const U* values, const uint64_t*
   for (int64_t row = first; row < last; ++row)
     __builtin_memset(dense + (row - first) * a.dense_stride, 0, static_cast<uint64_t>(a.k) * sizeof(U));
   for_each_stored(a, bitmaps, offsets, begin, end, [&](int64_t row, int64_t column, int64_t position) {
-    dense[(row - first) * a.dense_stride + column] = values[position];
+    if (row < last && column < a.k) dense[(row - first) * a.dense_stride + column] = values[position];
   });
 }
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyfast.ops import bitmap_convert, sparse24_convert
-from pyfast.reference.bitmap_convert import TILE_WORDS
+from pyfast.reference.bitmap_convert import TILE_COLUMNS, TILE_ROWS, TILE_WORDS
 from pyfast.reference.sparse24_convert import COLUMN_UNIT, padded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -212,6 +212,8 @@ class BitmapWeight(SparseWeight):
             raise ValueError(
                 f"values: got {values.numel()} elements, the bitmaps hold {int(offsets[-1])}; the weight is damaged"
             )
+        if _bits_in_padding(bitmaps, shape):
+            raise ValueError(f"bitmaps: hold bits outside the shape {list(shape)}; the weight is damaged")
         return cls._unchecked(tensors, shape)
 
     @classmethod
@@ -266,6 +268,27 @@ def _shape_from(text: str, path: object) -> tuple[int, int]:
     if not (isinstance(n, int) and isinstance(k, int) and n >= 0 and k >= 0):
         raise ValueError(f"path: {path} names the shape {text}, accepted: [out_features, in_features]")
     return n, k
+
+
+def _bits_in_padding(bitmaps: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether the last row or column of tiles stores anything beyond the matrix."""
+    n, k = shape
+    if bitmaps.numel() == 0:
+        return False
+    tiles = bitmaps.reshape(-1, padded(k, TILE_COLUMNS) // TILE_COLUMNS, TILE_WORDS)
+    rows, columns = n - (len(tiles) - 1) * TILE_ROWS, k - (tiles.shape[1] - 1) * TILE_COLUMNS
+    below, right = [], []  # for each word the bits beyond the last row, and beyond the last column
+    for word in range(TILE_WORDS):
+        inside = [[r + 8 * (word % 2) < rows, c + 8 * (word // 2) < columns] for r in range(8) for c in range(8)]
+        below.append(_int64(sum(1 << bit for bit, (row, _) in enumerate(inside) if not row)))
+        right.append(_int64(sum(1 << bit for bit, (_, column) in enumerate(inside) if not column)))
+    outside = (tiles[-1] & torch.tensor(below, device=bitmaps.device)).any()
+    return bool(outside | (tiles[:, -1] & torch.tensor(right, device=bitmaps.device)).any())
+
+
+def _int64(bits: int) -> int:
+    """64 bits as the signed integer that an int64 tensor holds."""
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
 def _popcount(words: Tensor) -> Tensor:
