@@ -66,9 +66,11 @@ def cpu_extensions() -> list[Extension]:
 
 
 def find_cuda_home() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, or the one whose nvcc is on the PATH, or /usr/local/cuda."""
+    """The CUDA toolkit: CUDA_HOME where it is set, else the one whose nvcc is on the PATH, else /usr/local/cuda."""
     on_path = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
+    candidates = [on_path and Path(on_path).resolve().parents[1], "/usr/local/cuda"]
+    if "CUDA_HOME" in os.environ:
+        candidates = [os.environ["CUDA_HOME"]]
     needed = ("bin/nvcc", "include/cuda_runtime_api.h")
     homes = [Path(candidate) for candidate in candidates if candidate]
     return next((home for home in homes if all((home / path).exists() for path in needed)), None)
@@ -84,9 +86,14 @@ def cuda_extensions() -> list[Extension]:
         if wanted == "1":
             raise SystemExit("PYFAST_CUDA=1, but there is no nvcc: set CUDA_HOME or put it on the PATH")
         return []
+    gencode_flags(cuda_archs())  # a wrong list is refused before anything is compiled
     files = ["csrc/cuda/module.cpp", *sources("csrc/cuda/*.cu")]
     headers = sources("csrc/cuda/*.cuh", "csrc/cuda/*.h")
     return [Extension("pyfast._cuda", files, depends=headers, py_limited_api=True)]
+
+
+def cuda_archs() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
 
 
 def gencode_flags(arch_list: str) -> list[str]:
@@ -118,7 +125,7 @@ class BuildNative(BuildExtension):
 
     def build_cuda(self, extension: Extension) -> None:
         home = find_cuda_home()
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+        archs = cuda_archs()
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         cuda_include, python_include = f"{home}/include", sysconfig.get_paths()["include"]

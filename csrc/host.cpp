@@ -59,6 +59,13 @@ pyfast::Dtype dtype_of(const py::array& a, const char* name) {
   throw py::type_error(std::string(name) + ": accepted: float32, float16, or uint16 holding bfloat16 bits");
 }
 
+// Arguments that are not elements: taken as they are, never converted.
+template <class T>
+Array<T> exactly(const py::array& a, const char* accepted) {
+  if (!a.dtype().is(py::dtype::of<T>())) throw py::type_error(accepted);
+  return Array<T>::ensure(a);
+}
+
 py::array contiguous(const py::array& a) { return py::array::ensure(a, py::array::c_style); }
 
 void require(bool condition, const char* message) {
@@ -91,8 +98,10 @@ py::tuple distill_kl(const py::array& student, const py::array& teacher, double 
   return py::make_tuple(value, grad);
 }
 
-py::array sparse24_linear(const Array<float>& x, const py::array& values, const Array<uint16_t>& metadata,
+py::array sparse24_linear(const py::array& activations, const py::array& values, const py::array& words,
                           const std::string& variant) {
+  const auto x = exactly<float>(activations, "x: accepted: float32");
+  const auto metadata = exactly<uint16_t>(words, "metadata: accepted: uint16");
   const pyfast::Sparse24LinearTable& table = pyfast::sparse24_linear_table(checked(variant));
   const py::array v = contiguous(values);
   require(x.ndim() == 2 && v.ndim() == 2 && metadata.ndim() == 2, "x, values, metadata: accepted: matrices");
@@ -121,8 +130,12 @@ const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   return pyfast::bitmap_linear_table(isa, 1.0);
 }
 
-py::array bitmap_linear(const Array<float>& x, const py::array& values, const Array<uint64_t>& bitmaps,
-                        const Array<int64_t>& offsets, py::ssize_t n, const std::string& variant) {
+py::array bitmap_linear(const py::array& activations, const py::array& values, const py::array& words,
+                        const py::array& starts, py::ssize_t n, const std::string& variant) {
+  const auto x = exactly<float>(activations, "x: accepted: float32");
+  const auto bitmaps = exactly<uint64_t>(words, "bitmaps: accepted: uint64");
+  const auto offsets = exactly<int64_t>(starts, "offsets: accepted: int64");
+  require(n >= 0, "n: accepted: 0 or more");
   const pyfast::BitmapLinearTable& table = bitmap_table(variant);
   const py::array v = contiguous(values);
   require(x.ndim() == 2 && x.shape(1) % pyfast::kTileColumns == 0, "x: accepted: [tokens, k], k a multiple of 64");
@@ -133,6 +146,12 @@ py::array bitmap_linear(const Array<float>& x, const py::array& values, const Ar
           "bitmaps: accepted: [tiles, 16]");
   require(offsets.ndim() == 1 && offsets.shape(0) == tiles + 1 && v.ndim() == 1 && offsets.at(tiles) == v.shape(0),
           "offsets: accepted: [tiles + 1], the last one the number of values");
+  for (py::ssize_t tile = 0; tile < tiles; ++tile) {
+    int64_t stored = 0;
+    for (int word = 0; word < pyfast::kTileWords; ++word) stored += __builtin_popcountll(bitmaps.at(tile, word));
+    require(offsets.at(tile + 1) - offsets.at(tile) == stored, "offsets: do not agree with the bits of the bitmaps");
+  }
+  require(offsets.at(0) == 0, "offsets: accepted: from 0");
   py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
   pyfast::BitmapLinearArgs args{};
   args.x = x.data();

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+
+from pyfast import backends
 
 if TYPE_CHECKING:
     from pyfast.bench.options import Options
@@ -28,6 +31,11 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the command ``pyfast``."""
+    try:
+        backends.active_isa()
+    except ValueError as error:  # PYFAST_ISA names nothing that runs here
+        print(f"pyfast: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     app()
 
 

@@ -352,7 +352,19 @@ WRONG = {
         "values: accepted",
     ),
     "bitmap rows below 0": (
-        "bitmap_linear", (ones(1, 64), ones(0), words(0, 16), places(0), -1), {}, ValueError, "negative",
+        "bitmap_linear", (ones(1, 64), ones(0), words(0, 16), places(0), -1), {}, ValueError, "n: accepted",
+    ),
+    "bitmap bits without values": (
+        "bitmap_linear", (ones(1, 64), ones(0), words(1, 16) + 1, places(0, 0), 5), {}, ValueError, "offsets: do not",
+    ),
+    "bitmap float words": (
+        "bitmap_linear", (ones(1, 64), ones(0), ones(1, 16), places(0, 0), 5), {}, TypeError, "bitmaps: accepted",
+    ),
+    "x of bfloat16 bits": (
+        "sparse24_linear", (ones(1, 32, dtype="u2"), ones(5, 16), pairs(5, 2)), {}, TypeError, "x: accepted: float32",
+    ),
+    "2:4 float metadata": (
+        "sparse24_linear", (ones(1, 32), ones(5, 16), ones(5, 2)), {}, TypeError, "metadata: accepted: uint16",
     ),
 }  # fmt: skip
 

@@ -12,10 +12,11 @@
 //   bitmaps [tiles, 16], values in the order of tile, word, bit; offsets [tiles + 1] into values.
 //   x [tokens, k] float32 (the caller widens and pads with zeros), k a multiple of 64; y [tokens, n].
 //
-// Sums run in float32, one partial sum a column of the block (mod 8). Structural zeros are not multiplied.
-// Traffic is that of the weights, read once for every 3 tokens: values, 1 bit an element, 8 bytes a tile.
-// One token in float32 at density d moves (4d + 0.133)/4 of the dense bytes: ceilings 1.88, 3.0, 4.3, 7.5 times
-// dense at 50, 70, 80, 90 %.
+// Sums run in float32, one partial sum a column of the block (mod 8). The vector variants multiply the zeros between
+// the stored values of a block too: an activation of inf or NaN makes every row of its tile NaN, as a dense product
+// does. Traffic is that of the weights, read once for every 3 tokens: values, 1 bit an element, 8 bytes a tile. One
+// token in float32 at density d moves (4d + 0.133)/4 of the dense bytes: ceilings 1.88, 3.0, 4.3, 7.5 times dense at
+// 50, 70, 80, 90 %.
 #pragma once
 
 #include <cstdint>

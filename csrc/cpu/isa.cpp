@@ -12,19 +12,19 @@ namespace {
 constexpr int kUnset = -1;
 std::atomic<int> chosen{kUnset};
 
-int parse(const char* name) {
+int parse(const char* source, const char* name) {
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(name, kIsaNames[i]) == 0) {
       if (!isa_supported(static_cast<Isa>(i)))
-        throw std::invalid_argument("PYFAST_ISA: this processor cannot run '" + std::string(name) + "'");
+        throw std::invalid_argument(std::string(source) + ": this processor cannot run '" + name + "'");
       return i;
     }
   }
-  throw std::invalid_argument("PYFAST_ISA: got '" + std::string(name) + "', accepted: serial, avx2, avx512");
+  throw std::invalid_argument(std::string(source) + ": got '" + name + "', accepted: serial, avx2, avx512");
 }
 
 int choose() {
-  if (const char* name = std::getenv("PYFAST_ISA"); name != nullptr && *name != '\0') return parse(name);
+  if (const char* name = std::getenv("PYFAST_ISA"); name != nullptr && *name != '\0') return parse("PYFAST_ISA", name);
   for (int i = kIsaCount - 1; i > 0; --i)
     if (isa_supported(static_cast<Isa>(i))) return i;
   return static_cast<int>(Isa::serial);
@@ -61,7 +61,7 @@ Isa active_isa() {
   return static_cast<Isa>(isa);
 }
 
-void set_active_isa(const char* name) { chosen.store(parse(name), std::memory_order_relaxed); }
+void set_active_isa(const char* name) { chosen.store(parse("isa", name), std::memory_order_relaxed); }
 
 bool has_slow_expand() {
 #if defined(__x86_64__)
