@@ -17,8 +17,12 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
   const int64_t tiles = a.k / kTileColumns;
   TileValues<T> buffer;
   Vec sum[tokens][kPairs];
-  for (auto& of_token : sum)
-    for (Vec& s : of_token) s = broadcast(0.0f);
+  // Every loop over sums is unrolled, or gcc keeps them in memory: an array whose index is not a constant has an
+  // address.
+#pragma GCC unroll 3
+  for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 8
+    for (int pair = 0; pair < kPairs; ++pair) sum[t][pair] = broadcast(0.0f);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const uint64_t* words = a.bitmaps + (tile_row * tiles + tile) * kTileWords;
     const float* x = a.x + token * a.x_stride + tile * kTileColumns;
@@ -32,12 +36,15 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
         if (pair % 4 == 0) prefetch_values(w);
         const unsigned mask = (words[2 * block + pair / 4] >> (16 * (pair % 4))) & 0xffff;
         const Vec e = {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), load(w).v)};
+#pragma GCC unroll 3
         for (int t = 0; t < tokens; ++t) sum[t][pair] = fma(e, x8[t], sum[t][pair]);
         w += __builtin_popcount(mask);
       }
     }
   }
+#pragma GCC unroll 3
   for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 8
     for (int pair = 0; pair < kPairs; ++pair) {
       const int64_t row = tile_row * kTileRows + 2 * pair;
       const __m512 s = sum[t][pair].v;

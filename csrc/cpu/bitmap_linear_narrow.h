@@ -33,8 +33,12 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token, in
   const int64_t tiles = a.k / kTileColumns;
   TileValues<T> buffer;
   Vec sum[tokens][8 * halves];
-  for (auto& of_token : sum)
-    for (Vec& s : of_token) s = broadcast(0.0f);
+  // Every loop over sums is unrolled, or gcc keeps them in memory: an array whose index is not a constant has an
+  // address.
+#pragma GCC unroll 3
+  for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 16
+    for (int i = 0; i < 8 * halves; ++i) sum[t][i] = broadcast(0.0f);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const uint64_t* words = a.bitmaps + (tile_row * tiles + tile) * kTileWords;
     const float* x = a.x + token * a.x_stride + tile * kTileColumns;
@@ -55,13 +59,16 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token, in
           const unsigned mask = (word >> (8 * row)) & 0xff;
           const Vec e = expand(w, kExpandTable.lane[mask]);
           const int at = halves == 1 ? row : 8 * half + row;
+#pragma GCC unroll 3
           for (int t = 0; t < tokens; ++t) sum[t][at] = fma(e, x8[t], sum[t][at]);
           w += __builtin_popcount(mask);
         }
       }
     }
   }
+#pragma GCC unroll 3
   for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 16
     for (int i = 0; i < 8 * halves; ++i)
       write_output<T>(a, tile_row * kTileRows + 8 * first_half + i, token + t, reduce_add(sum[t][i]));
 }
