@@ -127,7 +127,7 @@ const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   if (isa == pyfast::Isa::avx512)
     return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Narrow;
 #endif
-  return pyfast::bitmap_linear_table(isa, 1.0);
+  return pyfast::bitmap_linear_table(isa, 1.0, 1);
 }
 
 py::array bitmap_linear(const py::array& activations, const py::array& values, const py::array& words,
@@ -174,7 +174,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "CPU kernels of pyfast for NumPy arrays; every variant by name, single-threaded, no torch.";
   m.def("variants", &variants, "Names of the variants that this processor can run.");
   m.def("has_slow_expand", &pyfast::has_slow_expand,
-        "Whether bitmap_linear uses avx512_narrow here below a quarter of the elements.");
+        "Whether bitmap_linear prefers avx512_narrow here, below a quarter of the elements or for several tokens.");
   m.def("distill_kl", &distill_kl, py::arg("student"), py::arg("teacher"), py::arg("temperature") = 1.0,
         py::arg("teacher_temperature") = py::none(), py::arg("variant") = "serial", py::arg("grad") = true,
         "Forward KL of each row and its gradient: (float32 [rows], [rows, V] or [0, 0]).");

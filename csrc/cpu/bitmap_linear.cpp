@@ -19,7 +19,7 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
                   "offsets: must be contiguous int64 [tiles + 1]");
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values: must be contiguous and flat");
   const double density = static_cast<double>(values.size(0)) / static_cast<double>(std::max<int64_t>(1, n * k));
-  const BitmapLinearTable& table = bitmap_linear_table(active_isa(), density);
+  const BitmapLinearTable& table = bitmap_linear_table(active_isa(), density, tokens);
   if (tokens > table.few_tokens)
     return linear_by_panels(x, n, bias, [&](Tensor& dense, int64_t begin) {
       bitmap_decompress_rows(values, bitmaps, offsets, n, dense, begin);

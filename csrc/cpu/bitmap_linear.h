@@ -55,7 +55,7 @@ extern const BitmapLinearTable kBitmapLinearAvx512;        // 16 lanes: vexpandp
 extern const BitmapLinearTable kBitmapLinearAvx512Narrow;  // 8 lanes: vpermi2ps by table, where vexpandps is slow
 #endif
 
-// The table for an ISA and a weight that stores this share of its elements.
-const BitmapLinearTable& bitmap_linear_table(Isa isa, double density);
+// The table for an ISA, a weight that stores this share of its elements, and a number of tokens.
+const BitmapLinearTable& bitmap_linear_table(Isa isa, double density, int64_t tokens);
 
 }  // namespace pyfast

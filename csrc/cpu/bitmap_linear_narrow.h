@@ -28,6 +28,13 @@ struct ExpandTable {
 
 constexpr ExpandTable kExpandTable{};
 
+// 32 times the 8 bits of a row of the block: their row of the table as an offset in bytes, by one shift and one mask.
+inline uint64_t table_offset(uint64_t word, int row) { return (row == 0 ? word << 5 : word >> (8 * row - 5)) & 0x1fe0; }
+
+inline const int32_t* table_row(uint64_t offset) {
+  return reinterpret_cast<const int32_t*>(reinterpret_cast<const char*>(kExpandTable.lane) + offset);
+}
+
 template <class T, int tokens, int halves>
 void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token, int first_half) {
   const int64_t tiles = a.k / kTileColumns;
@@ -56,12 +63,12 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token, in
         prefetch_values(w);
 #pragma GCC unroll 8
         for (int row = 0; row < 8; ++row) {
-          const unsigned mask = (word >> (8 * row)) & 0xff;
-          const Vec e = expand(w, kExpandTable.lane[mask]);
+          const uint64_t offset = table_offset(word, row);
+          const Vec e = expand(w, table_row(offset));
           const int at = halves == 1 ? row : 8 * half + row;
 #pragma GCC unroll 3
           for (int t = 0; t < tokens; ++t) sum[t][at] = fma(e, x8[t], sum[t][at]);
-          w += __builtin_popcount(mask);
+          w += __builtin_popcountll(offset);
         }
       }
     }

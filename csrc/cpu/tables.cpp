@@ -22,17 +22,18 @@ const Sparse24LinearTable& sparse24_linear_table(Isa isa) {
   return pick(isa, kSparse24LinearSerial, kSparse24LinearAvx2, kSparse24LinearAvx512);
 }
 
-// Zen 4 decodes 11.6 billion positions a second and core with vexpandps, which is enough to keep memory busy down to
-// a quarter of the elements; below that the table's 15 billion show (docs/kernels.md).
-const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
+// On Zen 4 vexpandps decodes fast enough to keep memory busy at one token down to a quarter of the elements; below
+// that, and where several tokens make the kernel wait for decoding instead, the table look-ups are faster
+// (docs/kernels.md).
+const BitmapLinearTable& bitmap_linear_table(Isa isa, double density, int64_t tokens) {
   static const bool slow_expand = has_slow_expand();
-  const bool narrow = slow_expand && density < 0.25;
+  const bool narrow = slow_expand && (density < 0.25 || tokens > 1);
   return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, narrow ? kBitmapLinearAvx512Narrow : kBitmapLinearAvx512);
 }
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
-const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
+const BitmapLinearTable& bitmap_linear_table(Isa, double, int64_t) { return kBitmapLinearSerial; }
 #endif
 
 }  // namespace pyfast
