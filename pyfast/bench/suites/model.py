@@ -310,7 +310,7 @@ def _time(wanted: Sequence[Variant], options: Options, *, brief: bool = False) -
     elif options.quick:
         rounds, budget_s = {"decode": (5, 8), "prefill": (2, 3)}, 0.3
     else:
-        rounds, budget_s = {"decode": (10, 24), "prefill": (3, 8)}, 0.8
+        rounds, budget_s = {"decode": (8, 16), "prefill": (3, 5)}, 0.5
     timings: _Timings = {}
     for op in OPS:
         able = [v for v in wanted if op in v.ops]
