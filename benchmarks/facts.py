@@ -107,7 +107,10 @@ def accuracy_facts() -> list[dict]:
 
 def markdown(facts: dict) -> str:
     """The facts as three tables, the device named."""
-    lines = [f"**{facts['device']}**, one thread.", ""]
+    lines = [
+        f"**{facts['device']}**, one thread. Each call checks its arguments, every bitmap too; that is in the figures.",
+        "",
+    ]
     lines += ["| kernel, one token, float32 | variant | in cache, G positions/s | from memory, G positions/s |"]
     lines += ["| --- | --- | ---: | ---: |"]
     for f in facts["linear"]:
