@@ -23,7 +23,7 @@ struct TileValues {
 };
 
 // Asks for the values that lie kAhead bytes after w, as many lines as one word of the bitmap takes up at half
-// density. Without it two threads reach 60 % of the read bandwidth: decoding leaves too few loads in flight.
+// density. Without it two threads stay well below the read bandwidth: decoding leaves too few loads in flight.
 template <class T>
 inline void prefetch_values(const T* w) {
   constexpr int kAhead = 2048, kLine = 64;
