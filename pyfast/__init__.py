@@ -6,7 +6,7 @@ and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measur
 
 from pyfast import backends, nn, structured
 from pyfast._version import __version__
-from pyfast.ops.distill_kl import distillation_loss
+from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
 from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "backends",
     "distillation_loss",
+    "distillation_value_and_grad",
     "nn",
     "sparse_linear",
     "sparsify",

@@ -19,6 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What rounding the result to the dtype costs, and a little more.
 GRAD_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 INF = float("inf")
+# mix, temperatures, softcaps, labels, ce_scale, with_grad of the op
+PLAIN = (0.0, 1.0, 1.0, 0.0, 0.0, None, None, False)
 
 
 def truth(student, teacher, temperature=1.0, teacher_temperature=None):
@@ -300,7 +302,7 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype, with_grad):
     s, t = logits(3, 100, dtype=dtype).requires_grad_(with_grad), logits(3, 100, dtype=dtype)
-    arguments = (s, t, torch.ones(3), "forward_kl", 2.0, 2.0, with_grad)
+    arguments = (s, t, torch.ones(3), "forward_kl", 0.0, 2.0, 2.0, 0.0, 0.0, None, None, with_grad)
     torch.library.opcheck(torch.ops.pyfast.distill_kl, arguments)
     torch.library.opcheck(torch.ops.pyfast.scale_rows, (s.detach(), torch.rand(3)))
 
@@ -361,9 +363,9 @@ def test_offsets_are_64_bit(tmp_path):
     s = s.as_strided((rows, vocab), (stride, 1))
     t = logits(rows, vocab, dtype=torch.bfloat16)
     s.copy_(logits(rows, vocab, dtype=torch.bfloat16))
-    args = (t, torch.ones(rows), "forward_kl", 1.0, 1.0, True)
-    value, grad = torch.ops.pyfast.distill_kl(s, *args)
-    dense_value, dense_grad = torch.ops.pyfast.distill_kl(s.clone(), *args)
+    args = (t, torch.ones(rows), "forward_kl", 0.0, 1.0, 1.0, 0.0, 0.0, None, None, True)
+    value, _, grad = torch.ops.pyfast.distill_kl(s, *args)
+    dense_value, _, dense_grad = torch.ops.pyfast.distill_kl(s.clone(), *args)
     assert torch.equal(value, dense_value) and torch.equal(grad, dense_grad)
 
 
@@ -426,8 +428,8 @@ def test_bad_input_names_the_argument(case):
 def test_the_op_itself_refuses_what_the_function_would():
     s = torch.randn(3, 10)
     with pytest.raises(RuntimeError, match="dtype"):
-        torch.ops.pyfast.distill_kl(s.double(), s.double(), torch.ones(3), "forward_kl", 1.0, 1.0, False)
+        torch.ops.pyfast.distill_kl(s.double(), s.double(), torch.ones(3), "forward_kl", *PLAIN)
     with pytest.raises(RuntimeError, match="row_scale"):
-        torch.ops.pyfast.distill_kl(s, s, torch.ones(4), "forward_kl", 1.0, 1.0, False)
+        torch.ops.pyfast.distill_kl(s, s, torch.ones(4), "forward_kl", *PLAIN)
     with pytest.raises(RuntimeError, match="divergence"):
-        torch.ops.pyfast.distill_kl(s, s, torch.ones(3), "chi2", 1.0, 1.0, False)
+        torch.ops.pyfast.distill_kl(s, s, torch.ones(3), "chi2", *PLAIN)

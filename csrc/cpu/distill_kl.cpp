@@ -11,9 +11,11 @@ namespace {
 // Gradients larger than this leave the cache before anybody reads them: stream them.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
-std::tuple<Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
-                                      std::string divergence, double student_temperature, double teacher_temperature,
-                                      bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
+                                              std::string divergence, double mix, double student_temperature,
+                                              double teacher_temperature, double student_softcap,
+                                              double teacher_softcap, std::optional<Tensor> labels,
+                                              std::optional<Tensor> ce_scale, bool with_grad) {
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2, "student, teacher: must have shape [rows, vocabulary]");
   STD_TORCH_CHECK(student.size(0) == teacher.size(0) && student.size(1) == teacher.size(1),
                   "student, teacher: shapes must agree");
@@ -21,14 +23,17 @@ std::tuple<Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teach
   STD_TORCH_CHECK(
       row_scale.dim() == 1 && row_scale.size(0) == student.size(0) && row_scale.scalar_type() == ScalarType::Float,
       "row_scale: must be float32 with one value a row");
+  (void)mix;
+  STD_TORCH_CHECK(student_softcap == 0 && teacher_softcap == 0 && !labels && !ce_scale, "not there yet");
   STD_TORCH_CHECK(divergence == "forward_kl", "divergence: got '", divergence, "', accepted: forward_kl");
   const Dtype dtype = dtype_of(student, "student");
   const int64_t rows = student.size(0), vocab = student.size(1);
   Tensor value = torch::stable::new_empty(student, {rows}, ScalarType::Float);
+  Tensor ce_rows = torch::stable::new_empty(student, {0}, ScalarType::Float);
   Tensor grad = reusable_empty(student, with_grad ? rows : 0, with_grad ? vocab : 0);
   if (rows == 0 || vocab == 0) {
     torch::stable::zero_(value);
-    return {value, grad};
+    return {value, ce_rows, grad};
   }
   const Tensor s = rows_contiguous(student), t = rows_contiguous(teacher);
   const Tensor scale = torch::stable::contiguous(row_scale);
@@ -47,28 +52,46 @@ std::tuple<Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teach
   args.stream_grad = with_grad && rows * vocab * static_cast<int64_t>(student.element_size()) > kStreamBytes;
   const DistillKlKernel kernel = distill_kl_table(active_isa()).forward_kl[static_cast<int>(dtype)];
   parallel_chunks(rows, 1 + 16384 / vocab, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  return {value, grad};
+  return {value, ce_rows, grad};
 }
 
-Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
+void check_scale(const Tensor& grad, const Tensor& scale) {
   STD_TORCH_CHECK(grad.dim() == 2 && scale.dim() == 1 && scale.size(0) == grad.size(0),
                   "grad, scale: must have shapes [rows, vocabulary] and [rows]");
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "scale: must be float32");
-  const Dtype dtype = dtype_of(grad, "grad");
+}
+
+void scale_into(const Tensor& grad, const Tensor& scale, Tensor& out) {
   const int64_t rows = grad.size(0), vocab = grad.size(1);
-  Tensor out = reusable_empty(grad, rows, vocab);
-  if (rows == 0 || vocab == 0) return out;
-  const Tensor g = rows_contiguous(grad);
-  const ScaleRowsArgs args{g.const_data_ptr(),
-                           scale.const_data_ptr<float>(),
-                           out.mutable_data_ptr(),
-                           g.stride(0),
-                           scale.stride(0),
-                           vocab,
-                           vocab};
-  const ScaleRowsKernel kernel = distill_kl_table(active_isa()).scale_rows[static_cast<int>(dtype)];
+  if (rows == 0 || vocab == 0) return;
+  ScaleRowsArgs args{};
+  args.grad = grad.const_data_ptr();
+  args.scale = scale.const_data_ptr<float>();
+  args.out = out.mutable_data_ptr();
+  args.grad_stride = grad.stride(0);
+  args.scale_stride = scale.stride(0);
+  args.out_stride = out.stride(0);
+  args.vocab = vocab;
+  const ScaleRowsKernel kernel = distill_kl_table(active_isa()).scale_rows[static_cast<int>(dtype_of(grad, "grad"))];
   parallel_chunks(rows, 1 + 65536 / vocab, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
+  check_scale(grad, scale);
+  Tensor out = reusable_empty(grad, grad.size(0), grad.size(1));
+  scale_into(rows_contiguous(grad), scale, out);
   return out;
+}
+
+// Rows whose scale is 1 are left alone, so that a loss that nothing multiplies costs nothing here.
+void scale_rows_(Tensor grad, const Tensor& scale) {
+  check_scale(grad, scale);
+  STD_TORCH_CHECK(grad.size(1) <= 1 || grad.stride(1) == 1, "grad: the words of a row must lie next to each other");
+  const float* factor = scale.const_data_ptr<float>();
+  const int64_t rows = scale.size(0), stride = scale.stride(0);
+  int64_t i = 0;
+  while (i < rows && factor[i * stride] == 1.0f) ++i;
+  if (i < rows) scale_into(grad, scale, grad);
 }
 
 }  // namespace
@@ -77,4 +100,5 @@ Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
 STABLE_TORCH_LIBRARY_IMPL(pyfast, CPU, m) {
   m.impl("distill_kl", TORCH_BOX(&pyfast::distill_kl));
   m.impl("scale_rows", TORCH_BOX(&pyfast::scale_rows));
+  m.impl("scale_rows_", TORCH_BOX(&pyfast::scale_rows_));
 }

@@ -239,6 +239,7 @@ void scale_rows(const ScaleRowsArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* grad = static_cast<const T*>(a.grad) + i * a.grad_stride;
     T* out = static_cast<T*>(a.out) + i * a.out_stride;
+    if (grad == out && a.scale[i * a.scale_stride] == 1.0f) continue;
     const Vec scale = broadcast(a.scale[i * a.scale_stride]);
     int64_t v = 0;
     for (; v + Vec::width <= a.vocab; v += Vec::width) store(out + v, load(grad + v) * scale);

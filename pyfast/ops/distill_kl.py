@@ -1,23 +1,22 @@
 """distill_kl: divergence between two tempered softmaxes over logits, fused with its gradient.
 
-Read top to bottom: the public function, the choice of backend, the op with its fake and autograd. Kernels:
+Read top to bottom: the public functions, the choice of backend, the op with its fake and autograd. Kernels:
 ``csrc/cpu/distill_kl*`` and ``triton_kernels/distill_kl.py``; truth: ``pyfast/reference/distill_kl.py``.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfast import backends
+from pyfast.ops import _arguments as arguments
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import distill_kl as reference
 
 DIVERGENCES = tuple(reference.DIVERGENCES)
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def distillation_loss(
@@ -25,9 +24,14 @@ def distillation_loss(
     teacher: Tensor,
     divergence: str = "forward_kl",
     *,
+    alpha: float = 0.1,
+    beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     scale_by_t2: bool = True,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    ce_weight: float = 0.0,
     reduction: str = "mean",
     labels: Tensor | None = None,
     ignore_index: int = -100,
@@ -38,18 +42,29 @@ def distillation_loss(
 ) -> Tensor:
     """Distillation loss between the logits of a student and of a teacher (Hinton, Vinyals and Dean, 2015).
 
-    With s = softmax(student / temperature) and t = softmax(teacher / teacher_temperature), ``forward_kl`` is
-    Σ t log(t/s) a token. Loss and gradient are computed in one pass that reads both tensors once from memory and
-    writes the gradient; nothing else of the size of the logits is allocated. Sums run in float32, without the
-    cancellation of the textbook formula (a KL of 1e-7 keeps its digits).
+    With s = softmax(student / temperature) and t = softmax(teacher / teacher_temperature), a token's value is
+
+    - ``forward_kl``: Σ t log(t/s)
+    - ``reverse_kl``: Σ s log(s/t), over the words that the teacher allows (MiniLLM)
+    - ``jsd``: β KL(t‖m) + (1−β) KL(s‖m), m = βt + (1−β)s (GKD)
+    - ``skew_kl``: KL(t ‖ αt + (1−α)s); ``skew_reverse_kl``: KL(s ‖ (1−α)t + αs) (DistiLLM)
+    - ``tvd``: ½ Σ |s − t|; ``mse``: Σ (s − t)²
+
+    Loss and gradient are computed in one call that reads both tensors once from memory and writes the gradient;
+    nothing else of the size of the logits is allocated, and without a gradient nothing at all. Sums run in float32,
+    without the cancellation of the textbook formulas (a KL of 1e-7 keeps its digits).
 
     Args:
         student: logits ``[..., V]``, float32, bfloat16 or float16 (float64 by the reference). Receives the gradient.
         teacher: logits ``[..., V]`` of the same leading shape; no gradient flows to it. −inf excludes a word.
             Where dtypes differ both are brought to the wider one.
-        divergence: ``"forward_kl"``.
+        divergence: one of the names above.
+        alpha: share α of the skew divergences, from 0 (no skew) to below 1.
+        beta: share β of ``jsd``, above 0 and below 1.
         temperature: T > 0 of the student, and of the teacher unless ``teacher_temperature`` is given.
         scale_by_t2: multiply by ``temperature`` squared, so that the gradient's size does not depend on T.
+        softcap: c > 0 brings logits z of both to c·tanh(z/c) first; ``teacher_softcap`` sets the teacher's apart.
+        ce_weight: adds ``ce_weight`` times the cross-entropy of ``labels`` under softmax(student) (T = 1).
         reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"`` (``[...]``, 0 where not counted).
         labels: integer ``[...]``; tokens whose label is ``ignore_index`` do not count.
         mask: boolean ``[...]``; tokens where it is False do not count. With ``labels``, both must hold.
@@ -63,139 +78,169 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
+            Labels out of range are seen on the CPU only; on a GPU, where looking would stop the host, they give NaN.
     """
-    leading, student, teacher = _check_logits(student, teacher, vocab_size)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    _check_options(divergence, temperature, teacher_temperature, reduction, num_items)
-    counted = _counted_tokens(leading, student.device, labels, ignore_index, mask)
-    row_scale = _row_scale(student, counted, reduction, num_items, temperature**2 if scale_by_t2 else 1.0)
-    served_by = backends.select("distill_kl", student.device.type, student.dtype, backend)
-    if served_by == "reference":
-        rows = reference.distill_kl(student, teacher, row_scale, divergence, temperature, teacher_temperature)
-    else:
-        with_grad = torch.is_grad_enabled() and student.requires_grad
-        rows, _ = torch.ops.pyfast.distill_kl(
-            student, teacher, row_scale, divergence, temperature, teacher_temperature, with_grad
-        )
-    return rows.reshape(leading) if reduction == "none" else rows.sum()
-
-
-def _check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tuple[torch.Size, Tensor, Tensor]:
-    """Both as ``[rows, V]`` of one dtype, the teacher detached, and the leading shape."""
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name}: got {type(logits).__name__}, accepted: a tensor of logits [..., V]")
-        if not logits.dtype.is_floating_point or logits.dtype.itemsize < 2:
-            raise TypeError(f"{name}: got dtype {logits.dtype}, accepted: float32, bfloat16, float16, float64")
-        if logits.dim() < 1 or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: got shape {list(logits.shape)}, accepted: [..., V] with V of at least 1")
-    if student.device != teacher.device:
-        raise ValueError(f"teacher: got device {teacher.device}, accepted: the student's, {student.device}")
-    if student.shape[:-1] != teacher.shape[:-1]:
-        raise ValueError(
-            f"teacher: got shape {list(teacher.shape)}, accepted: the student's leading shape, "
-            f"{[*student.shape[:-1], 'V']}"
-        )
-    smaller = min(student.shape[-1], teacher.shape[-1])
-    if vocab_size is not None:
-        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= smaller:
-            raise ValueError(f"vocab_size: got {vocab_size!r}, accepted: an integer from 1 to {smaller}")
-        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
-    elif student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            f"teacher: vocabularies differ, got {teacher.shape[-1]} words against the student's {student.shape[-1]}; "
-            f"pass vocab_size={smaller} (or less) to compare the first words of both"
-        )
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    leading, vocab = student.shape[:-1], student.shape[-1]
-    rows = math.prod(leading)
-    return (
-        leading,
-        student.to(dtype).reshape(rows, vocab),
-        teacher.detach().to(dtype).reshape(rows, vocab),
+    call = _prepare(
+        student,
+        teacher,
+        divergence,
+        alpha,
+        beta,
+        temperature,
+        teacher_temperature,
+        scale_by_t2,
+        softcap,
+        teacher_softcap,
+        ce_weight,
+        reduction,
+        labels,
+        ignore_index,
+        mask,
+        num_items,
+        vocab_size,
+        backend,
     )
+    rows, _, _ = call.run(torch.is_grad_enabled() and student.requires_grad)
+    return rows.reshape(call.leading) if reduction == "none" else rows.sum()
 
 
-def _check_options(
+def distillation_value_and_grad(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: str = "forward_kl",
+    *,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    scale_by_t2: bool = True,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and its gradient to ``student`` in one pass, without autograd: for training loops that write their own
+    backward. Arguments and errors as in :func:`distillation_loss`.
+
+    Returns:
+        The loss as :func:`distillation_loss` gives it, detached; and the gradient of its sum, of the shape and dtype
+        of ``student`` (0 for words beyond ``vocab_size``).
+    """
+    call = _prepare(
+        student,
+        teacher,
+        divergence,
+        alpha,
+        beta,
+        temperature,
+        teacher_temperature,
+        scale_by_t2,
+        softcap,
+        teacher_softcap,
+        ce_weight,
+        reduction,
+        labels,
+        ignore_index,
+        mask,
+        num_items,
+        vocab_size,
+        backend,
+    )
+    with torch.no_grad():
+        rows, _, grad = call.run(True)
+    loss = rows.reshape(call.leading) if reduction == "none" else rows.sum()
+    grad = grad.to(student.dtype).reshape(*call.leading, grad.shape[-1])
+    beyond = student.shape[-1] - grad.shape[-1]
+    return loss, torch.nn.functional.pad(grad, (0, beyond)) if beyond else grad
+
+
+class _Call(NamedTuple):
+    """A checked call: rows of logits, and what ``pyfast::distill_kl`` takes besides."""
+
+    leading: torch.Size
+    student: Tensor
+    teacher: Tensor
+    row_scale: Tensor
+    objective: arguments.Objective
+    labels: Tensor | None
+    ce_scale: Tensor | None
+    backend: str
+
+    def run(self, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, the cross-entropy's part of them, and the gradient of their sum (empty without ``with_grad``)."""
+        inputs = (self.student, self.teacher, self.row_scale, *self.objective, self.labels, self.ce_scale)
+        if self.backend != "reference":
+            return torch.ops.pyfast.distill_kl(*inputs, with_grad)
+        if torch.is_grad_enabled() or not with_grad:
+            return *reference.distill_kl(*inputs), self.student.new_empty(0)
+        with torch.enable_grad():
+            student = self.student.detach().requires_grad_()
+            rows, ce_rows = reference.distill_kl(student, *inputs[1:])
+            (grad,) = torch.autograd.grad(rows.sum(), student)
+        return rows.detach(), ce_rows, grad
+
+
+def _prepare(
+    student: Tensor,
+    teacher: Tensor,
     divergence: str,
+    alpha: float,
+    beta: float,
     temperature: float,
-    teacher_temperature: float,
+    teacher_temperature: float | None,
+    scale_by_t2: bool,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    ce_weight: float,
     reduction: str,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
     num_items: float | Tensor | None,
-) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: got {divergence!r}, accepted: {', '.join(DIVERGENCES)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, accepted: {', '.join(REDUCTIONS)}")
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: got {type(value).__name__}, accepted: a number above 0")
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: got {value}, accepted: a finite number above 0")
-    if num_items is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f'num_items: replaces the divisor of reduction="mean", got reduction={reduction!r}')
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items: got shape {list(num_items.shape)}, accepted: a number or a tensor of one")
-    elif not num_items > 0:
-        raise ValueError(f"num_items: got {num_items}, accepted: a number above 0")
+    vocab_size: int | None,
+    backend: str | None,
+) -> _Call:
+    leading, rows_s, rows_t = arguments.check_pair(student, teacher, vocab_size)
+    objective = arguments.objective(
+        divergence,
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+    )
+    arguments.check_reduction(reduction, num_items)
+    counted = arguments.counted_tokens(leading, student.device, labels, ignore_index, mask)
+    factor = temperature**2 if scale_by_t2 else 1.0
+    scale = arguments.row_scale(rows_s, counted, reduction, num_items, factor)
+    words = ce_scale = None
+    if arguments.not_negative("ce_weight", ce_weight) > 0:
+        if labels is None:
+            raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
+        arguments.check_labels(labels, counted, rows_s.shape[-1])
+        words = labels.reshape(-1).long()
+        ce_scale = arguments.row_scale(rows_s, counted, reduction, num_items, ce_weight)
+    served_by = backends.select("distill_kl", student.device.type, rows_s.dtype, backend)
+    return _Call(leading, rows_s, rows_t, scale, objective, words, ce_scale, served_by)
 
 
-def _counted_tokens(
-    leading: torch.Size, device: torch.device, labels: Tensor | None, ignore_index: int, mask: Tensor | None
-) -> Tensor | None:
-    """Boolean [rows] of the tokens that count, or None where all do."""
-    counted = None
-    for name, choice, accepted in (
-        ("labels", labels, "an integer tensor"),
-        ("mask", mask, "a boolean tensor"),
-    ):
-        if choice is None:
-            continue
-        if not isinstance(choice, Tensor):
-            raise TypeError(f"{name}: got {type(choice).__name__}, accepted: {accepted} of shape {list(leading)}")
-        boolean = choice.dtype == torch.bool
-        if boolean != (name == "mask") or choice.dtype.is_floating_point or choice.dtype.is_complex:
-            raise TypeError(f"{name}: got dtype {choice.dtype}, accepted: {accepted} of shape {list(leading)}")
-        if choice.shape != leading:
-            raise ValueError(f"{name}: got shape {list(choice.shape)}, accepted: {list(leading)}, one a token")
-        if choice.device != device:
-            raise ValueError(f"{name}: got device {choice.device}, accepted: that of the logits, {device}")
-        keep = (choice if boolean else choice != ignore_index).reshape(-1)
-        counted = keep if counted is None else counted & keep
-    return counted
-
-
-def _row_scale(
-    student: Tensor, counted: Tensor | None, reduction: str, num_items: float | Tensor | None, factor: float
-) -> Tensor:
-    """What each row's value and gradient are multiplied by: mask, T² and the divisor of the mean in one. The kernels
-    fold it in, so that backward has nothing left to do. float32 (float64 for float64 logits) [rows], no host sync."""
-    rows = student.shape[0]
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    if counted is None:
-        scale = torch.full((rows,), factor, dtype=dtype, device=student.device)
-        divisor: float | Tensor = float(max(rows, 1))
-    else:
-        scale = counted.to(dtype) * factor
-        divisor = counted.sum().clamp(min=1).to(dtype)
-    if reduction != "mean":
-        return scale
-    if isinstance(num_items, Tensor):
-        divisor = num_items.reshape(()).to(scale)
-    elif num_items is not None:
-        divisor = float(num_items)
-    return scale / divisor
-
-
-# The op. grad is the finished gradient of rows.sum() to the student, [rows, V], or empty where with_grad is False.
+# The op. rows[i] = row_scale[i] · divergence + ce_scale[i] · cross-entropy; ce_rows is the second part alone, empty
+# without labels; grad is the finished gradient of rows.sum() to the student, [rows, V], empty where with_grad is False.
 define(
-    "distill_kl(Tensor student, Tensor teacher, Tensor row_scale, str divergence, float student_temperature, "
-    "float teacher_temperature, bool with_grad) -> (Tensor rows, Tensor grad)"
+    "distill_kl(Tensor student, Tensor teacher, Tensor row_scale, str divergence, float mix, "
+    "float student_temperature, float teacher_temperature, float student_softcap, float teacher_softcap, "
+    "Tensor? labels, Tensor? ce_scale, bool with_grad) -> (Tensor rows, Tensor ce_rows, Tensor grad)"
 )
+# grad[i, :] · scale[i]: into a new tensor, or in place, where rows of scale 1 are not touched.
 define("scale_rows(Tensor grad, Tensor scale) -> Tensor")
+define("scale_rows_(Tensor(a!) grad, Tensor scale) -> ()")
 
 
 @torch.library.register_fake("pyfast::distill_kl", lib=LIBRARY)
@@ -204,12 +249,19 @@ def _fake(
     teacher: Tensor,
     row_scale: Tensor,
     divergence: str,
+    mix: float,
     student_temperature: float,
     teacher_temperature: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    labels: Tensor | None,
+    ce_scale: Tensor | None,
     with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = tuple(student.shape) if with_grad else (0, 0)
-    return student.new_empty(student.shape[0], dtype=torch.float32), student.new_empty(shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = student.shape[0]
+    rows = student.new_empty(count, dtype=torch.float32)
+    ce_rows = student.new_empty(0 if labels is None else count, dtype=torch.float32)
+    return rows, ce_rows, student.new_empty(tuple(student.shape) if with_grad else (0, 0))
 
 
 @torch.library.register_fake("pyfast::scale_rows", lib=LIBRARY)
@@ -217,11 +269,16 @@ def _fake_scale_rows(grad: Tensor, scale: Tensor) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
+@torch.library.register_fake("pyfast::scale_rows_", lib=LIBRARY)
+def _fake_scale_rows_(grad: Tensor, scale: Tensor) -> None:
+    pass
+
+
 @torch.library.impl(LIBRARY, "distill_kl", "CUDA")
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pyfast.triton_kernels.distill_kl import distill_kl
 
-    return distill_kl(*arguments)
+    return distill_kl(*inputs)
 
 
 @torch.library.impl(LIBRARY, "scale_rows", "CUDA")
@@ -229,27 +286,46 @@ def _scale_rows_cuda(grad: Tensor, scale: Tensor) -> Tensor:
     return (grad * scale.unsqueeze(-1)).to(grad.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    grad = output[1]
-    ctx.mark_non_differentiable(grad)
+@torch.library.impl(LIBRARY, "scale_rows_", "CUDA")
+def _scale_rows_in_place_triton(grad: Tensor, scale: Tensor) -> None:
+    from pyfast.triton_kernels.distill_kl import scale_rows_
+
+    scale_rows_(grad, scale)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, ce_rows, grad = output
+    ctx.mark_non_differentiable(ce_rows, grad)
     ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of the logits for grad
     ctx.with_grad = inputs[-1]
     ctx.save_for_backward(grad)
 
 
-def _backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_rows is None:
-        return (None,) * 7
+        return (None,) * 12
     if not ctx.with_grad:
         raise RuntimeError("pyfast::distill_kl: backward needs with_grad=True in forward")
     (grad,) = ctx.saved_tensors
-    # The usual case, rows.sum().backward(): the gradient is finished. Looking costs a host sync on a GPU, and a
-    # tensor that is being traced (a subclass) has nothing to look at.
-    if type(grad_rows) is Tensor and grad_rows.device.type == "cpu" and bool((grad_rows == 1).all()):
-        student_grad = grad
-    else:
-        student_grad = torch.ops.pyfast.scale_rows(grad, grad_rows)
-    return student_grad, None, None, None, None, None, None
+    return scaled(grad, grad_rows), *(None,) * 11
+
+
+def scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """``grad`` times the incoming gradient of its rows: in backward of an op that saved ``grad``.
+
+    The graph is gone after an ordinary backward, so the saved tensor is scaled where it lies, and where ``scale`` is
+    1 (every ``loss.backward()``) it is not touched; the kernel looks for itself, without a host sync. A graph that is
+    kept, or being traced, gets a new tensor.
+    """
+    if type(scale) is Tensor and not torch.compiler.is_compiling() and not _graph_is_kept():
+        torch.ops.pyfast.scale_rows_(grad, scale)
+        return grad
+    return torch.ops.pyfast.scale_rows(grad, scale)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward runs with ``retain_graph`` (or ``create_graph``)."""
+    return torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, None]:

@@ -1,0 +1,210 @@
+"""Arguments that the distillation losses share: their checks, and what the kernels make of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyfast.reference.distill_kl import DIVERGENCES
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Objective(NamedTuple):
+    """What is computed for a pair of rows, in the order of the schema of ``pyfast::distill_kl``.
+
+    ``mix`` is the share of the first distribution in the mixture: the teacher's in ``jsd`` (β) and ``skew_kl`` (α),
+    the student's in ``skew_reverse_kl`` (α). Softcaps: 0 for none.
+    """
+
+    divergence: str
+    mix: float
+    student_temperature: float
+    teacher_temperature: float
+    student_softcap: float
+    teacher_softcap: float
+
+
+def objective(
+    divergence: str,
+    *,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> Objective:
+    """Checks the options and joins them.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was got and what is accepted.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: got {divergence!r}, accepted: {', '.join(DIVERGENCES)}")
+    positive("temperature", temperature)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    positive("teacher_temperature", teacher_temperature)
+    for name, cap in (("softcap", softcap), ("teacher_softcap", teacher_softcap)):
+        if cap is not None:
+            positive(name, cap)
+    teacher_softcap = softcap if teacher_softcap is None else teacher_softcap
+    mix = 0.0
+    if divergence == "jsd":
+        mix = number("beta", beta, "a number above 0 and below 1")
+        if not 0.0 < mix < 1.0:
+            limits = "; the divergence is 0 there: forward_kl and reverse_kl are the limits" if mix in (0, 1) else ""
+            raise ValueError(f"beta: got {beta}, accepted: a number above 0 and below 1{limits}")
+    elif divergence in ("skew_kl", "skew_reverse_kl"):
+        mix = number("alpha", alpha, "a number from 0 to below 1")
+        if not 0.0 <= mix < 1.0:
+            raise ValueError(f"alpha: got {alpha}, accepted: a number from 0 to below 1 (0 skews nothing)")
+        if mix == 0.0:
+            divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
+    return Objective(
+        divergence,
+        mix,
+        float(temperature),
+        float(teacher_temperature),
+        float(softcap or 0),
+        float(teacher_softcap or 0),
+    )
+
+
+def number(name: str, value: float, accepted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, accepted: {accepted}")
+    return float(value)
+
+
+def positive(name: str, value: float) -> float:
+    value = number(name, value, "a number above 0")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value}, accepted: a finite number above 0")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    value = number(name, value, "a number, 0 or above")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value}, accepted: a finite number, 0 or above")
+    return value
+
+
+def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, accepted: {', '.join(REDUCTIONS)}")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f'num_items: replaces the divisor of reduction="mean", got reduction={reduction!r}')
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: got shape {list(num_items.shape)}, accepted: a number or a tensor of one")
+    else:
+        positive("num_items", num_items)
+
+
+def check_floating(name: str, tensor: Tensor, shape: str) -> None:
+    """``tensor`` holds float16, bfloat16, float32 or float64 with at least one element in its last dimension."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, accepted: a tensor {shape}")
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, accepted: float32, bfloat16, float16, float64")
+    if tensor.dim() < 1 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted: {shape}, the last of at least 1")
+
+
+def check_pair(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tuple[torch.Size, Tensor, Tensor]:
+    """Logits of both as ``[rows, V]`` of one dtype, the teacher detached, and the leading shape."""
+    check_floating("student", student, "of logits [..., V]")
+    check_floating("teacher", teacher, "of logits [..., V]")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: got device {teacher.device}, accepted: the student's, {student.device}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher: got shape {list(teacher.shape)}, accepted: the student's leading shape, "
+            f"{[*student.shape[:-1], 'V']}"
+        )
+    words = common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+    student, teacher = student[..., :words], teacher[..., :words]
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    leading = student.shape[:-1]
+    rows = math.prod(leading)
+    return leading, student.to(dtype).reshape(rows, words), teacher.detach().to(dtype).reshape(rows, words)
+
+
+def common_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    """How many words are compared: all, where both have as many, else the first ``vocab_size``."""
+    smaller = min(student, teacher)
+    if vocab_size is not None:
+        if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= smaller:
+            raise ValueError(f"vocab_size: got {vocab_size!r}, accepted: an integer from 1 to {smaller}")
+        return vocab_size
+    if student != teacher:
+        raise ValueError(
+            f"teacher: vocabularies differ, got {teacher} words against the student's {student}; "
+            f"pass vocab_size={smaller} (or less) to compare the first words of both"
+        )
+    return student
+
+
+def counted_tokens(
+    leading: torch.Size, device: torch.device, labels: Tensor | None, ignore_index: int, mask: Tensor | None
+) -> Tensor | None:
+    """Boolean [rows] of the tokens that count, or None where all do."""
+    counted = None
+    for name, choice, accepted in (
+        ("labels", labels, "an integer tensor"),
+        ("mask", mask, "a boolean tensor"),
+    ):
+        if choice is None:
+            continue
+        if not isinstance(choice, Tensor):
+            raise TypeError(f"{name}: got {type(choice).__name__}, accepted: {accepted} of shape {list(leading)}")
+        boolean = choice.dtype == torch.bool
+        if boolean != (name == "mask") or choice.dtype.is_floating_point or choice.dtype.is_complex:
+            raise TypeError(f"{name}: got dtype {choice.dtype}, accepted: {accepted} of shape {list(leading)}")
+        if choice.shape != leading:
+            raise ValueError(f"{name}: got shape {list(choice.shape)}, accepted: {list(leading)}, one a token")
+        if choice.device != device:
+            raise ValueError(f"{name}: got device {choice.device}, accepted: that of the logits, {device}")
+        keep = (choice if boolean else choice != ignore_index).reshape(-1)
+        counted = keep if counted is None else counted & keep
+    return counted
+
+
+def row_scale(
+    like: Tensor, counted: Tensor | None, reduction: str, num_items: float | Tensor | None, factor: float
+) -> Tensor:
+    """What each row's value and gradient are multiplied by: mask, factor and the divisor of the mean in one. The
+    kernels fold it in, so that backward has nothing left to do. float32 (float64 for float64 ``like``), one for
+    each row of ``like``, without a host sync."""
+    rows = like.shape[0]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if counted is None:
+        scale = torch.full((rows,), factor, dtype=dtype, device=like.device)
+        divisor: float | Tensor = float(max(rows, 1))
+    else:
+        scale = counted.to(dtype) * factor
+        divisor = counted.sum().clamp(min=1).to(dtype)
+    if reduction != "mean":
+        return scale
+    if isinstance(num_items, Tensor):
+        divisor = num_items.reshape(()).to(scale)
+    elif num_items is not None:
+        divisor = float(num_items)
+    return scale / divisor
+
+
+def check_labels(labels: Tensor, counted: Tensor | None, words: int) -> None:
+    """Labels that count name a word. Looked at where that costs no host sync: on the CPU, outside of tracing."""
+    if type(labels) is not Tensor or labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    flat = labels.reshape(-1) if counted is None else labels.reshape(-1)[counted]
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= words):
+        wrong = flat[(flat < 0) | (flat >= words)][0]
+        raise ValueError(f"labels: got {int(wrong)}, accepted: 0 to {words - 1}, or ignore_index")
