@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -73,7 +75,11 @@ void require(bool condition, const char* message) {
 }
 
 py::tuple distill_kl(const py::array& student, const py::array& teacher, double temperature,
-                     std::optional<double> teacher_temperature, const std::string& variant, bool with_grad) {
+                     std::optional<double> teacher_temperature, const std::string& variant, bool with_grad,
+                     const std::string& divergence, double mix) {
+  const auto name = std::find(std::begin(pyfast::kDivergenceNames), std::end(pyfast::kDivergenceNames), divergence);
+  require(name != std::end(pyfast::kDivergenceNames), "divergence: accepted: those of pyfast.distillation_loss");
+  require(mix > 0 && mix < 1, "mix: accepted: above 0 and below 1");
   const pyfast::DistillKlTable& table = pyfast::distill_kl_table(checked(variant));
   const py::array s = contiguous(student), t = contiguous(teacher);
   require(s.ndim() == 2 && t.ndim() == 2 && s.shape(0) == t.shape(0) && s.shape(1) == t.shape(1),
@@ -94,7 +100,9 @@ py::tuple distill_kl(const py::array& student, const py::array& teacher, double 
   args.student_stride = args.teacher_stride = args.grad_stride = args.vocab = vocab;
   args.student_temperature = temperature;
   args.teacher_temperature = teacher_temperature.value_or(temperature);
-  table.forward_kl[static_cast<int>(dtype)](args, 0, rows);
+  args.mix = mix;
+  std::vector<float> scratch(static_cast<size_t>(2 * (vocab + pyfast::kScratchPad) + pyfast::kScratchPad));
+  table.rows[name - std::begin(pyfast::kDivergenceNames)][static_cast<int>(dtype)](args, scratch.data(), 0, rows);
   return py::make_tuple(value, grad);
 }
 
@@ -178,7 +186,8 @@ PYBIND11_MODULE(_host, m) {
         "Whether bitmap_linear prefers avx512_narrow here, below a quarter of the elements or for several tokens.");
   m.def("distill_kl", &distill_kl, py::arg("student"), py::arg("teacher"), py::arg("temperature") = 1.0,
         py::arg("teacher_temperature") = py::none(), py::arg("variant") = "serial", py::arg("grad") = true,
-        "Forward KL of each row and its gradient: (float32 [rows], [rows, V] or [0, 0]).");
+        py::arg("divergence") = "forward_kl", py::arg("mix") = 0.5,
+        "Divergence of each row and its gradient: (float32 [rows], [rows, V] or [0, 0]).");
   m.def("sparse24_linear", &sparse24_linear, py::arg("x"), py::arg("values"), py::arg("metadata"),
         py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
   m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),

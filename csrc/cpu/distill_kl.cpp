@@ -11,48 +11,91 @@ namespace {
 // Gradients larger than this leave the cache before anybody reads them: stream them.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
+// Which of the divergences `name` is.
+Divergence divergence_of(const std::string& name) {
+  std::string accepted;
+  for (int i = 0; i < kDivergenceCount; ++i) {
+    if (name == kDivergenceNames[i]) return static_cast<Divergence>(i);
+    accepted += std::string(i == 0 ? "" : ", ") + kDivergenceNames[i];
+  }
+  STD_TORCH_CHECK(false, "divergence: got '", name, "', accepted: ", accepted);
+  return Divergence::forward_kl;
+}
+
+void check_rows(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
+                const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_scale) {
+  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2, "student, teacher: must have shape [rows, vocabulary]");
+  STD_TORCH_CHECK(student.size(0) == teacher.size(0) && student.size(1) == teacher.size(1),
+                  "student, teacher: shapes must agree");
+  STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "student, teacher: dtypes must agree");
+  const int64_t rows = student.size(0);
+  STD_TORCH_CHECK(row_scale.dim() == 1 && row_scale.size(0) == rows && row_scale.scalar_type() == ScalarType::Float,
+                  "row_scale: must be float32 with one value a row");
+  STD_TORCH_CHECK(labels.has_value() == ce_scale.has_value(), "labels, ce_scale: both or none");
+  if (!labels) return;
+  STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->scalar_type() == ScalarType::Long,
+                  "labels: must be int64 with one value a row");
+  STD_TORCH_CHECK(ce_scale->dim() == 1 && ce_scale->size(0) == rows && ce_scale->scalar_type() == ScalarType::Float,
+                  "ce_scale: must be float32 with one value a row");
+}
+
+// Floats of scratch a thread; what for is said at DistillKlKernel.
+int64_t scratch_floats(const DistillKlArgs& args, Divergence divergence) {
+  const bool capped = args.student_softcap > 0 || args.teacher_softcap > 0;
+  const bool direct = divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
+  const bool third_pass = args.grad != nullptr && (!direct || capped || args.labels != nullptr);
+  const int64_t row = (args.vocab + kScratchPad - 1) / kScratchPad * kScratchPad;
+  return (capped ? 2 * row : 0) + (third_pass ? 2 * row + kScratchPad : 0);
+}
+
 std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
                                               std::string divergence, double mix, double student_temperature,
                                               double teacher_temperature, double student_softcap,
                                               double teacher_softcap, std::optional<Tensor> labels,
                                               std::optional<Tensor> ce_scale, bool with_grad) {
-  STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2, "student, teacher: must have shape [rows, vocabulary]");
-  STD_TORCH_CHECK(student.size(0) == teacher.size(0) && student.size(1) == teacher.size(1),
-                  "student, teacher: shapes must agree");
-  STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "student, teacher: dtypes must agree");
-  STD_TORCH_CHECK(
-      row_scale.dim() == 1 && row_scale.size(0) == student.size(0) && row_scale.scalar_type() == ScalarType::Float,
-      "row_scale: must be float32 with one value a row");
-  (void)mix;
-  STD_TORCH_CHECK(student_softcap == 0 && teacher_softcap == 0 && !labels && !ce_scale, "not there yet");
-  STD_TORCH_CHECK(divergence == "forward_kl", "divergence: got '", divergence, "', accepted: forward_kl");
+  check_rows(student, teacher, row_scale, labels, ce_scale);
+  const Divergence kind = divergence_of(divergence);
   const Dtype dtype = dtype_of(student, "student");
   const int64_t rows = student.size(0), vocab = student.size(1);
   Tensor value = torch::stable::new_empty(student, {rows}, ScalarType::Float);
-  Tensor ce_rows = torch::stable::new_empty(student, {0}, ScalarType::Float);
+  Tensor ce_value = torch::stable::new_empty(student, {labels ? rows : 0}, ScalarType::Float);
   Tensor grad = reusable_empty(student, with_grad ? rows : 0, with_grad ? vocab : 0);
   if (rows == 0 || vocab == 0) {
     torch::stable::zero_(value);
-    return {value, ce_rows, grad};
+    torch::stable::zero_(ce_value);
+    return {value, ce_value, grad};
   }
   const Tensor s = rows_contiguous(student), t = rows_contiguous(teacher);
   const Tensor scale = torch::stable::contiguous(row_scale);
+  if (labels) labels = torch::stable::contiguous(*labels);
+  if (ce_scale) ce_scale = torch::stable::contiguous(*ce_scale);
   DistillKlArgs args{};
   args.student = s.const_data_ptr();
   args.teacher = t.const_data_ptr();
   args.row_scale = scale.const_data_ptr<float>();
+  args.labels = labels ? labels->const_data_ptr<int64_t>() : nullptr;
+  args.ce_scale = ce_scale ? ce_scale->const_data_ptr<float>() : nullptr;
   args.rows = value.mutable_data_ptr<float>();
+  args.ce_rows = ce_value.mutable_data_ptr<float>();
   args.grad = with_grad ? grad.mutable_data_ptr() : nullptr;
   args.student_stride = s.stride(0);
   args.teacher_stride = t.stride(0);
   args.grad_stride = vocab;
   args.vocab = vocab;
+  args.mix = mix;
   args.student_temperature = student_temperature;
   args.teacher_temperature = teacher_temperature;
+  args.student_softcap = student_softcap;
+  args.teacher_softcap = teacher_softcap;
   args.stream_grad = with_grad && rows * vocab * static_cast<int64_t>(student.element_size()) > kStreamBytes;
-  const DistillKlKernel kernel = distill_kl_table(active_isa()).forward_kl[static_cast<int>(dtype)];
-  parallel_chunks(rows, 1 + 16384 / vocab, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  return {value, ce_rows, grad};
+  const DistillKlKernel kernel = distill_kl_table(active_isa()).rows[static_cast<int>(kind)][static_cast<int>(dtype)];
+  const int64_t floats = scratch_floats(args, kind);
+  Tensor scratch = torch::stable::new_empty(student, {max_workers() * floats}, ScalarType::Float);
+  float* base = scratch.mutable_data_ptr<float>();
+  parallel_workers(rows, 1 + 16384 / vocab, [&](int64_t begin, int64_t end, int64_t worker) {
+    kernel(args, base + worker * floats, begin, end);
+  });
+  return {value, ce_value, grad};
 }
 
 void check_scale(const Tensor& grad, const Tensor& scale) {

@@ -1,19 +1,22 @@
-// distill_kl: KL divergence between two tempered softmaxes and its gradient, a row of logits at a time.
+// distill_kl: divergence between two tempered softmaxes and its gradient, a row of logits at a time.
 //
-//   t = softmax(teacher / teacher_temperature), s = softmax(student / student_temperature)
-//   rows[i]    = row_scale[i] * sum_v t log(t / s)
-//   grad[i, v] = row_scale[i] / student_temperature * (s - t)          (the gradient to the student's logits)
+//   t = softmax(c(teacher) / teacher_temperature), s = softmax(c(student) / student_temperature)
+//   rows[i]    = row_scale[i] * divergence(t, s) + ce_scale[i] * cross-entropy(labels[i], softmax(c(student)))
+//   grad[i, v] = the derivative of rows[i] by student[i, v]
+//
+// with the softcap c(z) = cap tanh(z / cap) where there is one (-inf stays -inf), and the divergences of
+// distill_kl_terms.h.
 //
 // Precision   Logits are widened to float32; sums run in float32 over 1024 words and in double above that.
-//             KL is summed as t (expm1(x) - x) with x = log s - log t: every term is non-negative and nothing
-//             cancels, so a KL of 1e-7 keeps five digits. Where t is 0 the term is s, its limit, which makes
-//             the sum equal to the formula above for teachers that exclude words.
+//             Divergences are summed from terms that vanish, with their slope, where s = t: nothing cancels and
+//             a KL of 1e-7 keeps five digits.
 // Special     A teacher logit of -inf adds nothing. A student logit of -inf where the teacher has mass gives
-//             +inf. NaN (or +inf) in a row gives NaN in that row alone. A row whose row_scale is exactly 0 is
-//             not read: its value and gradient are 0.
+//             +inf where the formula does. NaN (or +inf) in a row gives NaN in that row alone, and so does a label
+//             that names no word. A row whose scales are exactly 0 is not read: its value and gradient are 0.
 // Aliasing    grad overlaps nothing. Rows are contiguous; row strides are in elements, 64-bit.
 // Traffic     With E the bytes of one logits tensor: pass 1 reads each row (log-sum-exp), pass 2 reads it
-//             again while it lies in L2/L3 and writes the gradient past the cache: 3E of memory traffic.
+//             again while it lies in L2/L3: 2E of memory traffic, and 3E with the gradient, which is written past
+//             the cache. Scratch for a third pass (see distill_kl_rows.h) stays in L2/L3.
 #pragma once
 
 #include <cstdint>
@@ -23,22 +26,37 @@
 
 namespace pyfast {
 
+enum class Divergence { forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, mse };
+
+inline constexpr int kDivergenceCount = 7;
+inline constexpr const char* kDivergenceNames[kDivergenceCount] = {"forward_kl",      "reverse_kl", "jsd", "skew_kl",
+                                                                   "skew_reverse_kl", "tvd",        "mse"};
+
 struct DistillKlArgs {
   const void* student;
   const void* teacher;
   const float* row_scale;
+  const int64_t* labels;  // null: no cross-entropy
+  const float* ce_scale;
   float* rows;
-  void* grad;  // null: values alone
+  float* ce_rows;  // what the cross-entropy has in rows
+  void* grad;      // null: values alone
   int64_t student_stride, teacher_stride, grad_stride;
   int64_t vocab;
+  double mix;  // share of the first distribution of the mixture; see pyfast/reference/distill_kl.py
   double student_temperature, teacher_temperature;
-  bool stream_grad;  // write the gradient with non-temporal stores
+  double student_softcap, teacher_softcap;  // 0: none
+  bool stream_grad;                         // write the gradient with non-temporal stores
 };
 
-// Rows [begin, end).
-using DistillKlKernel = void (*)(const DistillKlArgs& args, int64_t begin, int64_t end);
+// Rows [begin, end). scratch belongs to the thread: first two rows of floats for capped logits where there is a
+// softcap, then, for a gradient that takes a third pass, two more and kScratchPad floats. A row of scratch is vocab
+// rounded up to kScratchPad.
+inline constexpr int64_t kScratchPad = 16;
+using DistillKlKernel = void (*)(const DistillKlArgs& args, float* scratch, int64_t begin, int64_t end);
 
-// rows of grad times scale[i] into out: what backward needs where the incoming gradient is not 1.
+// rows of grad times scale[i] into out: what backward needs where the incoming gradient is not 1. Where grad is out,
+// rows of scale 1 are not touched.
 struct ScaleRowsArgs {
   const void* grad;
   const float* scale;
@@ -50,7 +68,7 @@ struct ScaleRowsArgs {
 using ScaleRowsKernel = void (*)(const ScaleRowsArgs& args, int64_t begin, int64_t end);
 
 struct DistillKlTable {
-  DistillKlKernel forward_kl[kDtypeCount];
+  DistillKlKernel rows[kDivergenceCount][kDtypeCount];
   ScaleRowsKernel scale_rows[kDtypeCount];
 };
 

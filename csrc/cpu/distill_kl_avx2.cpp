@@ -7,10 +7,7 @@
 
 namespace pyfast {
 
-const DistillKlTable kDistillKlAvx2 = {
-    {forward_kl<float>, forward_kl<bf16>, forward_kl<f16>},
-    {scale_rows<float>, scale_rows<bf16>, scale_rows<f16>},
-};
+constinit const DistillKlTable kDistillKlAvx2 = make_distill_kl_table();
 
 }  // namespace pyfast
 #endif

@@ -1,235 +1,385 @@
-// The row algorithm of distill_kl, written once over Vec (vec_serial.h, vec_avx2.h, vec_avx512.h) and
-// compiled by each ISA file. Everything is in an unnamed namespace: nothing compiled for a newer ISA can be
-// picked by the linker for an older one.
+// The row algorithm of distill_kl, written once over Vec and compiled by each ISA file.
 //
-//      student row  ──► max, Σ2^… (1024 words at a time, while they are in L1) ──► m, Σ ┐
-//      teacher row  ──► the same ─────────────────────────────────────────────────► m, Σ ┤
-//                                                                                        ▼
-//      both rows again (L2/L3) ──► t, x ──► t·(e^x − 1 − x) ──► Σ in double ──► rows[i]
-//                                       └─► t·(e^x − 1)·scale ──► streaming store ──► grad[i, :]
+//   pass 1   student row ──► Σ2^… (1024 words at a time, while they are in L1) ──► log-sum-exp ┐
+//            teacher row ──► the same ─────────────────────────────────────────► log-sum-exp ──┤
+//   pass 2   both rows again (L2/L3) ──► terms of each word ──► Σ in double ──► rows[i]        ▼
+//                                             │
+//              forward_kl, reverse_kl         ├──► (slope − H mass) · scale ──► streaming store ──► grad[i, :]
+//              the others                     └──► scratch: slope, mass ──► pass 3
+//   pass 3   scratch (L2/L3) ──► (slope − H mass) · scale ──► streaming store ──► grad[i, :]
 //
-// Pass 2 needs two exponentials a word, not three: s = t·e^x, and e^x is wanted anyway.
+// H = Σ slope is 0 for forward_kl, and for reverse_kl pass 1 has it already. The others know it only after pass 2;
+// reading slope and mass back is cheaper than two exponentials and a logarithm once more. Cross-entropy and softcap
+// are added in pass 3, whatever the divergence. A softcap is applied first, into float32 rows in scratch.
 #pragma once
 
-#include "distill_kl.h"
+#include "distill_kl_terms.h"
 
 namespace pyfast {
 namespace {
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
-constexpr int64_t kChunk = 1024;  // words summed in float32 before the sum goes to double
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
-constexpr double kLn2Double = 0.69314718055994530942;
-constexpr float kLowest = -3.40282347e+38f;  // stands in for -inf as a maximum, so that -inf - max is -inf
-constexpr float kNegInf = -__builtin_inff();
-
-// Beyond this |x| the rounding of x itself, |x| 2^-24, would show in s = t e^x: s is then computed on its own.
-constexpr float kFar = 16.0f;
-
-// 2^n, relative error below 2e-7; 0 for -inf and below the normal numbers. Degree 5 on [0, 1] (minimax).
-inline Vec exp2(Vec n) {
-  const Vec f = above_floor(n);
-  Vec p = fma(broadcast(0.0018775767f), f, broadcast(0.00898934f));
-  p = fma(p, f, broadcast(0.055826318f));
-  p = fma(p, f, broadcast(0.24015361f));
-  p = fma(p, f, broadcast(0.6931531f));
-  p = fma(p, f, broadcast(0.99999994f));
-  return scale_by_floor(p, n);
+// How many words precede the first one whose gradient lies at an address that streaming stores take.
+template <class G>
+int64_t words_to_alignment(const G* grad, bool streaming, int64_t vocab) {
+  constexpr uintptr_t align = Vec::width * sizeof(float);
+  const uintptr_t past = reinterpret_cast<uintptr_t>(grad) % align;
+  if (!streaming || past == 0) return 0;
+  const int64_t words = static_cast<int64_t>((align - past) / sizeof(G));
+  return words < vocab ? words : vocab;
 }
 
-struct ExpParts {
-  Vec expm1;    // e^x - 1
-  Vec expm1_x;  // e^x - 1 - x
-};
-
-// For |x| <= kFar. With x = k ln 2 + f, q = e^f - 1 - f and c = 2^k,
-//   e^x - 1 - x = c q + (c f + (c - 1 - x)),
-// which is q itself where k = 0: c f - x is then exactly 0. So both parts keep their relative accuracy down to x = 0.
-inline ExpParts exp_parts(Vec x) {
-  const Vec k = round_nearest(x * broadcast(kLog2e));
-  const Vec f = fnma(k, broadcast(kLn2), x);
-  const Vec f2 = f * f;
-  const Vec low = fma(broadcast(0.16666578f), f, broadcast(0.5f));
-  const Vec high = fma(broadcast(0.0013901287f), f2, fma(broadcast(0.008363146f), f, broadcast(0.041666854f)));
-  const Vec q = fma(high, f2, low) * f2;
-  const Vec c = power_of_two(k);
-  const Vec expm1_x = fma(c, q, fma(c, f, (c - broadcast(1.0f)) - x));
-  return {expm1_x + x, expm1_x};
+// One row's walk: `head` words singly, pairs of vectors, the rest singly. Passes that share scratch walk alike.
+// few(i, n): n <= Vec::width words from i; pair(i): kPair words; chunk(): after every kChunk words.
+template <class Few, class Pair, class Chunk>
+inline void walk(int64_t vocab, int64_t head, const Few& few, const Pair& pair, const Chunk& chunk) {
+  int64_t i = 0;
+  for (; i < head; i += Vec::width) few(i, head - i < Vec::width ? head - i : Vec::width);
+  i = head;
+  while (i + kPair <= vocab) {
+    const int64_t left = (vocab - i) / kPair * kPair;
+    const int64_t end = i + (left < kChunk ? left : kChunk);
+    for (; i < end; i += kPair) pair(i);
+    chunk();
+  }
+  for (; i < vocab; i += Vec::width) few(i, vocab - i < Vec::width ? vocab - i : Vec::width);
+  chunk();
 }
 
-struct RowSum {
-  float shift;  // near the maximum of the raw logits; at least kLowest
-  double sum;   // of 2^((z - shift) * scale)
+// Scratch of a word: pairs lie as [slope a, slope b, mass a, mass b], single vectors of n words as [slope, mass].
+template <class T>
+int64_t slope_slot(int64_t word, int64_t vocab, int64_t head) {
+  const int64_t pairs_end = head + (vocab - head) / kPair * kPair;
+  if (word >= head && word < pairs_end) {
+    const int64_t begin = head + (word - head) / kPair * kPair;
+    return 2 * begin + pair_lane(static_cast<const T*>(nullptr), word - begin);
+  }
+  const int64_t from = word < head ? 0 : pairs_end;
+  const int64_t begin = from + (word - from) / Vec::width * Vec::width;
+  return 2 * begin + (word - begin);
+}
+
+// Where a pass leaves what it has of the gradient.
+enum class Into { nothing, grad, scratch };
+
+struct Center {
+  double value;   // of the divergence
+  double center;  // H
 };
 
-// Σ 2^((z - shift) * scale) of one chunk, and its largest z.
-struct ChunkSum {
-  float max, sum;
+// Pass 2. scale: what the gradient is multiplied by; center: H, where it is known already. next_*: rows that the thread
+// reads after this one. This pass computes while memory would rest, so it asks for them; the first pass over them then
+// runs from L2.
+template <Divergence divergence, Into into, class T>
+Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, int64_t head, const RowPair& row,
+                  float scale, float center, bool streaming, const T* next_student, const T* next_teacher) {
+  constexpr bool centered = divergence != Divergence::forward_kl;
+  T* grad = static_cast<T*>(out);
+  float* scratch = static_cast<float*>(out);
+  const Vec factor = broadcast(scale), middle = broadcast(center);
+  Vec value = broadcast(0.0f), slope = broadcast(0.0f);
+  Center total{0.0, 0.0};
+  auto keep = [&](const Terms& e) {
+    value = value + e.value;
+    if constexpr (centered && into == Into::scratch) slope = slope + e.slope;
+  };
+  auto gradient = [&](const Terms& e) {
+    if constexpr (centered)
+      return fnma(e.mass, middle, e.slope) * factor;
+    else
+      return e.slope * factor;
+  };
+  walk(
+      vocab, head,
+      [&](int64_t i, int64_t n) {
+        const Terms e =
+            terms<divergence>(load_up_to(student + i, n, kNegInf), load_up_to(teacher + i, n, kNegInf), row);
+        keep(e);
+        if constexpr (into == Into::grad) store_up_to(grad + i, n, gradient(e));
+        if constexpr (into == Into::scratch) {
+          store_up_to(scratch + 2 * i, n, e.slope * factor);
+          store_up_to(scratch + 2 * i + n, n, e.mass * factor);
+        }
+      },
+      [&](int64_t i) {
+        for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64) {
+          prefetch(reinterpret_cast<const char*>(next_student + i) + byte);
+          prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
+        }
+        const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
+        const Terms a = terms<divergence>(zs.a, zt.a, row), b = terms<divergence>(zs.b, zt.b, row);
+        keep(a);
+        keep(b);
+        if constexpr (into == Into::grad) {
+          if (streaming)
+            stream_pair(grad + i, {gradient(a), gradient(b)});
+          else
+            store_pair(grad + i, {gradient(a), gradient(b)});
+        }
+        if constexpr (into == Into::scratch) {
+          store_pair(scratch + 2 * i, {a.slope * factor, b.slope * factor});
+          store_pair(scratch + 2 * i + kPair, {a.mass * factor, b.mass * factor});
+        }
+      },
+      [&] {
+        total.value += static_cast<double>(reduce_add(value));
+        value = broadcast(0.0f);
+        if constexpr (centered && into == Into::scratch) {
+          total.center += static_cast<double>(reduce_add(slope));
+          slope = broadcast(0.0f);
+        }
+      });
+  return total;
+}
+
+// What pass 3 adds to a gradient: cross-entropy (0: none) and the slope of the softcap (0: none).
+struct Extras {
+  float ce_scale, shift, log2_sum;
+  float inverse_softcap;
+};
+
+inline Vec with_extras(Vec grad, Vec z, const Extras& x) {
+  if (x.ce_scale != 0.0f) grad = fma(broadcast(x.ce_scale), probability(z, x.shift, kLog2e, x.log2_sum), grad);
+  if (x.inverse_softcap != 0.0f) {  // z is capped: dz / d(raw) = 1 - (z / cap)²; a word of -inf has no gradient
+    const Vec u = z * broadcast(x.inverse_softcap);
+    grad = select(equal(z, broadcast(kNegInf)), broadcast(0.0f), grad * fnma(u, u, broadcast(1.0f)));
+  }
+  return grad;
+}
+
+// Pass 3: scratch to grad. Logits are read only where there are extras.
+template <bool extras, class T, class G>
+void finish_pass(const float* scratch, const T* student, G* grad, int64_t vocab, int64_t head, float center,
+                 bool streaming, const Extras& x) {
+  const Vec middle = broadcast(center);
+  walk(
+      vocab, head,
+      [&](int64_t i, int64_t n) {
+        Vec g = fnma(load_up_to(scratch + 2 * i + n, n, 0.0f), middle, load_up_to(scratch + 2 * i, n, 0.0f));
+        if constexpr (extras) g = with_extras(g, load_up_to(student + i, n, kNegInf), x);
+        store_up_to(grad + i, n, g);
+      },
+      [&](int64_t i) {
+        const VecPair slope = load_pair(scratch + 2 * i), mass = load_pair(scratch + 2 * i + kPair);
+        VecPair g = {fnma(mass.a, middle, slope.a), fnma(mass.b, middle, slope.b)};
+        if constexpr (extras) {
+          const VecPair z = load_pair(student + i);
+          g = {with_extras(g.a, z.a, x), with_extras(g.b, z.b, x)};
+        }
+        if constexpr (!kSame<T, G>) {  // capped rows are float32: neighbours lie next to each other
+          store(grad + i, g.a);
+          store(grad + i + Vec::width, g.b);
+        } else if (streaming) {
+          stream_pair(grad + i, g);
+        } else {
+          store_pair(grad + i, g);
+        }
+      },
+      [] {});
+}
+
+// Both log-sum-exps, and Σ 2^((zs - shift) scale) h of reverse_kl: h = x, and -1 for words that the teacher excludes.
+struct PairSums {
+  RowSum student, teacher;
+  double log_ratio;  // Σ 2^… (x without the logarithms of the two sums), over the words that the teacher allows
+  double excluded;   // Σ 2^… over the others
+};
+
+struct ChunkSums {
+  float student, teacher, log_ratio, excluded;
 };
 
 template <class T>
-ChunkSum chunk_sum(const T* z, int64_t n, float shift, float scale) {
-  const Vec m = broadcast(shift), a = broadcast(scale);
-  Vec top = broadcast(kLowest), sum0 = broadcast(0.0f), sum1 = broadcast(0.0f);
+ChunkSums pair_chunk(const T* student, const T* teacher, int64_t n, const RowPair& row) {
+  Vec s = broadcast(0.0f), t = s, log_ratio_sum = s, excluded = s;
+  const Vec zero = broadcast(0.0f), most = broadcast(-kLowest);
+  auto add = [&](Vec zs, Vec zt) {
+    const Vec es = student_probability(zs, row), x = log_ratio(zs, zt, row);
+    s = s + es;
+    t = t + teacher_probability(zt, row);
+    const auto odd = not_at_most(abs(x), most);
+    log_ratio_sum = log_ratio_sum + select(odd, zero, es * x);
+    if (any(odd)) excluded = excluded + select(odd, es, zero);
+  };
   int64_t i = 0;
-  for (; i + 2 * Vec::width <= n; i += 2 * Vec::width) {
-    const Vec z0 = load(z + i), z1 = load(z + i + Vec::width);
-    top = max(z0, max(z1, top));
-    sum0 = sum0 + exp2((z0 - m) * a);
-    sum1 = sum1 + exp2((z1 - m) * a);
+  for (; i + kPair <= n; i += kPair) {
+    const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
+    add(zs.a, zt.a);
+    add(zs.b, zt.b);
   }
   for (; i < n; i += Vec::width) {
-    const Vec z0 = i + Vec::width <= n ? load(z + i) : load_partial(z + i, n - i, kNegInf);
-    top = max(z0, top);
-    sum0 = sum0 + exp2((z0 - m) * a);
+    const int64_t left = n - i < Vec::width ? n - i : Vec::width;
+    add(load_up_to(student + i, left, kNegInf), load_up_to(teacher + i, left, kNegInf));
   }
-  return {reduce_max(top), reduce_add(sum0 + sum1)};
+  return {reduce_add(s), reduce_add(t), reduce_add(log_ratio_sum), reduce_add(excluded)};
 }
 
-// One pass over a row: log-sum-exp as (shift, sum). The shift need not be the maximum, only so near that nothing
-// overflows: a chunk that rises more than kHeadroom above it is summed again with a new one.
+// Fills in what follows from the shifts and the log2 of the sums above them.
+inline void set_sums(RowPair& row, const RowSum& student, double student_log2, const RowSum& teacher,
+                     double teacher_log2, double student_inverse, double teacher_inverse) {
+  row.student_shift = student.shift;
+  row.teacher_shift = teacher.shift;
+  row.student_log2_sum = static_cast<float>(student_log2);
+  row.teacher_log2_sum = static_cast<float>(teacher_log2);
+  row.log_ratio_offset = static_cast<float>((teacher.shift * teacher_inverse - student.shift * student_inverse) +
+                                            kLn2Double * (teacher_log2 - student_log2));
+}
+
+// Pass 1 of reverse_kl. `row` has the scales, and is left with the shifts of the last chunk.
 template <class T>
-RowSum row_sum(const T* z, int64_t vocab, float scale) {
-  constexpr float kHeadroom = 8.0f;  // in powers of two
-  const float first = widen(z[0]);
-  RowSum r{first >= kLowest && first <= -kLowest ? first : kLowest, 0.0};
+PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, RowPair& row, double student_inverse,
+                   double teacher_inverse) {
+  PairSums sums{{first_shift(student), 0.0}, {first_shift(teacher), 0.0}, 0.0, 0.0};
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    ChunkSum chunk = chunk_sum(z + begin, n, r.shift, scale);
-    if ((chunk.max - r.shift) * scale > kHeadroom) {
-      r.sum *= __builtin_exp2((static_cast<double>(r.shift) - chunk.max) * scale);
-      r.shift = chunk.max;
-      chunk = chunk_sum(z + begin, n, r.shift, scale);
+    set_sums(row, sums.student, 0.0, sums.teacher, 0.0, student_inverse, teacher_inverse);
+    ChunkSums chunk = pair_chunk(student + begin, teacher + begin, n, row);
+    if (!(chunk.student <= kMuch) || !(chunk.teacher <= kMuch)) {
+      const RowSum before = sums.student;
+      const double from = sums.teacher.shift * teacher_inverse - before.shift * student_inverse;
+      raise_shift(sums.student, student + begin, n, row.student_scale);
+      raise_shift(sums.teacher, teacher + begin, n, row.teacher_scale);
+      const double shrink = before.sum == 0.0 ? 0.0 : sums.student.sum / before.sum;
+      const double to = sums.teacher.shift * teacher_inverse - sums.student.shift * student_inverse;
+      sums.excluded *= shrink;
+      sums.log_ratio = sums.log_ratio * shrink + (to - from) * (sums.student.sum - sums.excluded);
+      set_sums(row, sums.student, 0.0, sums.teacher, 0.0, student_inverse, teacher_inverse);
+      chunk = pair_chunk(student + begin, teacher + begin, n, row);
     }
-    r.sum += static_cast<double>(chunk.sum);
+    sums.student.sum += static_cast<double>(chunk.student);
+    sums.teacher.sum += static_cast<double>(chunk.teacher);
+    sums.log_ratio += static_cast<double>(chunk.log_ratio);
+    sums.excluded += static_cast<double>(chunk.excluded);
   }
-  return r;
+  return sums;
 }
 
-// What pass 2 needs to know of a row pair; scalars in float32, computed in double.
-struct RowPair {
-  float student_shift, student_scale, student_log2_sum;
-  float teacher_shift, teacher_scale, teacher_log2_sum;
-  float teacher_share;     // student_temperature / teacher_temperature
-  float student_inverse;   // 1 / student_temperature
-  float log_ratio_offset;  // log-sum-exp of the teacher less that of the student
-  float grad_scale;
-};
-
-struct Terms {
-  Vec value, grad;
-};
-
-// value = s - t - t x and grad = s - t, each free of cancellation.
-inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
-  const Vec t =
-      exp2(fma(zt - broadcast(row.teacher_shift), broadcast(row.teacher_scale), broadcast(-row.teacher_log2_sum)));
-  const Vec x =
-      fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse), broadcast(row.log_ratio_offset));
-  const ExpParts e = exp_parts(x);
-  Terms out{t * e.expm1_x, t * e.expm1};
-  const auto far = not_at_most(abs(x), broadcast(kFar));
-  if (any(far)) {  // also where the teacher excludes a word: x is inf or NaN, t is 0 and both terms have the limit s
-    const Vec s =
-        exp2(fma(zs - broadcast(row.student_shift), broadcast(row.student_scale), broadcast(-row.student_log2_sum)));
-    const Vec grad = s - t;
-    const Vec value = select(equal(t, broadcast(0.0f)), s, fnma(t, x, grad));
-    out.value = select(far, value, out.value);
-    out.grad = select(far, grad, out.grad);
-  }
-  return out;
-}
-
-// next_*: rows that the thread reads after this one. This pass computes while memory would rest, so it asks for them;
-// the first pass over them then runs from L2.
-template <class T, bool with_grad>
-float forward_kl_row(const T* student, const T* teacher, T* grad, int64_t vocab, const RowPair& row, bool streaming,
-                     const T* next_student, const T* next_teacher) {
-  const Vec scale = broadcast(row.grad_scale);
-  double total = 0.0;
-  Vec part = broadcast(0.0f);
-  auto partial = [&](int64_t at, int64_t n) {
-    const Terms e =
-        forward_kl_terms(load_partial(student + at, n, kNegInf), load_partial(teacher + at, n, kNegInf), row);
-    if constexpr (with_grad) store_partial(grad + at, n, e.grad * scale);
-    part = part + e.value;
-  };
-  constexpr int64_t store_bytes = Vec::width * static_cast<int64_t>(sizeof(T));
-  int64_t i = 0;
-  if (with_grad && streaming) {  // streaming stores want an aligned address: peel up to it
-    const int64_t off =
-        static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad) % store_bytes) / static_cast<int64_t>(sizeof(T));
-    i = off == 0 ? 0 : Vec::width - off;
-    if (i > vocab) i = vocab;
-    if (i > 0) partial(0, i);
-  }
-  while (i + Vec::width <= vocab) {
-    const int64_t left = (vocab - i) / Vec::width * Vec::width;
-    const int64_t end = i + (left < kChunk ? left : kChunk);
-    for (; i < end; i += Vec::width) {
-      prefetch(next_student + i);
-      prefetch(next_teacher + i);
-      const Terms e = forward_kl_terms(load(student + i), load(teacher + i), row);
-      if constexpr (with_grad) {
-        if (streaming)
-          stream(grad + i, e.grad * scale);
-        else
-          store(grad + i, e.grad * scale);
-      }
-      part = part + e.value;
-    }
-    total += static_cast<double>(reduce_add(part));
-    part = broadcast(0.0f);
-  }
-  if (i < vocab) partial(i, vocab - i);
-  return static_cast<float>(total + static_cast<double>(reduce_add(part)));
-}
-
-template <class T>
-void zero_row(T* p, int64_t n) {
-  const Vec zero = broadcast(0.0f);
-  int64_t i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) store(p + i, zero);
-  if (i < n) store_partial(p + i, n - i, zero);
-}
-
-template <class T>
-void forward_kl(const DistillKlArgs& a, int64_t begin, int64_t end) {
+// One row whose logits are T, capped already if there is a cap; the gradient goes to G.
+template <Divergence divergence, class T, class G>
+void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* teacher, const T* next_student,
+                 const T* next_teacher, float* scratch) {
   const double student_inverse = 1.0 / a.student_temperature, teacher_inverse = 1.0 / a.teacher_temperature;
+  G* grad = a.grad == nullptr ? nullptr : static_cast<G*>(a.grad) + i * a.grad_stride;
+  const float weight = a.row_scale[i];
+  RowPair row;
+  row.student_scale = static_cast<float>(student_inverse / kLn2Double);
+  row.teacher_scale = static_cast<float>(teacher_inverse / kLn2Double);
+  row.teacher_share = static_cast<float>(a.student_temperature / a.teacher_temperature);
+  row.student_inverse = static_cast<float>(student_inverse);
+  const double mixture_teacher = divergence == Divergence::skew_reverse_kl ? 1.0 - a.mix : a.mix;
+  row.mixture_teacher = static_cast<float>(mixture_teacher);
+  row.mixture_student = static_cast<float>(1.0 - mixture_teacher);
+
+  RowSum s, t;
+  double center = 0.0;
+  if constexpr (divergence == Divergence::reverse_kl) {
+    row.log_ratio_offset = 0.0f;
+    const PairSums sums = pair_sums(student, teacher, a.vocab, row, student_inverse, teacher_inverse);
+    s = sums.student;
+    t = sums.teacher;
+    const double logs = kLn2Double * (t.log2() - s.log2());
+    center = (sums.log_ratio + logs * (s.sum - sums.excluded) - sums.excluded) / s.sum;
+  } else {
+    s = row_sum(student, a.vocab, row.student_scale);
+    t = row_sum(teacher, a.vocab, row.teacher_scale);
+  }
+  set_sums(row, s, s.log2(), t, t.log2(), student_inverse, teacher_inverse);
+
+  Extras extras{0.0f, 0.0f, 0.0f, a.student_softcap > 0 ? static_cast<float>(1.0 / a.student_softcap) : 0.0f};
+  double ce = 0.0;
+  if (a.labels != nullptr && a.ce_scale[i] != 0.0f) {
+    const int64_t label = a.labels[i];
+    const RowSum plain = row_sum(student, a.vocab, kLog2e);
+    extras.ce_scale = a.ce_scale[i];
+    extras.shift = plain.shift;
+    extras.log2_sum = static_cast<float>(plain.log2());
+    const bool known = label >= 0 && label < a.vocab;
+    ce = !known ? __builtin_nan("")
+                : kLn2Double * plain.log2() + (static_cast<double>(plain.shift) - widen(student[label]));
+    if (!known) extras.log2_sum = __builtin_nanf("");
+  }
+
+  const float scale = static_cast<float>(weight * student_inverse);
+  const bool has_extras = extras.ce_scale != 0.0f || extras.inverse_softcap != 0.0f;
+  constexpr bool known_center = divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
+  double value = 0.0;
+  if (grad == nullptr) {
+    value = terms_pass<divergence, Into::nothing>(student, teacher, nullptr, a.vocab, 0, row, scale, 0.0f, false,
+                                                  next_student, next_teacher)
+                .value;
+  } else {
+    const bool streaming = a.stream_grad && kSame<T, G>;
+    const int64_t head = words_to_alignment(grad, streaming, a.vocab);
+    bool done = false;
+    if constexpr (known_center && kSame<T, G>) {
+      if (!has_extras) {
+        value = terms_pass<divergence, Into::grad>(student, teacher, grad, a.vocab, head, row, scale,
+                                                   static_cast<float>(center), streaming, next_student, next_teacher)
+                    .value;
+        done = true;
+      }
+    }
+    if (!done) {
+      scratch += (kScratchPad - 2 * head % kScratchPad) % kScratchPad;  // pairs begin at whole vectors
+      const Center sums = terms_pass<divergence, Into::scratch>(student, teacher, scratch, a.vocab, head, row, scale,
+                                                                0.0f, false, next_student, next_teacher);
+      value = sums.value;
+      if constexpr (!known_center) center = sums.center;
+      const float middle = static_cast<float>(center);
+      if (has_extras) {
+        if (ce == ce && extras.ce_scale != 0.0f) scratch[slope_slot<T>(a.labels[i], a.vocab, head)] -= extras.ce_scale;
+        finish_pass<true>(scratch, student, grad, a.vocab, head, middle, streaming, extras);
+      } else {
+        finish_pass<false>(scratch, student, grad, a.vocab, head, middle, streaming, extras);
+      }
+    }
+  }
+  const float ce_part = static_cast<float>(extras.ce_scale * ce);
+  const float part = weight == 0.0f ? 0.0f : static_cast<float>(weight * value);
+  a.rows[i] = part + ce_part;
+  if (a.labels != nullptr) a.ce_rows[i] = ce_part;
+}
+
+// Logits under their softcap, or as they are where it is 0, as float32.
+template <class T>
+void cap_row(const T* z, float* out, int64_t n, double softcap) {
+  const Vec cap = broadcast(static_cast<float>(softcap)), inverse = broadcast(static_cast<float>(1.0 / softcap));
+  const Vec excluded = broadcast(kNegInf);
+  for (int64_t i = 0; i < n; i += Vec::width) {
+    const int64_t left = n - i < Vec::width ? n - i : Vec::width;
+    const Vec v = load_up_to(z + i, left, 0.0f);
+    store_up_to(out + i, left, softcap == 0 ? v : select(equal(v, excluded), excluded, cap * tanh(v * inverse)));
+  }
+}
+
+template <Divergence divergence, class T>
+void distill_rows(const DistillKlArgs& a, float* scratch, int64_t begin, int64_t end) {
+  const bool capped = a.student_softcap > 0 || a.teacher_softcap > 0;
+  const int64_t scratch_row = (a.vocab + kScratchPad - 1) / kScratchPad * kScratchPad;
   for (int64_t i = begin; i < end; ++i) {
-    T* grad = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + i * a.grad_stride;
-    const float weight = a.row_scale[i];
-    if (weight == 0.0f) {
+    if (a.row_scale[i] == 0.0f && (a.labels == nullptr || a.ce_scale[i] == 0.0f)) {
       a.rows[i] = 0.0f;
-      if (grad != nullptr) zero_row(grad, a.vocab);
+      if (a.labels != nullptr) a.ce_rows[i] = 0.0f;
+      if (a.grad != nullptr) zero_row(static_cast<T*>(a.grad) + i * a.grad_stride, a.vocab);
       continue;
     }
     const T* student = static_cast<const T*>(a.student) + i * a.student_stride;
     const T* teacher = static_cast<const T*>(a.teacher) + i * a.teacher_stride;
-    RowPair row;
-    row.student_scale = static_cast<float>(student_inverse / kLn2Double);
-    row.teacher_scale = static_cast<float>(teacher_inverse / kLn2Double);
-    const RowSum s = row_sum(student, a.vocab, row.student_scale);
-    const RowSum t = row_sum(teacher, a.vocab, row.teacher_scale);
-    row.student_shift = s.shift;
-    row.teacher_shift = t.shift;
-    const double student_log2 = __builtin_log2(s.sum), teacher_log2 = __builtin_log2(t.sum);
-    row.student_log2_sum = static_cast<float>(student_log2);
-    row.teacher_log2_sum = static_cast<float>(teacher_log2);
-    row.teacher_share = static_cast<float>(a.student_temperature / a.teacher_temperature);
-    row.student_inverse = static_cast<float>(student_inverse);
-    row.log_ratio_offset = static_cast<float>((t.shift * teacher_inverse - s.shift * student_inverse) +
-                                              kLn2Double * (teacher_log2 - student_log2));
-    row.grad_scale = static_cast<float>(weight * student_inverse);
-    const T* next_student = i + 1 < end ? student + a.student_stride : student;
-    const T* next_teacher = i + 1 < end ? teacher + a.teacher_stride : teacher;
-    const float kl =
-        grad == nullptr
-            ? forward_kl_row<T, false>(student, teacher, grad, a.vocab, row, false, next_student, next_teacher)
-            : forward_kl_row<T, true>(student, teacher, grad, a.vocab, row, a.stream_grad, next_student, next_teacher);
-    a.rows[i] = weight * kl;
+    if (capped) {
+      float* capped_student = scratch;
+      float* capped_teacher = scratch + scratch_row;
+      cap_row(student, capped_student, a.vocab, a.student_softcap);
+      cap_row(teacher, capped_teacher, a.vocab, a.teacher_softcap);
+      distill_row<divergence, float, T>(a, i, capped_student, capped_teacher, capped_student, capped_teacher,
+                                        scratch + 2 * scratch_row);
+    } else {
+      distill_row<divergence, T, T>(a, i, student, teacher, i + 1 < end ? student + a.student_stride : student,
+                                    i + 1 < end ? teacher + a.teacher_stride : teacher, scratch);
+    }
   }
   if (a.stream_grad) stream_fence();
 }
@@ -245,6 +395,28 @@ void scale_rows(const ScaleRowsArgs& a, int64_t begin, int64_t end) {
     for (; v + Vec::width <= a.vocab; v += Vec::width) store(out + v, load(grad + v) * scale);
     if (v < a.vocab) store_partial(out + v, a.vocab - v, load_partial(grad + v, a.vocab - v, 0.0f) * scale);
   }
+}
+
+template <Divergence divergence>
+constexpr void fill(DistillKlKernel (&kernels)[kDtypeCount]) {
+  kernels[0] = distill_rows<divergence, float>;
+  kernels[1] = distill_rows<divergence, bf16>;
+  kernels[2] = distill_rows<divergence, f16>;
+}
+
+constexpr DistillKlTable make_distill_kl_table() {
+  DistillKlTable table{};
+  fill<Divergence::forward_kl>(table.rows[0]);
+  fill<Divergence::reverse_kl>(table.rows[1]);
+  fill<Divergence::jsd>(table.rows[2]);
+  fill<Divergence::skew_kl>(table.rows[3]);
+  fill<Divergence::skew_reverse_kl>(table.rows[4]);
+  fill<Divergence::tvd>(table.rows[5]);
+  fill<Divergence::mse>(table.rows[6]);
+  table.scale_rows[0] = scale_rows<float>;
+  table.scale_rows[1] = scale_rows<bf16>;
+  table.scale_rows[2] = scale_rows<f16>;
+  return table;
 }
 
 }  // namespace

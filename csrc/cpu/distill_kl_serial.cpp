@@ -5,9 +5,6 @@
 
 namespace pyfast {
 
-const DistillKlTable kDistillKlSerial = {
-    {forward_kl<float>, forward_kl<bf16>, forward_kl<f16>},
-    {scale_rows<float>, scale_rows<bf16>, scale_rows<f16>},
-};
+constinit const DistillKlTable kDistillKlSerial = make_distill_kl_table();
 
 }  // namespace pyfast

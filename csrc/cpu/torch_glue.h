@@ -45,21 +45,30 @@ inline Tensor rows_contiguous(const Tensor& t) {
   return torch::stable::contiguous(t);
 }
 
-// body(begin, end) over [0, count) on all threads, in chunks that a thread takes when it is free: a thread that the
-// system holds up then delays the call by one chunk, not by its whole share. About 16 chunks a thread, none smaller
-// than `least`; one chunk, and no threads, where count is no larger.
+// body(begin, end, worker) over [0, count) on all threads, in chunks that a thread takes when it is free: a thread that
+// the system holds up then delays the call by one chunk, not by its whole share. About 16 chunks a thread, none smaller
+// than `least`; one chunk, and no threads, where count is no larger. worker, from 0 to max_workers() - 1, is never that
+// of another chunk that runs at the same time: scratch goes by it.
+inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
 template <class Body>
-void parallel_chunks(int64_t count, int64_t least, const Body& body) {
-  const int64_t threads = torch::stable::get_num_threads();
-  if (count <= least || threads == 1) {
-    body(0, count);
+void parallel_workers(int64_t count, int64_t least, const Body& body) {
+  const int64_t workers = max_workers();
+  if (count <= least || workers == 1) {
+    body(0, count, 0);
     return;
   }
-  const int64_t chunk = std::max(least, count / (16 * threads));
+  const int64_t chunk = std::max(least, count / (16 * workers));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(chunk); i < count; i = next.fetch_add(chunk)) body(i, std::min(i + chunk, count));
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t i = next.fetch_add(chunk); i < count; i = next.fetch_add(chunk))
+      body(i, std::min(i + chunk, count), worker);
   });
+}
+
+template <class Body>
+void parallel_chunks(int64_t count, int64_t least, const Body& body) {
+  parallel_workers(count, least, [&](int64_t begin, int64_t end, int64_t) { body(begin, end); });
 }
 
 // Asks for 2 MiB pages under a fresh large output: 512 times fewer page faults on the first write.

@@ -23,6 +23,9 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }                  // b where a is NaN
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }                  // b where b is NaN
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec reciprocal(Vec a) { return broadcast(1.0f) / a; }
 
 inline float reduce_add(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -37,6 +40,7 @@ inline float reduce_max(Vec a) {
 
 inline __m256 equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
 inline __m256 not_at_most(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }  // or NaN
+inline __m256 above(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
 inline bool any(__m256 m) { return _mm256_movemask_ps(m) != 0; }
 inline Vec select(__m256 m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m)}; }
 
@@ -48,17 +52,29 @@ inline Vec above_floor(Vec n) {
   return {_mm256_sub_ps(n.v, _mm256_round_ps(n.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC))};
 }
 
-// 2^k for integral k from -127 (there 0) to 127; NaN gives some number.
+// 2^k for integral k; 0 at or below -127, +inf above 127; NaN gives some number.
 inline Vec power_of_two(Vec k) {
-  const __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_set1_ps(-127.0f), k.v));
+  const __m256 inside = _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-127.0f), k.v));
+  const __m256i exponent = _mm256_cvtps_epi32(inside);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23))};
 }
 
-// p * 2^floor(n) for n <= 127; 0 where n <= -126; NaN where n is NaN.
+// p * 2^floor(n); 0 where n <= -126; NaN where n is NaN.
 inline Vec scale_by_floor(Vec p, Vec n) {
   const Vec scale = power_of_two({_mm256_round_ps(n.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)});
   const __m256 alive = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLE_UQ);
   return {_mm256_and_ps(_mm256_mul_ps(p.v, scale.v), alive)};
+}
+
+// a = 2^k m with m in [sqrt(1/2), sqrt(2)), for a normal positive number: k and 2^-k.
+struct Exponent {
+  Vec k, inverse;
+};
+inline Exponent exponent(Vec a) {
+  const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x3f3504f3));
+  const __m256i k = _mm256_srai_epi32(above, 23);
+  const __m256i inverse = _mm256_sub_epi32(_mm256_set1_epi32(0x3f800000), _mm256_slli_epi32(k, 23));
+  return {{_mm256_cvtepi32_ps(k)}, {_mm256_castsi256_ps(inverse)}};
 }
 
 inline __m256 widen_bf16(__m128i half) {
@@ -86,10 +102,55 @@ inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a.v)); }
 inline void store(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a.v)); }
 
+// Two vectors of neighbouring elements. bfloat16 comes as even and odd elements, which costs one operation a vector.
+struct VecPair {
+  Vec a, b;
+};
+template <class T>
+inline VecPair load_pair(const T* p) {
+  return {load(p), load(p + Vec::width)};
+}
+inline VecPair load_pair(const bf16* p) {
+  const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(u, 16))}, {_mm256_castsi256_ps(odd)}};
+}
+
+// Where element i of a pair is: lane i of a and b laid end to end.
+template <class T>
+inline int64_t pair_lane(const T*, int64_t i) {
+  return i;
+}
+inline int64_t pair_lane(const bf16*, int64_t i) { return i / 2 + (i % 2) * Vec::width; }
+
+inline __m256i round_bf16(__m256 a) {  // the upper half rounded to nearest even
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+// The order of load_pair. NaN stays NaN where its low 16 bits are 0, as in whatever is computed from bfloat16.
+inline __m256i narrow_pair(VecPair p) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(p.a.v), 16), round_bf16(p.b.v), 0xaa);
+}
+
 // Non-temporal: p aligned to the size of the store.
 inline void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 inline void stream(bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a.v)); }
 inline void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a.v)); }
+
+template <class T>
+inline void store_pair(T* p, VecPair a) {
+  store(p, a.a);
+  store(p + Vec::width, a.b);
+}
+inline void store_pair(bf16* p, VecPair a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_pair(a)); }
+template <class T>
+inline void stream_pair(T* p, VecPair a) {
+  stream(p, a.a);
+  stream(p + Vec::width, a.b);
+}
+inline void stream_pair(bf16* p, VecPair a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_pair(a)); }
 inline void stream_fence() { _mm_sfence(); }
 
 // The first n < 8 elements, through a buffer on the stack: no read or write past the end.

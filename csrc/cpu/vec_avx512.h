@@ -23,11 +23,14 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
 inline Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }                  // b where a is NaN
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }                  // b where b is NaN
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 inline __mmask16 equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline __mmask16 not_at_most(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }  // or NaN
+inline __mmask16 above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline bool any(__mmask16 m) { return m != 0; }
 inline Vec select(__mmask16 m, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, m, yes.v)}; }
 
@@ -37,11 +40,28 @@ inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_T
 // n less its floor, in [0, 1); 0 for -inf, so that 2^-inf below is 0 and not NaN.
 inline Vec above_floor(Vec n) { return {_mm512_reduce_ps(n.v, _MM_FROUND_TO_NEG_INF)}; }
 
+// 1 / a to within a bit, for a normal number.
+inline Vec reciprocal(Vec a) {
+  const Vec r = {_mm512_rcp14_ps(a.v)};
+  return fma(fnma(a, r, broadcast(1.0f)), r, r);
+}
+
 // p * 2^floor(n), by one instruction that knows every special case.
 inline Vec scale_by_floor(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 
 // 2^k for integral k.
 inline Vec power_of_two(Vec k) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), k.v)}; }
+
+// a = 2^k m with m in [sqrt(1/2), sqrt(2)), for a normal positive number: k and 2^-k.
+struct Exponent {
+  Vec k, inverse;
+};
+inline Exponent exponent(Vec a) {
+  const __m512i above = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x3f3504f3));
+  const __m512i k = _mm512_srai_epi32(above, 23);
+  const __m512i inverse = _mm512_sub_epi32(_mm512_set1_epi32(0x3f800000), _mm512_slli_epi32(k, 23));
+  return {{_mm512_cvtepi32_ps(k)}, {_mm512_castsi512_ps(inverse)}};
+}
 
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }  // 0 <= n < 16
 
@@ -78,10 +98,55 @@ inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a.v)); }
 inline void store(f16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a.v)); }
 
+// Two vectors of neighbouring elements. bfloat16 comes as even and odd elements, which costs one operation a vector.
+struct VecPair {
+  Vec a, b;
+};
+template <class T>
+inline VecPair load_pair(const T* p) {
+  return {load(p), load(p + Vec::width)};
+}
+inline VecPair load_pair(const bf16* p) {
+  const __m512i u = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))}, {_mm512_castsi512_ps(odd)}};
+}
+
+// Where element i of a pair is: lane i of a and b laid end to end.
+template <class T>
+inline int64_t pair_lane(const T*, int64_t i) {
+  return i;
+}
+inline int64_t pair_lane(const bf16*, int64_t i) { return i / 2 + (i % 2) * Vec::width; }
+
+inline __m512i round_bf16(__m512 a) {  // the upper half rounded to nearest even
+  const __m512i u = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+}
+
+// The order of load_pair. NaN stays NaN where its low 16 bits are 0, as in whatever is computed from bfloat16.
+inline __m512i narrow_pair(VecPair p) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(p.a.v), 16), round_bf16(p.b.v));
+}
+
 // Non-temporal: p aligned to the size of the store.
 inline void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 inline void stream(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a.v)); }
 inline void stream(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a.v)); }
+
+template <class T>
+inline void store_pair(T* p, VecPair a) {
+  store(p, a.a);
+  store(p + Vec::width, a.b);
+}
+inline void store_pair(bf16* p, VecPair a) { _mm512_storeu_si512(p, narrow_pair(a)); }
+template <class T>
+inline void stream_pair(T* p, VecPair a) {
+  stream(p, a.a);
+  stream(p + Vec::width, a.b);
+}
+inline void stream_pair(bf16* p, VecPair a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow_pair(a)); }
 inline void stream_fence() { _mm_sfence(); }
 
 inline void store_partial(float* p, int64_t n, Vec a) { _mm512_mask_storeu_ps(p, first(n), a.v); }

@@ -22,11 +22,15 @@ inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }    // a * b + c
 inline Vec fnma(Vec a, Vec b, Vec c) { return {__builtin_fmaf(-a.v, b.v, c.v)}; }  // c - a * b
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }                   // b where a is NaN
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }                   // b where b is NaN
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec reciprocal(Vec a) { return {1.0f / a.v}; }
 inline float reduce_add(Vec a) { return a.v; }
 inline float reduce_max(Vec a) { return a.v; }
 
 inline bool equal(Vec a, Vec b) { return a.v == b.v; }
 inline bool not_at_most(Vec a, Vec b) { return !(a.v <= b.v); }  // true where either is NaN
+inline bool above(Vec a, Vec b) { return a.v > b.v; }
 inline bool any(bool m) { return m; }
 inline Vec select(bool m, Vec yes, Vec no) { return m ? yes : no; }
 
@@ -47,6 +51,15 @@ inline Vec power_of_two(Vec k) {
 // p * 2^floor(n).
 inline Vec scale_by_floor(Vec p, Vec n) { return p * power_of_two({__builtin_floorf(n.v)}); }
 
+// a = 2^k m with m in [sqrt(1/2), sqrt(2)), for a normal positive number: k and 2^-k.
+struct Exponent {
+  Vec k, inverse;
+};
+inline Exponent exponent(Vec a) {
+  const int32_t k = static_cast<int32_t>(to_bits(a.v) - 0x3f3504f3u) >> 23;
+  return {{static_cast<float>(k)}, {from_bits(0x3f800000u - (static_cast<uint32_t>(k) << 23))}};
+}
+
 template <class T>
 inline Vec load(const T* p) {
   return {widen(*p)};
@@ -66,6 +79,28 @@ inline void stream(T* p, Vec a) {
 template <class T>
 inline void store_partial(T* p, int64_t n, Vec a) {
   if (n > 0) narrow(a.v, p);
+}
+
+// Two neighbouring elements, and where element i of them is.
+struct VecPair {
+  Vec a, b;
+};
+template <class T>
+inline VecPair load_pair(const T* p) {
+  return {load(p), load(p + 1)};
+}
+template <class T>
+inline int64_t pair_lane(const T*, int64_t i) {
+  return i;
+}
+template <class T>
+inline void store_pair(T* p, VecPair a) {
+  store(p, a.a);
+  store(p + 1, a.b);
+}
+template <class T>
+inline void stream_pair(T* p, VecPair a) {
+  store_pair(p, a);
 }
 inline void stream_fence() {}
 
