@@ -36,7 +36,7 @@ int64_t words_to_alignment(const G* grad, bool streaming, int64_t vocab) {
 // One row's walk: `head` words singly, pairs of vectors, the rest singly. Passes that share scratch walk alike.
 // few(i, n): n <= Vec::width words from i; pair(i): kPair words; chunk(): after every kChunk words.
 template <class Few, class Pair, class Chunk>
-inline void walk(int64_t vocab, int64_t head, const Few& few, const Pair& pair, const Chunk& chunk) {
+PYFAST_INLINE void walk(int64_t vocab, int64_t head, const Few& few, const Pair& pair, const Chunk& chunk) {
   int64_t i = 0;
   for (; i < head; i += Vec::width) few(i, head - i < Vec::width ? head - i : Vec::width);
   i = head;
@@ -71,23 +71,30 @@ struct Center {
   double center;  // H
 };
 
+// Terms of n <= Vec::width words; apart, so that the loop over whole pairs keeps its registers.
+template <Divergence divergence, class T>
+[[gnu::noinline]] Terms few_terms(const T* student, const T* teacher, int64_t n, const RowPair& row) {
+  return terms<divergence>(load_up_to(student, n, kNegInf), load_up_to(teacher, n, kNegInf), row);
+}
+
 // Pass 2. scale: what the gradient is multiplied by; center: H, where it is known already. next_*: rows that the thread
 // reads after this one. This pass computes while memory would rest, so it asks for them; the first pass over them then
 // runs from L2.
 template <Divergence divergence, Into into, class T>
-Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, int64_t head, const RowPair& row,
+Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, int64_t head, const RowPair& pair,
                   float scale, float center, bool streaming, const T* next_student, const T* next_teacher) {
   constexpr bool centered = divergence != Divergence::forward_kl;
+  const RowPair row = pair;  // a copy that no store can change: its scalars stay in registers
   T* grad = static_cast<T*>(out);
   float* scratch = static_cast<float*>(out);
   const Vec factor = broadcast(scale), middle = broadcast(center);
   Vec value = broadcast(0.0f), slope = broadcast(0.0f);
   Center total{0.0, 0.0};
-  auto keep = [&](const Terms& e) {
+  auto keep = [&](const Terms& e) __attribute__((always_inline)) {
     value = value + e.value;
     if constexpr (centered && into == Into::scratch) slope = slope + e.slope;
   };
-  auto gradient = [&](const Terms& e) {
+  auto gradient = [&](const Terms& e) __attribute__((always_inline)) {
     if constexpr (centered)
       return fnma(e.mass, middle, e.slope) * factor;
     else
@@ -95,9 +102,8 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
   };
   walk(
       vocab, head,
-      [&](int64_t i, int64_t n) {
-        const Terms e =
-            terms<divergence>(load_up_to(student + i, n, kNegInf), load_up_to(teacher + i, n, kNegInf), row);
+      [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Terms e = few_terms<divergence>(student + i, teacher + i, n, pair);
         keep(e);
         if constexpr (into == Into::grad) store_up_to(grad + i, n, gradient(e));
         if constexpr (into == Into::scratch) {
@@ -105,7 +111,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
           store_up_to(scratch + 2 * i + n, n, e.mass * factor);
         }
       },
-      [&](int64_t i) {
+      [&](int64_t i) __attribute__((always_inline)) {
         for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64) {
           prefetch(reinterpret_cast<const char*>(next_student + i) + byte);
           prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
@@ -125,7 +131,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
           store_pair(scratch + 2 * i + kPair, {a.mass * factor, b.mass * factor});
         }
       },
-      [&] {
+      [&]() __attribute__((always_inline)) {
         total.value += static_cast<double>(reduce_add(value));
         value = broadcast(0.0f);
         if constexpr (centered && into == Into::scratch) {

@@ -41,19 +41,19 @@ struct Terms {
   Vec mass;   // s
 };
 
-inline Vec probability(Vec z, float shift, float scale, float log2_sum) {
+PYFAST_INLINE Vec probability(Vec z, float shift, float scale, float log2_sum) {
   return exp2(fma(z - broadcast(shift), broadcast(scale), broadcast(-log2_sum)));
 }
 
-inline Vec student_probability(Vec zs, const RowPair& row) {
+PYFAST_INLINE Vec student_probability(Vec zs, const RowPair& row) {
   return probability(zs, row.student_shift, row.student_scale, row.student_log2_sum);
 }
 
-inline Vec teacher_probability(Vec zt, const RowPair& row) {
+PYFAST_INLINE Vec teacher_probability(Vec zt, const RowPair& row) {
   return probability(zt, row.teacher_shift, row.teacher_scale, row.teacher_log2_sum);
 }
 
-inline Vec log_ratio(Vec zs, Vec zt, const RowPair& row) {
+PYFAST_INLINE Vec log_ratio(Vec zs, Vec zt, const RowPair& row) {
   return fma(fnma(zt, broadcast(row.teacher_share), zs), broadcast(row.student_inverse),
              broadcast(row.log_ratio_offset));
 }
@@ -65,12 +65,12 @@ inline Vec::Mask is_far(Vec x) { return not_at_most(abs(x), broadcast(kFar)); }
 // p * a, and 0 where p is 0, whatever a is.
 inline Vec weigh(Vec p, Vec a) { return select(equal(p, broadcast(0.0f)), broadcast(0.0f), p * a); }
 
-inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
+PYFAST_INLINE Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
   const Vec t = teacher_probability(zt, row), x = log_ratio(zs, zt, row);
   const ExpParts e = exp_parts(x);
   Terms out{t * e.expm1_x, t * e.expm1, t};
   const auto far = is_far(x);
-  if (any(far)) {
+  if (any(far)) [[unlikely]] {
     const Vec s = student_probability(zs, row), gap = s - t;
     out.value = select(far, select(equal(t, broadcast(0.0f)), s, fnma(t, x, gap)), out.value);
     out.slope = select(far, gap, out.slope);
@@ -79,12 +79,12 @@ inline Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
 }
 
 // The teacher's excluded words have no part in Σ s log(s / t): value -s and h = -1 say so.
-inline Terms reverse_kl_terms(Vec zs, Vec zt, const RowPair& row) {
+PYFAST_INLINE Terms reverse_kl_terms(Vec zs, Vec zt, const RowPair& row) {
   const Vec s = student_probability(zs, row), x = log_ratio(zs, zt, row);
   const ExpParts e = exp_parts(broadcast(0.0f) - x);
   Terms out{s * e.expm1_x, s * x, s};
   const auto far = is_far(x);
-  if (any(far)) {
+  if (any(far)) [[unlikely]] {
     const Vec t = teacher_probability(zt, row), none = broadcast(0.0f) - s;
     const auto excluded = equal(x, broadcast(-kNegInf));
     const Vec slope = select(excluded, none, weigh(s, x));
@@ -99,11 +99,11 @@ struct Masses {
   Vec t, s, gap;
 };
 
-inline Masses masses(Vec zs, Vec zt, Vec x, const ExpParts& e, const RowPair& row) {
+PYFAST_INLINE Masses masses(Vec zs, Vec zt, Vec x, const ExpParts& e, const RowPair& row) {
   const Vec t = teacher_probability(zt, row), gap = t * e.expm1;
   Masses out{t, t * e.exp, gap};
   const auto far = is_far(x);
-  if (any(far)) {
+  if (any(far)) [[unlikely]] {
     const Vec s = student_probability(zs, row);
     out.s = select(far, s, out.s);
     out.gap = select(far, s - t, out.gap);
@@ -112,7 +112,7 @@ inline Masses masses(Vec zs, Vec zt, Vec x, const ExpParts& e, const RowPair& ro
 }
 
 template <Divergence divergence>
-Terms distance_terms(Vec zs, Vec zt, const RowPair& row) {  // tvd, mse
+PYFAST_INLINE Terms distance_terms(Vec zs, Vec zt, const RowPair& row) {  // tvd, mse
   const Vec x = log_ratio(zs, zt, row);
   const Masses p = masses(zs, zt, x, exp_parts(x), row);
   if constexpr (divergence == Divergence::mse) return {p.gap * p.gap, (p.s + p.s) * p.gap, p.s};
@@ -127,7 +127,7 @@ struct MixtureParts {
 };
 
 template <Divergence divergence>
-Terms mixture_terms(Vec zs, Vec zt, const RowPair& row) {  // jsd, skew_kl, skew_reverse_kl
+PYFAST_INLINE Terms mixture_terms(Vec zs, Vec zt, const RowPair& row) {  // jsd, skew_kl, skew_reverse_kl
   const Vec x = log_ratio(zs, zt, row), wt = broadcast(row.mixture_teacher), ws = broadcast(row.mixture_student);
   const Vec one = broadcast(1.0f), zero = broadcast(0.0f);
   const ExpParts e = exp_parts(x);
@@ -142,7 +142,7 @@ Terms mixture_terms(Vec zs, Vec zt, const RowPair& row) {  // jsd, skew_kl, skew
   m.kl_student = select(not_at_most(abs(x), one), fnma(wt, p.gap, p.s * m.log_share), near);
   m.ratio = e.expm1 * reciprocal(v + one);
   const auto far = is_far(x);
-  if (any(far)) {  // r = e^-|x|; where x > 0, u = x + log(w_s + w_t r), else log(w_t + w_s r)
+  if (any(far)) [[unlikely]] {  // r = e^-|x|; where x > 0, u = x + log(w_s + w_t r), else log(w_t + w_s r)
     const auto more = above(x, zero);
     const Vec r = exp2(broadcast(-kLog2e) * abs(x));
     const Vec share = fma(select(more, wt, ws), r, select(more, ws, wt));
@@ -162,7 +162,7 @@ Terms mixture_terms(Vec zs, Vec zt, const RowPair& row) {  // jsd, skew_kl, skew
 }
 
 template <Divergence divergence>
-Terms terms(Vec zs, Vec zt, const RowPair& row) {
+PYFAST_INLINE Terms terms(Vec zs, Vec zt, const RowPair& row) {
   if constexpr (divergence == Divergence::forward_kl) return forward_kl_terms(zs, zt, row);
   if constexpr (divergence == Divergence::reverse_kl) return reverse_kl_terms(zs, zt, row);
   if constexpr (divergence == Divergence::tvd || divergence == Divergence::mse)

@@ -7,6 +7,9 @@
 
 #include "scalars.h"
 
+// All 512-bit registers are the caller's to save: a call in a loop over vectors moves every one of them to memory.
+#define PYFAST_INLINE [[gnu::always_inline]] inline
+
 namespace pyfast {
 namespace {
 
@@ -34,7 +37,7 @@ void store_up_to(T* p, int64_t n, Vec a) {
 }
 
 // 2^n, relative error below 2e-7; 0 for -inf and below the normal numbers. Degree 5 on [0, 1] (minimax).
-inline Vec exp2(Vec n) {
+PYFAST_INLINE Vec exp2(Vec n) {
   const Vec f = above_floor(n);
   Vec p = fma(broadcast(0.0018775767f), f, broadcast(0.00898934f));
   p = fma(p, f, broadcast(0.055826318f));
@@ -53,7 +56,7 @@ struct ExpParts {
 // For |x| <= 16. With x = k ln 2 + f, q = e^f - 1 - f and c = 2^k,
 //   e^x - 1 - x = c q + (c f + (c - 1 - x)),
 // which is q itself where k = 0: c f - x is then exactly 0. So both parts keep their relative accuracy down to x = 0.
-inline ExpParts exp_parts(Vec x) {
+PYFAST_INLINE ExpParts exp_parts(Vec x) {
   const Vec k = round_nearest(x * broadcast(kLog2e));
   const Vec f = fnma(k, broadcast(kLn2), x);
   const Vec f2 = f * f;
@@ -73,7 +76,7 @@ struct LogParts {
 // For v > -1 with y = 1 + v a normal number. With y = 2^k (1 + r), r in [-0.3, 0.42), and l = r - log(1 + r) = r² p(r),
 //   v - log(1 + v) = l + (v - r - k ln 2),
 // which is l itself where k = 0: r is then v, exactly. Degree 7 (minimax, relative error of l below 4e-7).
-inline LogParts log_parts(Vec v) {
+PYFAST_INLINE LogParts log_parts(Vec v) {
   const Exponent e = exponent(v + broadcast(1.0f));
   const Vec r = fma(e.inverse, v, e.inverse - broadcast(1.0f));
   Vec p = fma(broadcast(-0.08901954f), r, broadcast(0.14212723f));
