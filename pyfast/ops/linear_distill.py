@@ -167,8 +167,14 @@ def layers_loss(
     All layers make one call of the op, so that there is one gradient of the head and not one a layer. ``labels`` and
     ``mask`` are those of one layer.
     """
+    leading = student_hiddens[0].shape[:-1]
     for hidden in student_hiddens:
         arguments.check_head("student", hidden, student_head, student_bias)
+        if hidden.shape[:-1] != leading:
+            raise ValueError(
+                f"student_hidden: got shape {list(hidden.shape)}, accepted: the leading shape of the other layers, "
+                f"{[*leading, hidden.shape[-1]]}"
+            )
     teachers = _check_teacher(student_hiddens, teacher_hiddens, teacher_head, teacher_bias, teacher_logits)
     teacher_words = teachers[0].shape[-1] if teacher_head is None else teacher_head.shape[0]
     words = arguments.common_vocabulary(student_head.shape[0], teacher_words, vocab_size)
@@ -184,7 +190,6 @@ def layers_loss(
         teacher_softcap=teacher_softcap,
     )
     arguments.check_reduction(reduction, num_items)
-    leading = student_hiddens[0].shape[:-1]
     counted = arguments.counted_tokens(leading, student_head.device, labels, ignore_index, mask)
     student_dtype = arguments.product_dtype(student_hiddens[0])
     teacher_dtype = teachers[0].dtype if teacher_head is None else arguments.product_dtype(teachers[0])
@@ -192,7 +197,7 @@ def layers_loss(
     served_by = backends.select("linear_distill", student_head.device.type, logits_dtype, backend)
 
     # A gradient that the divisor of the mean has made small is lost to float16 before a loss scale can reach it.
-    divide_last = reduction == "mean" and torch.float16 in (student_dtype, logits_dtype)
+    divide_last = reduction == "mean" and student_dtype == torch.float16
     like = student_head.new_empty((math.prod(leading), 0), dtype=logits_dtype)
     folded = "sum" if divide_last else reduction
     factor = temperature**2 if scale_by_t2 else 1.0
@@ -367,7 +372,7 @@ def _in_chunks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             )
             grad = grad.to(call.student_dtype)
             if of_hidden:
-                grad_hidden[chunk] = torch.mm(grad, student.head)
+                grad_hidden[chunk] = torch.mm(grad, student.head).to(grad_hidden.dtype)
             if of_head:
                 _add_product(grad_head[:words], grad.t(), student.hidden[chunk], overwrite=i == 0)
             if of_bias:
