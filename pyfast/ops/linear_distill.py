@@ -167,14 +167,12 @@ def layers_loss(
     All layers make one call of the op, so that there is one gradient of the head and not one a layer. ``labels`` and
     ``mask`` are those of one layer.
     """
-    leading = student_hiddens[0].shape[:-1]
     for hidden in student_hiddens:
         arguments.check_head("student", hidden, student_head, student_bias)
-        if hidden.shape[:-1] != leading:
-            raise ValueError(
-                f"student_hidden: got shape {list(hidden.shape)}, accepted: the leading shape of the other layers, "
-                f"{[*leading, hidden.shape[-1]]}"
-            )
+    leading = student_hiddens[0].shape[:-1]
+    if any(hidden.shape[:-1] != leading for hidden in student_hiddens):
+        shapes = [list(hidden.shape) for hidden in student_hiddens]
+        raise ValueError(f"student_hidden: got shapes {shapes}, accepted: one leading shape for all layers")
     teachers = _check_teacher(student_hiddens, teacher_hiddens, teacher_head, teacher_bias, teacher_logits)
     teacher_words = teachers[0].shape[-1] if teacher_head is None else teacher_head.shape[0]
     words = arguments.common_vocabulary(student_head.shape[0], teacher_words, vocab_size)
@@ -357,8 +355,10 @@ def _in_chunks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     with torch.autocast(row_scale.device.type, enabled=False):
         student = _Product(hidden, call.student_head, call.student_bias, words, call.student_dtype)
-        teacher: Tensor | _Product = call.teacher[:, :words]
-        if call.teacher_head is not None:
+        teacher: Tensor | _Product
+        if call.teacher_head is None:
+            teacher = call.teacher[:, :words]
+        else:
             teacher = _Product(call.teacher, call.teacher_head, call.teacher_bias, words, call.teacher_dtype)
         for i, chunk in enumerate(chunks):
             rows[chunk], _, grad = torch.ops.pyfast.distill_kl(
