@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.capture import AttentionInputs, CapturedLayers
-from pyfast.heads import final_norm, output_head
+from pyfast.heads import Head, final_norm, output_head
 from pyfast.hidden import hidden_states_loss
 from pyfast.layer_map import layer_pairs
 from pyfast.ops import _arguments as arguments
@@ -101,7 +101,7 @@ class DistillationLoss(nn.Module):
         attention_options: divergence, alpha, beta, temperature, backend of
             :func:`pyfast.attention_distillation_loss`; and ``layers``: pairs of the layers' numbers, or a strategy,
             over the layers that were captured.
-        lens_options: options of :func:`pyfast.logit_lens_loss`.
+        lens_options: options of :func:`pyfast.logit_lens_loss` and :func:`pyfast.linear_distillation_loss`.
 
     Raises:
         TypeError, ValueError: an option of a wrong name, type or value.
@@ -279,16 +279,17 @@ class DistillationLoss(nn.Module):
 
         ours, theirs = call.required("hidden_states", "lens", _ASK_FOR_HIDDEN)
         student, teacher = call.models("lens")
+        head_s, head_t = output_head("student", student), output_head("teacher", teacher)
         return logit_lens_loss(
             ours,
             theirs,
             final_norm("student", student),
-            student.get_output_embeddings(),
+            head_s.weight,
             final_norm("teacher", teacher),
-            teacher.get_output_embeddings(),
+            head_t.weight,
             mask=call.positions(ours[-1], *_COUNTED),
             num_items=call.num_items,
-            **self.lens_options,
+            **_of_heads(head_s, head_t, self.lens_options),
         )
 
     def extra_repr(self) -> str:
@@ -355,15 +356,19 @@ def _linear(ours: Tensor, theirs: Tensor, student: nn.Module, teacher: nn.Module
     from pyfast.ops.linear_distill import linear_distillation_loss
 
     head_s, head_t = output_head("student", student), output_head("teacher", teacher)
-    if head_s.softcap is not None or head_t.softcap is not None:
+    return linear_distillation_loss(ours, head_s.weight, theirs, head_t.weight, **_of_heads(head_s, head_t, options))
+
+
+def _of_heads(student: Head, teacher: Head, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` of a loss that multiplies by the heads itself, with what else the models do to their logits."""
+    own: dict[str, Any] = {"student_bias": student.bias, "teacher_bias": teacher.bias}
+    if student.softcap is not None or teacher.softcap is not None:
         if options.get("softcap") is not None or options.get("teacher_softcap") is not None:
-            raise ValueError("softcap: the models' own is used with last hidden states, accepted: None")
-        if head_t.softcap is None:
-            raise ValueError("student: caps its logits and the teacher does not, which is not supported; pass logits")
-        options = {**options, "softcap": head_s.softcap, "teacher_softcap": head_t.softcap}
-    return linear_distillation_loss(
-        ours, head_s.weight, theirs, head_t.weight, student_bias=head_s.bias, teacher_bias=head_t.bias, **options
-    )
+            raise ValueError("softcap: got one beside the models' own, accepted with last hidden states: None")
+        if teacher.softcap is None:
+            raise ValueError("student: caps its logits where the teacher does not, which is accepted with logits alone")
+        own |= {"softcap": student.softcap, "teacher_softcap": teacher.softcap}
+    return {**options, **own}
 
 
 def _attention_pairs(
