@@ -20,6 +20,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,24 @@ _AUTO_CLASSES = {
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "AutoModelForTokenClassification",
 }
 
+
+@dataclass
+class _Record:
+    """Parts of the loss, summed on the device over batches."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    steps: set[int] = field(default_factory=set)
+    batches: int = 0
+
+    def add(self, result: DistillationLossOutput, scale: float, step: int) -> None:
+        self.weights = result.weights
+        self.steps.add(step)
+        self.batches += 1
+        for name, part in result.parts.items():
+            self.parts[name] = self.parts[name] + scale * part if name in self.parts else scale * part
+
+
 if TYPE_CHECKING:
     _Base = transformers.Trainer
 else:
@@ -49,8 +68,9 @@ class DistillationMixin(_Base):
     """Makes a ``Trainer`` subclass distil: ``class MyTrainer(DistillationMixin, SFTTrainer): ...``
 
     The student's own loss is replaced by :class:`pyfast.nn.DistillationLoss` over the outputs of student and teacher.
-    Its parts are logged as ``distill/<signal>`` (``eval_distill/<signal>``) beside the loss, means over the steps since
-    the last log, and the weights of schedules as ``distill/<signal>_weight``. The schedules' step is the optimizer's.
+    Its parts are logged as ``distill/<signal>`` beside the loss, means over the steps since the last log, and are
+    metrics of evaluation as ``eval_distill/<signal>``; so are the last weights of schedules, ``..._weight``. The
+    schedules' step is the optimizer's.
 
     With labels in the batches every signal is divided by the count of tokens of all micro-batches (and processes, with
     ``average_tokens_across_devices``), so that gradient accumulation gives the gradient of one large batch. Without
@@ -91,8 +111,7 @@ class DistillationMixin(_Base):
         self._check_parallel()
         # Tokens are counted over all micro-batches, and training_step divides no second time, whatever the model takes.
         self.model_accepts_loss_kwargs = True
-        self._parts: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._parts_since = {"train": 0, "eval": 0}
+        self._trained, self._evaluated = _Record(), _Record()
         self._predicting = False
 
     def compute_loss(
@@ -140,7 +159,12 @@ class DistillationMixin(_Base):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = float(self.accelerator.num_processes)  # gradients are averaged, and the count is that of all
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        self._record("train" if model.training else "eval", result, scale)
+        share = (
+            scale
+            if self.loss_is_scaled_for_ga or not model.training
+            else scale / self.current_gradient_accumulation_steps
+        )
+        (self._trained if model.training else self._evaluated).add(result, share, self.state.global_step)
         loss = result.loss * scale
         if not return_outputs:
             return loss
@@ -156,26 +180,27 @@ class DistillationMixin(_Base):
         finally:
             self._predicting = False
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As the Trainer's, with the signals' parts among the metrics, means over the batches."""
+        self._evaluated = _Record()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        parts = self._means(self._evaluated, f"{metric_key_prefix}_distill/", self._evaluated.batches)
+        return output._replace(metrics={**(output.metrics or {}), **parts})
+
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
         """As the Trainer's, with the signals' parts beside the loss."""
-        for mode, loss, prefix in (("train", "loss", "distill/"), ("eval", "eval_loss", "eval_distill/")):
-            if loss not in logs or not self._parts[mode]:
-                continue
-            steps = self._parts_since[mode]
-            if mode == "train":
-                steps = max(self.state.global_step - steps, 1)
-            for name, total in self._parts[mode].items():
-                mean = (
-                    total / steps
-                    if self.accelerator.num_processes == 1
-                    else self.accelerator.reduce(total, "mean") / steps
-                )
-                logs[prefix + name] = float(mean)
-            for name, weight in self.distillation.weights.items():
-                if mode == "train" and callable(weight):
-                    logs[f"{prefix}{name}_weight"] = float(weight(self.state.global_step))
-            self._parts[mode] = {}
-            self._parts_since[mode] = self.state.global_step if mode == "train" else 0
+        if "loss" in logs:
+            logs.update(self._means(self._trained, "distill/", len(self._trained.steps)))
+            self._trained = _Record()
         super().log(logs, *rest, **named)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -256,16 +281,16 @@ class DistillationMixin(_Base):
             return None, None
         return [student for student, _ in layers], [teacher for _, teacher in layers]
 
-    def _record(self, mode: str, result: DistillationLossOutput, scale: float) -> None:
-        """Adds up the parts on the device; :meth:`log` reads them."""
-        if mode == "train":
-            if not self.loss_is_scaled_for_ga:
-                scale = scale / self.current_gradient_accumulation_steps
-        else:
-            self._parts_since["eval"] += 1
-        parts = self._parts[mode]
-        for name, part in result.parts.items():
-            parts[name] = parts[name] + scale * part if name in parts else scale * part
+    def _means(self, record: _Record, prefix: str, count: int) -> dict[str, float]:
+        """What was recorded, over ``count`` and the processes: here the host waits for the device."""
+        means = {}
+        for name, total in record.parts.items():
+            total = total if self.accelerator.num_processes == 1 else self.accelerator.reduce(total, "mean")
+            means[prefix + name] = float(total) / count
+        for name, weight in self.distillation.weights.items():
+            if callable(weight) and record.batches:
+                means[f"{prefix}{name}_weight"] = record.weights.get(name, 0.0)
+        return means
 
 
 class DistillationTrainer(DistillationMixin, transformers.Trainer):
