@@ -106,6 +106,7 @@ def test_gradients_flow_to_the_model():
     assert model.model.layers[1].mlp.up_proj.weight.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_checkpointed_layers_are_recorded_once():
     model = tiny("Llama", **GROUPED).train()
     with capture_attention(model):

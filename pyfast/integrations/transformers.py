@@ -103,12 +103,12 @@ class DistillationMixin(_Base):
         student = self._unwrapped(self.model)
         self.distillation = _loss(distillation, shift=_is_causal(student)).to(self.args.device)
         self.fused_linear = fused_linear
+        self._check_parallel()
         if fused_linear:
             _check_takes_logits_to_keep("model", student)
         teacher = _load(teacher, student) if isinstance(teacher, str | os.PathLike) else teacher
         self._check_teacher(student, teacher)
         self.teacher = self._prepare_teacher(teacher)
-        self._check_parallel()
         # Tokens are counted over all micro-batches, and training_step divides no second time, whatever the model takes.
         self.model_accepts_loss_kwargs = True
         self._trained, self._evaluated = _Record(), _Record()
@@ -122,6 +122,8 @@ class DistillationMixin(_Base):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The distillation loss of a batch: both forwards, the signals, their record."""
+        if num_items_in_batch is not None:  # of batches in which no token counts, 0 over 1 is taken
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         student, teacher = self._unwrapped(model), self._unwrapped(self.teacher)
         fused = self.fused_linear and not self._predicting
         batch = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
@@ -159,11 +161,8 @@ class DistillationMixin(_Base):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = float(self.accelerator.num_processes)  # gradients are averaged, and the count is that of all
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        share = (
-            scale
-            if self.loss_is_scaled_for_ga or not model.training
-            else scale / self.current_gradient_accumulation_steps
-        )
+        averaged = model.training and not self.loss_is_scaled_for_ga  # over the micro-batches, by training_step
+        share = scale / self.current_gradient_accumulation_steps if averaged else scale
         (self._trained if model.training else self._evaluated).add(result, share, self.state.global_step)
         loss = result.loss * scale
         if not return_outputs:
