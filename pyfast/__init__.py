@@ -6,6 +6,10 @@ and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measur
 
 from pyfast import backends, nn, structured
 from pyfast._version import __version__
+from pyfast.capture import capture_attention
+from pyfast.contrastive import contrastive_distillation_loss
+from pyfast.hidden import hidden_loss, hidden_states_loss
+from pyfast.layer_map import layer_map
 from pyfast.logit_lens import logit_lens_loss
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
 from pyfast.ops.linear_distill import linear_distillation_loss
@@ -16,8 +20,13 @@ __all__ = [
     "Sparse24Weight",
     "__version__",
     "backends",
+    "capture_attention",
+    "contrastive_distillation_loss",
     "distillation_loss",
     "distillation_value_and_grad",
+    "hidden_loss",
+    "hidden_states_loss",
+    "layer_map",
     "linear_distillation_loss",
     "logit_lens_loss",
     "nn",

@@ -1,4 +1,4 @@
-"""Which layer of a deeper teacher a layer of the student learns from."""
+"""Which teacher layer each student layer learns from, where the depths differ."""
 
 from __future__ import annotations
 
@@ -6,32 +6,64 @@ STRATEGIES = ("uniform", "last", "first")
 
 
 def layer_map(student_layers: int, teacher_layers: int, strategy: str = "uniform") -> list[tuple[int, int]]:
-    """Pairs (student layer, teacher layer), counted from 0 over the outputs of the transformer layers, in the student's
-    order.
+    """Pairs (student layer, teacher layer), one for each student layer, counted from 0 over the layers' outputs.
 
-    - ``"uniform"``: every student layer at its relative depth, layer i to layer round((i + 1) · L_t / L_s) − 1 with
-      halves rounded up, so that the last learns from the last (TinyBERT, Jiao et al., 2020, g(m) = m · L_t / L_s).
-    - ``"last"``: as many of the last layers as both have; ``"first"``: as many of the first.
+    With ``student_layers`` = 3 and ``teacher_layers`` = 6::
+
+        uniform   0 → 1, 1 → 3, 2 → 5    student i learns from teacher round((i + 1) · 6 / 3) − 1 (TinyBERT, 2020)
+        last      0 → 3, 1 → 4, 2 → 5    the last layers
+        first     0 → 0, 1 → 1, 2 → 2    the first layers
 
     Args:
-        student_layers, teacher_layers: how many layers each has, from 1; either may be the deeper one.
-        strategy: one of the names above.
+        student_layers: depth of the student, from 1.
+        teacher_layers: depth of the teacher, at least that of the student.
+        strategy: one of the names above. Halves are rounded up.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was got and what is accepted.
+        TypeError, ValueError: a depth that is no such number, a student deeper than its teacher, an unknown strategy.
     """
-    for name, count in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"{name}: got {type(count).__name__}, accepted: an integer from 1")
-        if count < 1:
-            raise ValueError(f"{name}: got {count}, accepted: an integer from 1")
+    for name, depth in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise TypeError(f"{name}: got {type(depth).__name__}, accepted: an integer of at least 1")
+        if depth < 1:
+            raise ValueError(f"{name}: got {depth}, accepted: an integer of at least 1")
+    if student_layers > teacher_layers:
+        raise ValueError(
+            f"student_layers: got {student_layers}, accepted: at most the teacher's {teacher_layers}; "
+            "give the pairs yourself where the student is deeper"
+        )
     if strategy == "uniform":
-        # In integers: floor(x + 1/2) of x = (i + 1) · L_t / L_s. A shallower teacher gives its first layer at least.
-        ends = [(2 * (i + 1) * teacher_layers + student_layers) // (2 * student_layers) for i in range(student_layers)]
-        return [(i, max(end, 1) - 1) for i, end in enumerate(ends)]
-    shared = min(student_layers, teacher_layers)
+        half_up = student_layers  # floor((2a + b) / 2b) rounds a / b, exactly
+        return [
+            (i, (2 * (i + 1) * teacher_layers + half_up) // (2 * student_layers) - 1) for i in range(student_layers)
+        ]
     if strategy == "last":
-        return [(student_layers - k, teacher_layers - k) for k in range(shared, 0, -1)]
+        return [(i, teacher_layers - student_layers + i) for i in range(student_layers)]
     if strategy == "first":
-        return [(k, k) for k in range(shared)]
+        return [(i, i) for i in range(student_layers)]
     raise ValueError(f"strategy: got {strategy!r}, accepted: {', '.join(STRATEGIES)}")
+
+
+def layer_pairs(layers: str | list[tuple[int, int]], student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """``layers`` as pairs of positions from 0: a strategy of :func:`layer_map`, or pairs, where negative numbers
+    count from the end.
+
+    Raises:
+        TypeError, ValueError: ``layers`` of another form, empty, or naming a layer that is not there.
+    """
+    if isinstance(layers, str):
+        if layers not in STRATEGIES:
+            raise ValueError(f"layers: got {layers!r}, accepted: {', '.join(STRATEGIES)}, or pairs (student, teacher)")
+        return layer_map(student_layers, teacher_layers, layers)
+    pairs = list(layers)
+    if not pairs:
+        raise ValueError("layers: got no pairs, accepted: at least one pair (student, teacher)")
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(type(index) is int for index in pair):
+            raise TypeError(f"layers: got {pair!r}, accepted: pairs of integers (student layer, teacher layer)")
+        for who, index, depth in zip(("student", "teacher"), pair, (student_layers, teacher_layers), strict=True):
+            if not -depth <= index < depth:
+                raise ValueError(f"layers: got {who} layer {index}, accepted: {-depth} to {depth - 1}")
+        found.append((pair[0] % student_layers, pair[1] % teacher_layers))
+    return found

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import pyfast
 from pyfast import backends
 from pyfast.bench.hardware import peak_growth_bytes
-from pyfast.nn import DistillationLoss
+from pyfast.nn import LogitDistillationLoss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What rounding the result to the dtype costs, and a little more.
@@ -372,12 +372,12 @@ def test_offsets_are_64_bit(tmp_path):
 def test_module_twin():
     s, t = logits(3, 50), logits(3, 50)
     labels = torch.tensor([1, -100, 3])
-    module = DistillationLoss(temperature=4.0, reduction="sum")
+    module = LogitDistillationLoss(temperature=4.0, reduction="sum")
     expected = pyfast.distillation_loss(s, t, temperature=4.0, reduction="sum", labels=labels)
     assert torch.equal(module(s, t, labels=labels), expected)
     assert "temperature=4.0" in repr(module)
     with pytest.raises(TypeError, match="temprature"):
-        DistillationLoss(temprature=4.0)
+        LogitDistillationLoss(temprature=4.0)
 
 
 S, T = torch.randn(3, 10), torch.randn(3, 10)

@@ -242,3 +242,9 @@ def check_labels(labels: Tensor, counted: Tensor | None, words: int) -> None:
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= words):
         wrong = flat[(flat < 0) | (flat >= words)][0]
         raise ValueError(f"labels: got {int(wrong)}, accepted: 0 to {words - 1}, or ignore_index")
+
+
+def next_token(tokens: Tensor, fill: int | bool) -> Tensor:
+    """What stands at i + 1, at i: labels or a mask ``[..., T]`` over tokens, moved to the positions whose logits
+    predict them. The last position predicts nothing and gets ``fill``."""
+    return torch.nn.functional.pad(tokens[..., 1:], (0, 1), value=fill)
