@@ -41,9 +41,14 @@ def words_together(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def launch(kernel: Any, programs: int, like: torch.Tensor, warps: int, *arguments: Any, **constants: Any) -> None:
-    """Start ``programs`` programs of ``kernel`` on the device of ``like``; nothing where there are none."""
+def launch(
+    kernel: Any, programs: int, like: torch.Tensor, options: dict[str, int], *arguments: Any, **constants: Any
+) -> None:
+    """Start ``programs`` programs of ``kernel`` on the device of ``like``; nothing where there are none.
+
+    ``options`` are Triton's (``num_warps``, ``maxnreg``, …), beside ``OPTIONS``.
+    """
     if programs == 0:
         return
     with torch.cuda.device_of(like):
-        kernel[(programs,)](*arguments, **constants, **OPTIONS, num_warps=warps)
+        kernel[(programs,)](*arguments, **constants, **OPTIONS, **options)

@@ -39,7 +39,7 @@ class Case(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     aligned: tuple[str, ...]
-    warps: int
+    options: dict[str, int]
 
 
 class Resources(NamedTuple):
@@ -101,7 +101,7 @@ def _layouts(divergence: str, extras: bool) -> list[int]:
 def _distill_kl(
     dtype: str, width: int, divergence: str, extras: bool, aligned: bool = True, with_grad: bool = True
 ) -> Case:
-    kernel, warps, constants = distill_kl.plan(width, _SIZES[dtype], divergence, extras)
+    kernel, options, constants = distill_kl.plan(width, _SIZES[dtype], divergence, extras)
     pointers = {"student": dtype, "teacher": dtype, "row_scale": "fp32", "rows": "fp32"}
     absent = ["student_cap", "teacher_cap", "labels", "ce_scale", "ce_rows"]
     if extras:
@@ -115,7 +115,7 @@ def _distill_kl(
     name = f"{kernel.__name__} {divergence} {dtype} block {constants['BLOCK']}{remarks}"
     numbers = ("student_rate", "teacher_rate", "student_cap", "teacher_cap", "share_t", "share_s")
     strides = ("student_stride", "teacher_stride", "grad_stride", "width")
-    return _case(name, kernel, warps, pointers, strides, numbers, {**constants, **dict.fromkeys(absent)}, aligned)
+    return _case(name, kernel, options, pointers, strides, numbers, {**constants, **dict.fromkeys(absent)}, aligned)
 
 
 def _scale_rows(dtype: str, in_place: bool) -> Case:
@@ -123,13 +123,13 @@ def _scale_rows(dtype: str, in_place: bool) -> Case:
     strides = ("grad_stride", "scale_stride", "out_stride", "width")
     constants = {"BLOCK": scale_rows.BLOCK, "IN_PLACE": in_place}
     name = f"scale_rows_kernel {dtype} block {scale_rows.BLOCK}{' in place' if in_place else ''}"
-    return _case(name, scale_rows.scale_rows_kernel, scale_rows.WARPS, pointers, strides, (), constants, aligned=True)
+    return _case(name, scale_rows.scale_rows_kernel, scale_rows.LAUNCH, pointers, strides, (), constants, aligned=True)
 
 
 def _case(
     name: str,
     kernel: Any,
-    warps: int,
+    options: dict[str, int],
     pointers: dict[str, str],
     sizes: Iterable[str],
     numbers: Iterable[str],
@@ -143,7 +143,7 @@ def _case(
         **dict.fromkeys(numbers, "fp32"),
         **dict.fromkeys(constants, "constexpr"),
     }
-    return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), warps)
+    return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), options)
 
 
 def compile_case(case: Case, target: int) -> Any:
@@ -151,7 +151,7 @@ def compile_case(case: Case, target: int) -> Any:
     order = case.kernel.arg_names
     attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(case.kernel, {name: case.signature[name] for name in order}, case.constants, attributes)
-    options = {"num_warps": case.warps, **OPTIONS}
+    options = {**OPTIONS, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
@@ -172,7 +172,7 @@ def resources(case: Case, target: int) -> Resources:
     if found is None:
         raise RuntimeError(f"{tool} --dump-resource-usage said:\n{done.stdout}{done.stderr}")
     registers, stack, local = (int(figure) for figure in found.groups())
-    return Resources(case.name, target, case.warps, registers, stack + local, compiled.metadata.shared)
+    return Resources(case.name, target, case.options["num_warps"], registers, stack + local, compiled.metadata.shared)
 
 
 def main() -> None:

@@ -29,12 +29,12 @@ one read of a word to a row, caps none.
 
 How it is laid out: one program for each row, one power-of-two block of words at a time (see ``plan``)::
 
-                     forward_kl, tvd, mse                          the others; any with labels or caps
-    narrow           to 8192 words: 8 a thread, 1 to 32 warps      to 4096: 4 a thread, 1 to 32 warps
-    to 32768         blocks of 2048: 4 a thread, 16 warps          blocks of 2048: 2 a thread, 32 warps
-    wider            blocks of 4096: 4 a thread, 32 warps          likewise
+                forward_kl without labels and caps           all else
+    narrow      to 8192 words: 8 a thread, 1 to 32 warps     to 4096: 4 a thread, 1 to 32 warps
+    to 32768    blocks of 2048: 4 a thread, 16 warps         blocks of 2048: 2 a thread, 32 warps
+    wider       blocks of 4096: 4 a thread, 32 warps         likewise
 
-More words a thread spill (``compile.py`` shows it). Blocks are copied ahead, three or four deep, into shared memory
+More words a thread spill (``compile.py`` shows it). Blocks are copied ahead, two to four deep, into shared memory
 (cp.async) where addresses, strides and width are multiples of 16. Offsets are 64-bit and rows may have any stride; the
 words of a row are next to each other.
 """
@@ -309,28 +309,30 @@ def distill_kl_streamed(
 
 
 class Plan(NamedTuple):
-    """How a launch is laid out: kernel, warps, and constants of the kernel."""
+    """How a launch is laid out: kernel, Triton's options for it, and its constants."""
 
     kernel: Any
-    warps: int
+    options: dict[str, int]
     constants: dict[str, Any]
 
 
 def plan(width: int, item_size: int, divergence: str, extras: bool) -> Plan:
     """Layout for rows of ``width`` words of at most ``item_size`` bytes each; see the head of the file.
 
-    ``extras``: with labels or a cap. They and logarithms need registers, so that a thread holds fewer words.
+    ``extras``: with labels or a cap. They and a third reading need registers, so that a thread holds fewer words, and
+    all that 32 warps can have are granted at once: ptxas would spill a few bytes to bring two programs together.
     """
     constants: dict[str, Any] = {"DIVERGENCE": divergence}
-    light = divergence in ("forward_kl", "tvd", "mse") and not extras
+    light = divergence == "forward_kl" and not extras
     if width <= (MAX_RESIDENT if light else MAX_RESIDENT // 2):
         constants["BLOCK"] = block = max(32, triton.next_power_of_2(width))
-        return Plan(distill_kl_resident, min(32, max(1, block // (256 if light else 128))), constants)
-    constants["STAGES"] = 4 if item_size <= 2 else 3
+        warps = min(32, max(1, block // (256 if light else 128)))
+        return Plan(distill_kl_resident, {"num_warps": warps}, constants)
+    constants["STAGES"] = 4 if item_size <= 2 else 2 if extras else 3
     if not light:
-        return Plan(distill_kl_streamed, 32, {**constants, "BLOCK": 2048})
+        return Plan(distill_kl_streamed, {"num_warps": 32, "maxnreg": 64}, {**constants, "BLOCK": 2048})
     warps = 16 if width <= 32768 else 32
-    return Plan(distill_kl_streamed, warps, {**constants, "BLOCK": 128 * warps})
+    return Plan(distill_kl_streamed, {"num_warps": warps}, {**constants, "BLOCK": 128 * warps})
 
 
 def distill_kl(
@@ -386,12 +388,12 @@ def distill_kl(
     grad = torch.empty((count, width) if with_grad else (0, 0), dtype=student.dtype, device=student.device)
     share_t = 1.0 - mix if divergence == "skew_reverse_kl" else mix
     extras = labels is not None or student_softcap > 0.0 or teacher_softcap > 0.0
-    kernel, warps, constants = plan(width, max(student.element_size(), teacher.element_size()), divergence, extras)
+    kernel, options, constants = plan(width, max(student.element_size(), teacher.element_size()), divergence, extras)
     launch(
         kernel,
         count,
         student,
-        warps,
+        options,
         student,
         teacher,
         row_scale.contiguous(),

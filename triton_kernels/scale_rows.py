@@ -15,7 +15,8 @@ import triton.language as tl
 
 from ._launch import check_logits, check_scale, launch, words_together
 
-BLOCK, WARPS = 4096, 8
+BLOCK = 4096
+LAUNCH = {"num_warps": 8}
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _start(grad: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
         scale_rows_kernel,
         grad.shape[0],
         grad,
-        WARPS,
+        LAUNCH,
         grad,
         scale,
         out,
