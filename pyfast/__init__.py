@@ -7,6 +7,7 @@ and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measur
 from pyfast import backends, nn, structured
 from pyfast._version import __version__
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
+from pyfast.ops.topk_distill import topk_distillation_loss
 from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "sparse_linear",
     "sparsify",
     "structured",
+    "topk_distillation_loss",
 ]

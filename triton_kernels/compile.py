@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import distill_kl
+from . import distill_kl, topk_distill
 
 #: Compute capabilities checked: A100, H100, B200.
 TARGETS = (80, 90, 100)
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     aligned: tuple[str, ...]
     warps: int
+    options: dict[str, Any] = distill_kl.OPTIONS
 
 
 class Resources(NamedTuple):
@@ -65,6 +66,12 @@ def cases() -> Iterator[Case]:
             for aligned in (True, False):
                 for with_grad in (True, False) if dtype == "bf16" and aligned else (True,):
                     yield _distill_kl(dtype, item_size, width, aligned, with_grad)
+        for width in (2048, 32000, 151936):
+            for tail in topk_distill.TAILS if dtype == "bf16" else ("bucket",):
+                for with_grad in (True, False):
+                    yield _topk_student(dtype, item_size, width, tail, with_grad)
+    for count in (16, 1024):
+        yield from (_topk_teacher(count, tail) for tail in topk_distill.TAILS)
 
 
 def _distill_kl(dtype: str, item_size: int, width: int, aligned: bool, with_grad: bool) -> Case:
@@ -89,12 +96,44 @@ def _distill_kl(dtype: str, item_size: int, width: int, aligned: bool, with_grad
     return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), warps)
 
 
+def _topk_student(dtype: str, item_size: int, width: int, tail: str, with_grad: bool) -> Case:
+    block, entries, warps, stages = topk_distill.plan(width, 64, item_size)
+    constants = {"TAIL": topk_distill.TAILS[tail], "WITH_GRAD": with_grad}
+    constants |= {"BLOCK": block, "ENTRIES": entries, "STAGES": stages}
+    pointers = {"student": dtype, "ids": "i64", "log_t": "fp64", "log_rest": "fp64"}
+    pointers |= {"row_scale": "fp32", "rows": "fp32", "grad": dtype}
+    sizes = ("student_stride", "ids_stride", "grad_stride", "width", "count")
+    signature = {
+        **{name: "*" + element for name, element in pointers.items()},
+        **{name: "i32" for name in sizes},
+        **{name: "fp32" for name in ("rate", "rate_rest")},
+        **{name: "constexpr" for name in constants},
+    }
+    name = f"topk_student {dtype} block {block} {tail}{'' if with_grad else ' value'}"
+    aligned = (*pointers, *sizes)
+    return Case(name, topk_distill.topk_student, signature, constants, aligned, warps, topk_distill.STUDENT_OPTIONS)
+
+
+def _topk_teacher(count: int, tail: str) -> Case:
+    entries, others, warps = topk_distill.teacher_plan(count)
+    constants = {"TAIL": topk_distill.TAILS[tail], "ENTRIES": entries, "OTHERS": others}
+    pointers = {"ids": "i64", "entries": "fp64", "row_scale": "fp32", "log_t": "fp64", "log_rest": "fp64"}
+    sizes = ("ids_stride", "entries_stride", "width", "count")
+    signature = {
+        **{name: "*" + element for name, element in pointers.items()},
+        **{name: "i32" for name in sizes},
+        **{name: "constexpr" for name in constants},
+    }
+    name = f"topk_teacher {entries} entries {tail}"
+    return Case(name, topk_distill.topk_teacher, signature, constants, (*pointers, *sizes), warps)
+
+
 def compile_case(case: Case, target: int) -> Any:
     """Triton's compiled kernel for compute capability ``target`` (90 for 9.0); ``.asm`` has PTX and cubin."""
     order = case.kernel.arg_names
     attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(case.kernel, {name: case.signature[name] for name in order}, case.constants, attributes)
-    options = {"num_warps": case.warps, **distill_kl.OPTIONS}
+    options = {"num_warps": case.warps, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
