@@ -410,7 +410,7 @@ def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
     program = (
         "import json\n"
         "from pyfast.triton_kernels import compile\n"
-        "cases = [case for case in compile.cases() if ' fp16 ' not in case.name]\n"
+        "cases = [case for case in compile.cases() if 'distill_kl' in case.name and ' fp16 ' not in case.name]\n"
         "pairs = [(case, target) for case in cases for target in compile.TARGETS]\n"
         "print(json.dumps([compile.resources(*pair) for pair in pairs]))\n"
     )

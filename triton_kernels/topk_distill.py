@@ -253,7 +253,7 @@ def topk_student(
             within += tl.sum(tl.exp2((z - top) * (rate * _LOG2_E)), axis=0)
         apart = outside * tl.exp2((shift - top) * (rate * _LOG2_E))
         sum_all = within + apart
-        log_sum = top.to(tl.float64) * exact_rate + _log(sum_all)
+        log_sum = _log(sum_all)  # all logits taken from top
 
         # Terms.
         value = tl.full([], 0.0, tl.float32)
@@ -266,7 +266,7 @@ def topk_student(
             z = tl.load(student + word, mask=here & (word >= 0) & (word < width), other=0.0).to(tl.float32)
             t = tl.exp(lt.to(tl.float32))
             s = tl.exp2((z - top) * (rate * _LOG2_E)) / sum_all
-            term, gap = _term(t, s, (z.to(tl.float64) * exact_rate - log_sum - lt).to(tl.float32))
+            term, gap = _term(t, s, ((z.to(tl.float64) - top) * exact_rate - log_sum - lt).to(tl.float32))
             value += tl.sum(tl.where(here, term, 0.0), axis=0)
             gaps += tl.sum(tl.where(here, gap, 0.0), axis=0)
         s_rest = apart / sum_all
@@ -275,7 +275,7 @@ def topk_student(
             spread = -gaps * s_rest
         if TAIL == _BUCKET:
             t_rest = tl.exp(rest.to(tl.float32))
-            log_s_rest = shift.to(tl.float64) * exact_rate + _log(outside) - log_sum
+            log_s_rest = (shift.to(tl.float64) - top) * exact_rate + _log(outside) - log_sum
             rest_term, rest_gap = _term(t_rest, s_rest, (log_s_rest - rest).to(tl.float32))
             value += tl.where(t_rest == 0.0, s_rest, rest_term)
             spread = tl.where(t_rest == 0.0, s_rest, rest_gap)
@@ -294,7 +294,7 @@ def topk_student(
                 z = tl.load(student + word, mask=here, other=0.0).to(tl.float32)
                 t = tl.exp(lt.to(tl.float32))
                 s = tl.exp2((z - top) * (rate * _LOG2_E)) / sum_all
-                _, slope = _term(t, s, (z.to(tl.float64) * exact_rate - log_sum - lt).to(tl.float32))
+                _, slope = _term(t, s, ((z.to(tl.float64) - top) * exact_rate - log_sum - lt).to(tl.float32))
                 if TAIL == _IGNORE:
                     slope -= s * gaps
                 slope = tl.where(here, slope * (scale * rate), float("inf"))

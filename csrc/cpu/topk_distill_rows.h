@@ -88,21 +88,22 @@ inline TeacherRow read_teacher(const TopkDistillArgs& a, int64_t row, TopkEntry*
   return {begin, last, mass, true};
 }
 
-// Log-sum-exp over the words of the teacher; leaves e^(logit - shift) in their s.
-struct InsideSum {
-  double shift, log_sum;
+// Σ e^(logit - shift); -inf and 0 where there is nothing but logits of -inf.
+struct ShiftedSum {
+  double shift, sum;
 };
 
+// Over the words of the teacher; leaves e^(logit - shift) in their s.
 template <class T>
-InsideSum inside_sum(const T* z, const TeacherRow& teacher, double inverse) {
+ShiftedSum inside_sum(const T* z, const TeacherRow& teacher, double inverse) {
   double top = -__builtin_inf(), sum = 0.0;
   for (TopkEntry* e = teacher.begin; e != teacher.end; ++e) {
     e->logit = widen(z[e->id]) * inverse;
     if (e->logit > top) top = e->logit;
   }
-  if (top == -__builtin_inf()) top = 0.0;  // nothing there, or nothing but -inf and NaN
-  for (TopkEntry* e = teacher.begin; e != teacher.end; ++e) sum += e->s = __builtin_exp(e->logit - top);
-  return {top, top + __builtin_log(sum)};
+  const double shift = top == -__builtin_inf() ? 0.0 : top;
+  for (TopkEntry* e = teacher.begin; e != teacher.end; ++e) sum += e->s = __builtin_exp(e->logit - shift);
+  return {top, sum};
 }
 
 // Σ 2^((z - shift) * scale) over the words that the teacher does not name, of which there is at least one.
@@ -129,31 +130,26 @@ RowSum outside_sum(const T* z, int64_t vocab, const TeacherRow& teacher, float s
   return r;
 }
 
-// log(e^a + e^b); -inf for two of them.
-inline double log_add_exp(double a, double b) {
-  const double high = a > b ? a : b, low = a > b ? b : a;
-  return high == -__builtin_inf() ? low : high + __builtin_log1p(__builtin_exp(low - high));
-}
-
 struct RowResult {
   double value;
   double outside;  // what u_v is multiplied by in the gradient, u the softmax over the words outside
 };
 
 // Value, and the gradient to the words of the teacher (in their grad), both before row_scale / T.
-inline RowResult row_terms(const TeacherRow& teacher, TopkTail tail, const InsideSum& in, double log_sum,
-                           double log_out, bool covered) {
-  const double share = __builtin_exp(in.shift - log_sum);
+inline RowResult row_terms(const TeacherRow& teacher, TopkTail tail, ShiftedSum in, ShiftedSum out, bool covered) {
+  const double top = in.shift > out.shift ? in.shift : out.shift;
+  const double share = __builtin_exp(in.shift - top), share_out = __builtin_exp(out.shift - top);
+  const double sum = in.sum * share + out.sum * share_out, log_sum = __builtin_log(sum);
   double value = 0.0, gaps = 0.0;
   for (TopkEntry* e = teacher.begin; e != teacher.end; ++e) {
-    e->s *= share;
-    const EntryTerm term = entry_term(e->t, e->s, (e->logit - log_sum) - e->log_t);
+    e->s *= share / sum;
+    const EntryTerm term = entry_term(e->t, e->s, (e->logit - top) - log_sum - e->log_t);
     value += term.value;
     gaps += term.gap;
     e->grad = term.gap;
   }
   if (tail == TopkTail::renormalise) return {value, 0.0};
-  const double s_rest = covered ? 0.0 : __builtin_exp(log_out - log_sum);
+  const double s_rest = out.sum * share_out / sum;
   if (tail == TopkTail::ignore) {
     for (TopkEntry* e = teacher.begin; e != teacher.end; ++e) e->grad -= gaps * e->s;
     return {value, -gaps * s_rest};
@@ -161,7 +157,8 @@ inline RowResult row_terms(const TeacherRow& teacher, TopkTail tail, const Insid
   const bool open = tail == TopkTail::bucket && !covered && !(teacher.mass >= 1.0);
   if (!open) return {value + s_rest, s_rest};
   const double t_rest = 1.0 - teacher.mass;
-  const EntryTerm rest = entry_term(t_rest, s_rest, (log_out - log_sum) - __builtin_log(t_rest));
+  const double log_s_rest = (out.shift - top) + __builtin_log(out.sum) - log_sum;
+  const EntryTerm rest = entry_term(t_rest, s_rest, log_s_rest - __builtin_log(t_rest));
   return {value + rest.value, rest.gap};
 }
 
@@ -248,14 +245,12 @@ void topk_distill(const TopkDistillArgs& a, int64_t begin, int64_t end, TopkEntr
         write_grad(grad, a.vocab, teacher, 0.0, a.stream_grad, Constant{broadcast(__builtin_nanf(""))});
       continue;
     }
-    const InsideSum in = inside_sum(student, teacher, inverse);
+    const ShiftedSum in = inside_sum(student, teacher, inverse);
     const bool covered = teacher.end - teacher.begin == a.vocab;
     const bool partial = a.tail == TopkTail::renormalise;
-    RowSum out{0.0f, 0.0};
+    RowSum out{kNegInf, 0.0};
     if (!covered && !partial) out = outside_sum(student, a.vocab, teacher, scale);
-    const double log_out = out.shift * inverse + __builtin_log(out.sum);
-    const double log_sum = covered || partial ? in.log_sum : log_add_exp(in.log_sum, log_out);
-    const RowResult result = row_terms(teacher, a.tail, in, log_sum, log_out, covered);
+    const RowResult result = row_terms(teacher, a.tail, in, {out.shift * inverse, out.sum}, covered);
     a.rows[i] = weight * static_cast<float>(result.value);
     if (grad == nullptr) continue;
     const double grad_scale = weight * inverse;
