@@ -17,6 +17,7 @@
 #include "cpu/distill_kl.h"
 #include "cpu/isa.h"
 #include "cpu/sparse24_linear.h"
+#include "cpu/topk_distill.h"
 
 namespace py = pybind11;
 
@@ -106,6 +107,40 @@ py::tuple distill_kl(const py::array& student, const py::array& teacher, double 
   return py::make_tuple(value, grad);
 }
 
+py::tuple topk_distill(const py::array& student, const py::array& ids, const py::array& entries,
+                       const std::string& tail, double temperature, const std::string& variant, bool with_grad) {
+  const pyfast::TopkDistillTable& table = pyfast::topk_distill_table(checked(variant));
+  const py::array s = contiguous(student);
+  const auto words = exactly<int64_t>(ids, "ids: accepted: int64");
+  const auto teacher = exactly<double>(entries, "entries: accepted: float64");
+  require(s.ndim() == 2, "student: accepted: a matrix");
+  require(words.ndim() == 2 && teacher.ndim() == 2 && words.shape(0) == s.shape(0) && teacher.shape(0) == s.shape(0) &&
+              words.shape(1) == teacher.shape(1),
+          "ids, entries: accepted: two matrices [rows, k] of one shape");
+  require(temperature > 0, "temperature: accepted: above 0");
+  int mode = 0;
+  while (mode < pyfast::kTopkTailCount && tail != pyfast::kTopkTailNames[mode]) ++mode;
+  require(mode < pyfast::kTopkTailCount, "tail: accepted: bucket, ignore, renormalise, sampled");
+  const py::ssize_t rows = s.shape(0), vocab = s.shape(1), k = words.shape(1);
+  py::array_t<float> value(rows);
+  py::array grad(s.dtype(), std::vector<py::ssize_t>{with_grad ? rows : 0, with_grad ? vocab : 0});
+  const std::vector<float> ones(static_cast<size_t>(rows), 1.0f);
+  std::vector<pyfast::TopkEntry> scratch(static_cast<size_t>(2 * k));
+  pyfast::TopkDistillArgs args{};
+  args.student = s.data();
+  args.ids = words.data();
+  args.entries = teacher.data();
+  args.row_scale = ones.data();
+  args.rows = value.mutable_data();
+  args.grad = with_grad ? grad.mutable_data() : nullptr;
+  args.student_stride = args.grad_stride = args.vocab = vocab;
+  args.ids_stride = args.entries_stride = args.k = k;
+  args.tail = static_cast<pyfast::TopkTail>(mode);
+  args.temperature = temperature;
+  table.rows[static_cast<int>(dtype_of(s, "student"))](args, 0, rows, scratch.data());
+  return py::make_tuple(value, grad);
+}
+
 py::array sparse24_linear(const py::array& activations, const py::array& values, const py::array& words,
                           const std::string& variant) {
   const auto x = exactly<float>(activations, "x: accepted: float32");
@@ -188,6 +223,11 @@ PYBIND11_MODULE(_host, m) {
         py::arg("teacher_temperature") = py::none(), py::arg("variant") = "serial", py::arg("grad") = true,
         py::arg("divergence") = "forward_kl", py::arg("mix") = 0.5,
         "Divergence of each row and its gradient: (float32 [rows], [rows, V] or [0, 0]).");
+  m.def(
+      "topk_distill", &topk_distill, py::arg("student"), py::arg("ids"), py::arg("entries"), py::arg("tail") = "bucket",
+      py::arg("temperature") = 1.0, py::arg("variant") = "serial", py::arg("grad") = true,
+      "Forward KL from a teacher of k words a row, ids int64 and entries float64 [rows, k] (log-probabilities; weights "
+      "where tail is sampled), and its gradient: (float32 [rows], [rows, V] or [0, 0]).");
   m.def("sparse24_linear", &sparse24_linear, py::arg("x"), py::arg("values"), py::arg("metadata"),
         py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
   m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),

@@ -13,6 +13,7 @@ from pyfast.layer_map import layer_map
 from pyfast.logit_lens import logit_lens_loss
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
 from pyfast.ops.linear_distill import linear_distillation_loss
+from pyfast.ops.topk_distill import topk_distillation_loss
 from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "sparse_linear",
     "sparsify",
     "structured",
+    "topk_distillation_loss",
 ]

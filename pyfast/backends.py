@@ -40,6 +40,7 @@ class OpRow:
 PRIORITY: dict[str, tuple[str, ...]] = {
     "distill_kl": ("native", "triton", "reference"),
     "linear_distill": ("native", "triton", "reference"),
+    "topk_distill": ("native", "triton", "reference"),
     "sparse24_linear": ("native", "cuda", "reference"),
     "bitmap_linear": ("native", "cuda", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),

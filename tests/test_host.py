@@ -119,6 +119,39 @@ def test_distill_kl_takes_views(variant: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tail", ["bucket", "ignore", "renormalise", "sampled"])
+def test_topk_distill(tail: str, dtype: str, variant: str) -> None:
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((2, 3, 2500)) * 3
+    s = stored(s, dtype)
+    ids = np.argsort(-t, -1)[:, :40]
+    kept, log_s = np.take_along_axis(log_softmax(t), ids, -1), log_softmax(wide(s) / 1.5)
+    p, log_p = np.exp(kept), np.take_along_axis(log_s, ids, -1)
+    if tail in ("renormalise", "sampled"):
+        p /= p.sum(-1, keepdims=True)
+    if tail == "renormalise":
+        log_p = log_softmax(log_p)
+    expected = (p * (np.log(p) - log_p)).sum(-1)
+    rest_s = 1 - np.exp(np.take_along_axis(log_s, ids, -1)).sum(-1)
+    rest_p = 1 - p.sum(-1)
+    slope = np.exp(log_p) - p
+    if tail == "ignore":
+        expected += slope.sum(-1)
+        slope -= np.exp(log_p) * slope.sum(-1, keepdims=True)
+    if tail == "bucket":
+        expected += rest_p * np.log(rest_p / rest_s)
+    outside = {"bucket": rest_s - rest_p, "ignore": rest_s * (rest_s - rest_p), "renormalise": 0 * rest_s}
+    grad = np.exp(log_s) * (outside.get(tail, rest_s) / rest_s).reshape(3, 1)
+    np.put_along_axis(grad, ids, slope, -1)
+    rows, got = _host.topk_distill(s, ids, p if tail == "sampled" else kept, tail, 1.5, variant=variant)
+    assert rows.dtype == np.float32 and got.dtype == s.dtype
+    assert relative_error(rows, expected) < 2e-6 and relative_error(got, grad / 1.5) < ROUNDING[dtype] + 2e-6
+    alone, none = _host.topk_distill(s, ids, p if tail == "sampled" else kept, tail, 1.5, variant=variant, grad=False)
+    assert np.array_equal(alone, rows) and none.shape == (0, 0)
+
+
 def sparse24_case(n: int, k: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """values [n, k/2], metadata uint16 [n, k/16], dense float64 [n, k]; every legal pair of columns."""
     rng = np.random.default_rng(n * 1000 + k)
@@ -252,6 +285,11 @@ for variant in host.variants():
             s = fenced((rng.random((2, vocab)) * 9).astype(dtype))
             rows, _ = host.distill_kl(s, fenced(s[::-1]), variant=variant)
             assert np.isfinite(rows).all()
+            ids = fenced(np.stack([rng.permutation(vocab)[: vocab // 2 + 1] for _ in range(2)]))
+            for tail in ("bucket", "renormalise", "sampled"):
+                weights = rng.random(ids.shape) if tail == "sampled" else np.full(ids.shape, -9.0)
+                rows, _ = host.topk_distill(s, ids, fenced(weights), tail, variant=variant)
+                assert np.isfinite(rows).all()
         for n, k, tokens in ((1, 32, 1), (5, 96, 4), (16, 352, 5)):
             x = fenced(rng.random((tokens, k)).astype(np.float32))
             v = fenced((rng.random((n, k // 2)) * 9).astype(dtype))
@@ -311,6 +349,26 @@ WRONG = {
     "temperature 0": ("distill_kl", (ones(2, 3), ones(2, 3), 0.0), {}, ValueError, "temperature: accepted: above 0"),
     "temperature NaN": ("distill_kl", (ones(2, 3), ones(2, 3), NAN), {}, ValueError, "temperature"),
     "teacher's below 0": ("distill_kl", (ones(2, 3), ones(2, 3), 1.0, -1.0), {}, ValueError, "temperature"),
+    "top-k unknown variant": (
+        "topk_distill", (ones(2, 3), places(1, 2)[:, None], ones(2, 1, dtype="f8")), {"variant": "sse9"}, ValueError,
+        "variant: got 'sse9'",
+    ),
+    "top-k int32 ids": (
+        "topk_distill", (ones(2, 3), ones(2, 1, dtype="i4"), ones(2, 1, dtype="f8")), {}, TypeError, "ids: accepted",
+    ),
+    "top-k float32 entries": (
+        "topk_distill", (ones(2, 3), places(1, 2)[:, None], ones(2, 1)), {}, TypeError, "entries: accepted: float64",
+    ),
+    "top-k two batches": (
+        "topk_distill", (ones(3, 3), places(1, 2)[:, None], ones(2, 1, dtype="f8")), {}, ValueError, "ids, entries",
+    ),
+    "top-k tail": (
+        "topk_distill", (ones(2, 3), places(1, 2)[:, None], ones(2, 1, dtype="f8"), "cut"), {}, ValueError, "tail",
+    ),
+    "top-k temperature": (
+        "topk_distill", (ones(2, 3), places(1, 2)[:, None], ones(2, 1, dtype="f8"), "bucket", 0.0), {}, ValueError,
+        "temperature: accepted: above 0",
+    ),
     "2:4 unknown variant": (
         "sparse24_linear", (ones(1, 32), ones(5, 16), pairs(5, 2)), {"variant": ""}, ValueError, "variant: got ''",
     ),

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import distill_kl, scale_rows
+from . import distill_kl, scale_rows, topk_distill
 from ._divergences import DIVERGENCES
 from ._launch import OPTIONS
 
@@ -78,6 +78,12 @@ def cases() -> Iterator[Case]:
     for dtype in _SIZES:
         for in_place in (False, True):
             yield _scale_rows(dtype, in_place)
+    for dtype in _SIZES:
+        for width in (2048, 32000, 151936):
+            yield _topk_student(dtype, width, "bucket")
+    yield _topk_student("bf16", 151936, "bucket", with_grad=False)
+    yield from (_topk_student("bf16", 151936, tail) for tail in topk_distill.TAILS if tail != "bucket")
+    yield from (_topk_teacher(count, tail) for count in (16, 1024) for tail in ("bucket", "sampled"))
 
 
 def sample() -> Iterator[tuple[Case, int]]:
@@ -144,6 +150,29 @@ def _case(
         **dict.fromkeys(constants, "constexpr"),
     }
     return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), options)
+
+
+def _topk_student(dtype: str, width: int, tail: str, with_grad: bool = True) -> Case:
+    block, entries, warps, stages = topk_distill.plan(width, 64, _SIZES[dtype])
+    constants = {"TAIL": topk_distill.TAILS[tail], "WITH_GRAD": with_grad}
+    constants |= {"BLOCK": block, "ENTRIES": entries, "STAGES": stages}
+    pointers = {"student": dtype, "ids": "i64", "log_t": "fp64", "log_rest": "fp64"}
+    pointers |= {"row_scale": "fp32", "rows": "fp32", "grad": dtype}
+    sizes = ("student_stride", "ids_stride", "grad_stride", "width", "count")
+    name = f"topk_student {dtype} block {block} {tail}{'' if with_grad else ' value'}"
+    options = {"num_warps": warps, **topk_distill.STUDENT_OPTIONS}
+    rates = ("rate", "rate_rest")
+    return _case(name, topk_distill.topk_student, options, pointers, sizes, rates, constants, aligned=True)
+
+
+def _topk_teacher(count: int, tail: str) -> Case:
+    entries, others, warps = topk_distill.teacher_plan(count)
+    constants = {"TAIL": topk_distill.TAILS[tail], "ENTRIES": entries, "OTHERS": others}
+    pointers = {"ids": "i64", "entries": "fp64", "row_scale": "fp32", "log_t": "fp64", "log_rest": "fp64"}
+    sizes = ("ids_stride", "entries_stride", "width", "count")
+    name = f"topk_teacher {entries} entries {tail}"
+    options = {"num_warps": warps}
+    return _case(name, topk_distill.topk_teacher, options, pointers, sizes, (), constants, aligned=True)
 
 
 def compile_case(case: Case, target: int) -> Any:

@@ -239,7 +239,7 @@ inline void set_sums(RowPair& row, const RowSum& student, double student_log2, c
 template <class T>
 PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, RowPair& row, double student_inverse,
                    double teacher_inverse) {
-  PairSums sums{{first_shift(student), 0.0}, {first_shift(teacher), 0.0}, 0.0, 0.0};
+  PairSums sums{{first_shift(widen(student[0])), 0.0}, {first_shift(widen(teacher[0])), 0.0}, 0.0, 0.0};
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
     set_sums(row, sums.student, 0.0, sums.teacher, 0.0, student_inverse, teacher_inverse);

@@ -133,12 +133,8 @@ float chunk_sum(const T* z, int64_t n, float shift, float scale) {
   return reduce_add(sum0 + sum1);
 }
 
-// The first shift: any logit will do.
-template <class T>
-float first_shift(const T* z) {
-  const float first = widen(z[0]);
-  return first >= kLowest && first <= -kLowest ? first : kLowest;
-}
+// The first shift: any logit of the row will do.
+inline float first_shift(float logit) { return logit >= kLowest && logit <= -kLowest ? logit : kLowest; }
 
 // Moves the shift to the largest logit of a chunk whose sum overflowed; a logit of +inf leaves the row NaN.
 template <class T>
@@ -150,20 +146,24 @@ void raise_shift(RowSum& r, const T* z, int64_t n, float scale) {
   r.shift = top;
 }
 
+// One chunk more. A chunk that rises too far above the shift is summed again with a new one.
+template <class T>
+void add_chunk(RowSum& r, const T* z, int64_t n, float scale) {
+  float sum = chunk_sum(z, n, r.shift, scale);
+  if (!(sum <= kMuch)) {
+    raise_shift(r, z, n, scale);
+    sum = chunk_sum(z, n, r.shift, scale);
+  }
+  r.sum += static_cast<double>(sum);
+}
+
 // One pass over a row: log-sum-exp as (shift, sum). The shift need not be the maximum, only so near that no sum
-// overflows: a float holds any smaller sum to the same precision. A chunk that rises too far is summed again.
+// overflows: a float holds any smaller sum to the same precision.
 template <class T>
 RowSum row_sum(const T* z, int64_t vocab, float scale) {
-  RowSum r{first_shift(z), 0.0};
-  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
-    const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    float sum = chunk_sum(z + begin, n, r.shift, scale);
-    if (!(sum <= kMuch)) {
-      raise_shift(r, z + begin, n, scale);
-      sum = chunk_sum(z + begin, n, r.shift, scale);
-    }
-    r.sum += static_cast<double>(sum);
-  }
+  RowSum r{first_shift(widen(z[0])), 0.0};
+  for (int64_t begin = 0; begin < vocab; begin += kChunk)
+    add_chunk(r, z + begin, vocab - begin < kChunk ? vocab - begin : kChunk, scale);
   return r;
 }
 

@@ -2,6 +2,7 @@
 #include "bitmap_linear.h"
 #include "distill_kl.h"
 #include "sparse24_linear.h"
+#include "topk_distill.h"
 
 namespace pyfast {
 namespace {
@@ -30,10 +31,15 @@ const BitmapLinearTable& bitmap_linear_table(Isa isa, double density, int64_t to
   const bool narrow = slow_expand && (density < 0.25 || tokens > 1);
   return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, narrow ? kBitmapLinearAvx512Narrow : kBitmapLinearAvx512);
 }
+
+const TopkDistillTable& topk_distill_table(Isa isa) {
+  return pick(isa, kTopkDistillSerial, kTopkDistillAvx2, kTopkDistillAvx512);
+}
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double, int64_t) { return kBitmapLinearSerial; }
+const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
 #endif
 
 }  // namespace pyfast

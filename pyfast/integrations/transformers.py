@@ -111,6 +111,7 @@ class DistillationMixin(_Base):
         self.teacher = self._prepare_teacher(teacher)
         # Tokens are counted over all micro-batches, and training_step divides no second time, whatever the model takes.
         self.model_accepts_loss_kwargs = True
+        self.add_callback(_ZeroGrad(self.distillation))
         self._trained, self._evaluated = _Record(), _Record()
         self._predicting = False
 
@@ -306,6 +307,16 @@ def _loss(distillation: DistillationLoss | Mapping[str, Any] | None, shift: bool
     if distillation.shift is None:
         distillation.shift = shift
     return distillation
+
+
+class _ZeroGrad(transformers.TrainerCallback):
+    """The Trainer zeroes the gradients of its model after a step; this one does so for the loss's own parameters."""
+
+    def __init__(self, distillation: DistillationLoss):
+        self.distillation = distillation
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.distillation.zero_grad()
 
 
 def _is_causal(model: nn.Module) -> bool:
