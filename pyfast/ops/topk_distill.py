@@ -51,10 +51,10 @@ def topk_distillation_loss(
     - ``"renormalise"``: KL between teacher and student, each divided by its sum over the K words. The student's other
       words take no part and no gradient.
 
-    With ``weights`` the teacher is Σ w_k δ(id_k) / Σ w_k, and the value its KL over all words. For ids drawn from a
-    proposal q, with w = p/q, the gradient s − t is an unbiased estimate of that of the full forward KL as far as
-    Σ w_k is its expectation, and exactly so for q = p, w = 1 (random sampling knowledge distillation: Anshumann et
-    al., Sparse Logit Sampling, 2025).
+    With ``weights`` the teacher is Σ w_k δ(id_k) / Σ w_k, and the value its KL over all words (random sampling
+    knowledge distillation: Anshumann et al., Sparse Logit Sampling, 2025). For ids drawn from q, with w = p/q, the
+    gradient s − t estimates that of the full forward KL: without bias where q = p and w = 1, and with one of order
+    1/K, as of every self-normalised estimate, where Σ w_k differs from draw to draw.
 
     The value is never negative and keeps its digits near convergence. One call reads the student's logits once from
     memory and writes the gradient; nothing else of their size is allocated, and without a gradient nothing at all.
