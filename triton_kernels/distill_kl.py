@@ -328,7 +328,7 @@ def plan(width: int, item_size: int, divergence: str, extras: bool) -> Plan:
         constants["BLOCK"] = block = max(32, triton.next_power_of_2(width))
         warps = min(32, max(1, block // (256 if light else 128)))
         return Plan(distill_kl_resident, {"num_warps": warps}, constants)
-    constants["STAGES"] = 4 if item_size <= 2 else 2 if extras else 3
+    constants["STAGES"] = 4 if item_size <= 2 else 3 if light else 2
     if not light:
         return Plan(distill_kl_streamed, {"num_warps": 32, "maxnreg": 64}, {**constants, "BLOCK": 2048})
     warps = 16 if width <= 32768 else 32
