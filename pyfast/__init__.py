@@ -6,6 +6,7 @@ and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measur
 
 from pyfast import backends, nn, structured
 from pyfast._version import __version__
+from pyfast.ops.attention_distill import attention_distillation_loss
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
 from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
 
@@ -13,6 +14,7 @@ __all__ = [
     "BitmapWeight",
     "Sparse24Weight",
     "__version__",
+    "attention_distillation_loss",
     "backends",
     "distillation_loss",
     "distillation_value_and_grad",

@@ -39,6 +39,7 @@ class OpRow:
 # Priority order, an op. The conversions of the sparse weights have no CUDA form yet but for decompression.
 PRIORITY: dict[str, tuple[str, ...]] = {
     "distill_kl": ("native", "triton", "reference"),
+    "attention_distill": ("native", "triton", "reference"),
     "sparse24_linear": ("native", "cuda", "reference"),
     "bitmap_linear": ("native", "cuda", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
@@ -46,7 +47,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 }
 
 
-_PORTABLE = ("sparse24_convert", "bitmap_convert")  # native, but not by ISA
+_PORTABLE = ("sparse24_convert", "bitmap_convert", "attention_distill")  # native, but not by ISA
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
