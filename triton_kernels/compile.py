@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import distill_kl
+from . import attention_distill, distill_kl
 
 #: Compute capabilities checked: A100, H100, B200.
 TARGETS = (80, 90, 100)
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     aligned: tuple[str, ...]
     warps: int
+    stages: int | None = None
 
 
 class Resources(NamedTuple):
@@ -65,6 +66,11 @@ def cases() -> Iterator[Case]:
             for aligned in (True, False):
                 for with_grad in (True, False) if dtype == "bf16" and aligned else (True,):
                     yield _distill_kl(dtype, item_size, width, aligned, with_grad)
+    for dtype, item_size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for width in (64, 128, 256):
+            for divergence in ("forward_kl", "jsd"):
+                for kernel in (attention_distill.attention_rows, attention_distill.attention_keys):
+                    yield _attention(kernel, dtype, item_size, width, divergence)
 
 
 def _distill_kl(dtype: str, item_size: int, width: int, aligned: bool, with_grad: bool) -> Case:
@@ -89,12 +95,40 @@ def _distill_kl(dtype: str, item_size: int, width: int, aligned: bool, with_grad
     return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), warps)
 
 
+def _attention(kernel: Any, dtype: str, item_size: int, width: int, divergence: str) -> Case:
+    block_q, block_k, warps, stages = attention_distill.plan(width, item_size, divergence)
+    constants: dict[str, Any] = {
+        **dict.fromkeys(("WIDTH_S", "WIDTH_T", "PAD_S", "PAD_T"), width),
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "CAUSAL": True,
+        "DIVERGENCE": divergence,
+    }
+    if divergence == "forward_kl":  # what a call without padding leaves out
+        constants |= {"key_mask": None, "means": None}
+    types = {
+        **dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad_q", "grad_k"), "*" + dtype),
+        **dict.fromkeys(("row_scale", "rows", "sums_s", "sums_t", "means"), "*fp32"),
+        **dict.fromkeys(("rate_s", "rate_t", "slope_rate", "share_t", "share_s"), "fp32"),
+        "key_mask": "*u8",
+    }
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    counts = ("heads", "repeat_s", "repeat_t")
+    aligned = tuple(
+        name for name, kind in signature.items() if kind[0] == "*" or (kind == "i32" and name not in counts)
+    )
+    name = f"{kernel.__name__} {dtype} width {width} {divergence}"
+    return Case(name, kernel, signature, constants, aligned, warps, stages)
+
+
 def compile_case(case: Case, target: int) -> Any:
     """Triton's compiled kernel for compute capability ``target`` (90 for 9.0); ``.asm`` has PTX and cubin."""
     order = case.kernel.arg_names
     attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(case.kernel, {name: case.signature[name] for name in order}, case.constants, attributes)
     options = {"num_warps": case.warps, **distill_kl.OPTIONS}
+    if case.stages is not None:
+        options["num_stages"] = case.stages
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

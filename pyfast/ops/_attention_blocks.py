@@ -9,9 +9,9 @@ queries × keys ever exists; a causal block stops at the last key that its last 
          stop  └──────────────┴────┘                        grad_q[start:stop] = slope·k_s
                                                             grad_k[:reach]    += slopeᵀ·q_s
 
-Three buffers of scores (student, teacher, slope) are all the memory that grows with the keys beside copies of queries
-and keys: ``SCRATCH`` bytes together, or ``MIN_BLOCK`` queries where that is more. Several heads, or batch entries with
-all their heads, share a block where sequences are short. Products and sums are float32 whatever the inputs: scores
+Three buffers of scores (student, teacher, slope) and copies of the keys fill ``SCRATCH`` bytes, or hold one head and
+``MIN_BLOCK`` queries where that is more. Several heads, or batch entries with all their heads, share a block where
+sequences are short. Products and sums are float32 whatever the inputs: scores
 rounded to 16 bits would drown the difference of two close distributions.
 
 Where a group has several heads, the rows compared are z, the log of the mean of their softmaxes P_h, by log-sum-exp:
@@ -30,11 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Bytes of the score buffers together, by device type: what caches hold, and what fills a GPU.
+#: Bytes of score buffers and copies of keys, by device type: what caches hold, and what fills a GPU.
 SCRATCH = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 #: The most queries in a block, by device type. More waste work above the diagonal, fewer make thin products.
-MAX_BLOCK = {"cpu": 128, "cuda": 512}
+MAX_BLOCK = {"cpu": 64, "cuda": 512}
 
 #: The fewest, however many keys there are.
 MIN_BLOCK = 16
@@ -62,14 +62,15 @@ class Plan(NamedTuple):
                 yield slice(start, stop), reach
 
 
-def plan(batch: int, groups: int, tokens: int, keys: int, heads: int, device: str) -> Plan:
-    """Layout of the blocks; ``heads``: those of the student and of the teacher in one group, together."""
+def plan(batch: int, groups: int, tokens: int, keys: int, heads: int, widths: int, device: str) -> Plan:
+    """Layout of the blocks; ``heads``: those of the student and of the teacher in one group, together; ``widths``:
+    numbers held of each key in a group, copies and gradients."""
     buffers = 3 if heads == 2 else 4 * heads  # a mean over heads holds log P_h, z, g·w_h and what softmaxes need
     query_bytes = 4 * keys * buffers
     scratch = SCRATCH.get(device, SCRATCH["cpu"])
     block = max(MIN_BLOCK, min(MAX_BLOCK.get(device, MAX_BLOCK["cpu"]), scratch // query_bytes))
     block = max(1, min(block, tokens))
-    fit = max(1, scratch // (query_bytes * block))
+    fit = max(1, scratch // (query_bytes * block + 4 * keys * widths))
     return Plan(block, max(1, min(batch, fit // groups)), min(groups, fit))
 
 
@@ -123,7 +124,8 @@ def attention_distill(
     rows = row_scale.new_zeros(row_scale.shape)
     grad_q = q_s.new_zeros(q_s.shape if with_grad else 0)
     grad_k = k_s.new_zeros(k_s.shape if with_grad else 0, dtype=torch.float32)
-    layout = plan(batch, groups, tokens, keys, student.heads + teacher.heads, q_s.device.type)
+    widths = 2 * student.heads * q_s.shape[3] + teacher.heads * q_t.shape[3]
+    layout = plan(batch, groups, tokens, keys, student.heads + teacher.heads, widths, q_s.device.type)
     words = layout.entries * layout.groups * layout.block * keys
     buffer_s = q_s.new_empty(words * student.heads, dtype=torch.float32)
     buffer_t = q_s.new_empty(words * teacher.heads, dtype=torch.float32)

@@ -142,9 +142,7 @@ def _rate(name: str, scale: float | None, q: Tensor, temperature: float) -> floa
     return (q.shape[3] ** -0.5 if scale is None else arguments.positive(name, scale)) / temperature
 
 
-def _counted_queries(
-    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, query_mask: Tensor | None
-) -> Tensor:
+def _counted_queries(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
     """Boolean [B, T] of the queries that count: not padding, and with a key to attend. Without a host sync."""
     batch, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     for name, choice, length in (("mask", mask, keys), ("query_mask", query_mask, tokens)):
@@ -184,14 +182,14 @@ define(
 def _fake(
     q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, row_scale: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = (x.new_empty(x.shape if options[-1] else 0) for x in (q_s, k_s))
-    return row_scale.new_empty(()), row_scale.new_empty(row_scale.shape), *grads
+    grad_q, grad_k = (x.new_empty(x.shape if options[-1] else 0) for x in (q_s, k_s))
+    return row_scale.new_empty(()), row_scale.new_empty(row_scale.shape), grad_q, grad_k
 
 
 @torch.library.impl(LIBRARY, "attention_distill", "CPU")
 def _cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, *grads = blocks.attention_distill(*inputs)
-    return rows.sum(), rows, *grads
+    rows, grad_q, grad_k = blocks.attention_distill(*inputs)
+    return rows.sum(), rows, grad_q, grad_k
 
 
 @torch.library.impl(LIBRARY, "attention_distill", "CUDA")
@@ -199,8 +197,8 @@ def _cuda(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pyfast.triton_kernels import attention_distill as triton_kernel
 
     serve = triton_kernel if triton_kernel.refusal(*inputs) is None else blocks
-    rows, *grads = serve.attention_distill(*inputs)
-    return rows.sum(), rows, *grads
+    rows, grad_q, grad_k = serve.attention_distill(*inputs)
+    return rows.sum(), rows, grad_q, grad_k
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -216,16 +214,24 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_rows: Tensor | None, *_: 
     if ctx.with_grad:
         if grad_loss is None:
             return None, None, *rest
-        flat = (grad.flatten(0, 2) for grad in ctx.saved_tensors)
-        grads = (scaled(grad, grad_loss.expand(grad.shape[0])) for grad in flat)
-        return *(grad.view(saved.shape) for grad, saved in zip(grads, ctx.saved_tensors, strict=True)), *rest
+        grad_q, grad_k = (_scaled(grad, grad_loss) for grad in ctx.saved_tensors)
+        return grad_q, grad_k, *rest
     if grad_rows is None:
         return None, None, *rest
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "pyfast.attention_distillation_loss: double backward is not supported; use backend='reference'"
+        )
     q_s, k_s, q_t, k_t, row_scale, key_mask = ctx.saved_tensors
     scale = row_scale * grad_rows
     options = (key_mask, ctx.causal, ctx.divergence, ctx.mix, ctx.student_rate, ctx.teacher_rate, True)
     _, _, grad_q, grad_k = torch.ops.pyfast.attention_distill(q_s, k_s, q_t, k_t, scale, *options)
     return grad_q, grad_k, *rest
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    rows = grad.flatten(0, 2)
+    return scaled(rows, factor.expand(rows.shape[0])).view(grad.shape)
 
 
 torch.library.register_autograd("pyfast::attention_distill", _backward, setup_context=_setup_context, lib=LIBRARY)
