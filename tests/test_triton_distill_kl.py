@@ -410,7 +410,8 @@ def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
     program = (
         "import json\n"
         "from pyfast.triton_kernels import compile\n"
-        "cases = [case for case in compile.cases() if ' fp16 ' not in case.name]\n"
+        "cases = [case for case in compile.cases() if case.name.startswith('distill_kl')]\n"
+        "cases = [case for case in cases if ' fp16 ' not in case.name]\n"
         "pairs = [(case, target) for case in cases for target in compile.TARGETS]\n"
         "print(json.dumps([compile.resources(*pair) for pair in pairs]))\n"
     )

@@ -15,9 +15,9 @@ probabilities of student and teacher, x = log s - log t, and m = share_t · t + 
     A = t P(m/t - 1), B = s P(m/s - 1), P(v) = v - log(1 + v), g = (s - t)/m
 
 A and B sum to KL(t ‖ m) and KL(s ‖ m): what P adds to the textbook terms, m - t and m - s, sums to 0, and makes every
-term positive. The same holds for the terms of forward_kl and reverse_kl. Close to convergence, where the difference
-inside would cancel, e^x - 1 - x and P are series; elsewhere terms are taken directly, in a form that has a limit where s
-or t is 0. A pull may be shifted by any multiple of s; these are 0 where s = t.
+term positive. The same holds for the terms of forward_kl and reverse_kl. Close to convergence, where the differences
+inside would cancel, e^x - 1 - x and P are series; elsewhere terms are taken directly, in a form that has a limit where
+s or t is 0. A pull may be shifted by any multiple of s; these are 0 where s = t.
 """
 
 from __future__ import annotations

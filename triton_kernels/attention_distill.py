@@ -271,13 +271,11 @@ class Plan(NamedTuple):
     stages: int
 
 
-def plan(width: int, item_size: int, divergence: str) -> Plan:
+def plan(width: int, item_size: int) -> Plan:
     """Layout for heads of at most ``width`` numbers of ``item_size`` bytes: the largest tiles whose terms stay in
-    registers (``compile.py`` shows them). The terms of forward_kl need fewer than those of a mixture."""
-    if item_size == 2 and divergence == "forward_kl":
-        return Plan(64, 64, 4, 2) if width <= 64 else Plan(64, 32, 4, 2) if width <= 128 else Plan(32, 16, 4, 2)
+    registers (``compile.py`` shows them)."""
     if item_size == 2:
-        return Plan(32, 32, 4, 2) if width <= 128 else Plan(16, 16, 4, 2)
+        return Plan(64, 32, 8, 2) if width <= 128 else Plan(32, 16, 4, 2)
     return Plan(32, 16, 4, 2) if width <= 64 else Plan(16, 16, 4, 2)
 
 
@@ -348,7 +346,7 @@ def attention_distill(
     sizes = (heads, heads // key_heads, heads // k_t.shape[1], tokens, keys)
     rates = (student_rate * _LOG2_E, teacher_rate * _LOG2_E, student_rate)
     shares = (1.0 - mix, mix) if divergence == "skew_reverse_kl" else (mix, 1.0 - mix)
-    block_q, block_k, warps, stages = plan(max(width_s, width_t), q_s.element_size(), divergence)
+    block_q, block_k, warps, stages = plan(max(width_s, width_t), q_s.element_size())
     layout = {
         "WIDTH_S": width_s,
         "WIDTH_T": width_t,

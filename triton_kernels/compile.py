@@ -68,7 +68,7 @@ def cases() -> Iterator[Case]:
                     yield _distill_kl(dtype, item_size, width, aligned, with_grad)
     for dtype, item_size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for width in (64, 128, 256):
-            for divergence in ("forward_kl", "jsd"):
+            for divergence in ("forward_kl", "mse", "jsd"):
                 for kernel in (attention_distill.attention_rows, attention_distill.attention_keys):
                     yield _attention(kernel, dtype, item_size, width, divergence)
 
@@ -96,7 +96,7 @@ def _distill_kl(dtype: str, item_size: int, width: int, aligned: bool, with_grad
 
 
 def _attention(kernel: Any, dtype: str, item_size: int, width: int, divergence: str) -> Case:
-    block_q, block_k, warps, stages = attention_distill.plan(width, item_size, divergence)
+    block_q, block_k, warps, stages = attention_distill.plan(width, item_size)
     constants: dict[str, Any] = {
         **dict.fromkeys(("WIDTH_S", "WIDTH_T", "PAD_S", "PAD_T"), width),
         "BLOCK_Q": block_q,
