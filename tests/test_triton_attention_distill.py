@@ -230,8 +230,8 @@ def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
         "from pyfast.triton_kernels import compile\n"
         "cases = {case.name: case for case in compile.cases() if case.name.startswith('attention')}\n"
         "pairs = [(name, target) for name in cases for target in compile.TARGETS\n"
-        "         if name.endswith(('bf16 width 64 forward_kl', 'bf16 width 128 forward_kl'))\n"
-        "         or (target == 90 and name.endswith(('fp32 width 128 forward_kl', 'bf16 width 128 mse')))]\n"
+        "         if name.endswith(('forward_kl bf16 width 64', 'forward_kl bf16 width 128'))\n"
+        "         or (target == 90 and name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128')))]\n"
         "print(json.dumps([compile.resources(cases[name], target) for name, target in pairs]))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -11,21 +11,21 @@ A query whose ``row_scale`` is exactly 0 and a key that is masked are not read: 
 
 How it is laid out: two launches that multiply the scores out again rather than keep them::
 
-    attention_rows     a program: BLOCK_Q queries of a head, walks the keys     attention_keys   a program: BLOCK_K keys,
-       keys ────►          ────►               ────►                            walks the queries of every head that
-    q ┌─────────┐      ┌─────────┐         ┌─────────┐                          looks at them
-      │log-sums │      │ Σ pull  │         │ rows,   │                             keys           slopeᵀ from the sums
-      └─────────┘      └─────────┘         │ slope·k │                          q ┌──┐             that were kept,
-                     (not forward_kl)      └─────────┘                          │ │  │             grad_k += slopeᵀ·q
-                                                                                ▼ └──┘
+    attention_rows: a program has BLOCK_Q queries of a         attention_keys: a program has BLOCK_K keys of
+    head and walks the keys, two or three times                a head and walks the queries that look at them
+          keys ──►         ──►               ──►                     keys
+      q ┌──────────┐   ┌──────────┐   ┌───────────────┐          q ┌──────┐
+        │ log-sums │   │  Σ pull  │   │ rows, slope·k │          │ │      │   slopeᵀ·q, by the log-sums and
+        └──────────┘   └──────────┘   └───────────────┘          ▼ └──────┘   Σ pull that were kept
+                     not forward_kl
 
 No atomics: a program owns what it writes, so results repeat bit by bit. Queries, keys and three numbers a query (the
 log-sums of both and Σ pull) are all that moves; causal programs stop at the diagonal. Products for forward_kl: 5 tiles
 in attention_rows (scores twice, grad_q) and 3 in attention_keys; two more for the others.
 
-How accurately: scores and sums are float32; float32 queries and keys are multiplied in float32, not in tf32.
-The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will be). With float16 the
-product is tf32, whose exponents hold what float16 would lose below 6e-8.
+How accurately: scores and sums are float32; float32 queries and keys are multiplied in float32, not in
+tf32. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will be). With
+float16 that product is tf32, whose exponents hold what float16 would lose below 6e-8.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ import triton
 import triton.language as tl
 
 from ._divergences import DIVERGENCES, terms
-
-#: Options of every launch, given so that the result does not hang on the default of a Triton release.
-OPTIONS = {"enable_fp_fusion": True}
+from ._launch import DTYPES, launch
 
 #: The widest head.
 MAX_WIDTH = 256
@@ -63,11 +61,7 @@ def _load(base, stride, places, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _exponents(a, b, rate, seen):
     """rate · a·bᵀ, -inf where not ``seen``."""
-    if a.dtype == tl.float32:
-        product = tl.dot(a, tl.trans(b), input_precision="ieee")
-    else:
-        product = tl.dot(a, tl.trans(b))
-    return tl.where(seen, product * rate, -_INF)
+    return tl.where(seen, tl.dot(a, tl.trans(b), input_precision="ieee") * rate, -_INF)  # says nothing of 16-bit inputs
 
 
 @triton.jit
@@ -263,20 +257,21 @@ def attention_keys(
 
 
 class Plan(NamedTuple):
-    """Layout of a launch: queries and keys in a tile, warps, tiles in flight."""
+    """Layout of a launch: queries and keys in a tile, warps and tiles in flight."""
 
     block_q: int
     block_k: int
-    warps: int
-    stages: int
+    options: dict[str, int]
 
 
 def plan(width: int, item_size: int) -> Plan:
     """Layout for heads of at most ``width`` numbers of ``item_size`` bytes: the largest tiles whose terms stay in
     registers (``compile.py`` shows them)."""
     if item_size == 2:
-        return Plan(64, 32, 8, 2) if width <= 128 else Plan(32, 16, 4, 2)
-    return Plan(32, 16, 4, 2) if width <= 64 else Plan(16, 16, 4, 2)
+        block_q, block_k, warps = (64, 32, 8) if width <= 128 else (32, 16, 4)
+    else:
+        block_q, block_k, warps = (32, 16, 4) if width <= 64 else (16, 16, 4)
+    return Plan(block_q, block_k, {"num_warps": warps, "num_stages": 2})
 
 
 def refusal(
@@ -346,7 +341,7 @@ def attention_distill(
     sizes = (heads, heads // key_heads, heads // k_t.shape[1], tokens, keys)
     rates = (student_rate * _LOG2_E, teacher_rate * _LOG2_E, student_rate)
     shares = (1.0 - mix, mix) if divergence == "skew_reverse_kl" else (mix, 1.0 - mix)
-    block_q, block_k, warps, stages = plan(max(width_s, width_t), q_s.element_size())
+    block_q, block_k, options = plan(max(width_s, width_t), q_s.element_size())
     layout = {
         "WIDTH_S": width_s,
         "WIDTH_T": width_t,
@@ -356,19 +351,14 @@ def attention_distill(
         "BLOCK_K": block_k,
         "CAUSAL": causal,
         "DIVERGENCE": divergence,
-        "num_warps": warps,
-        "num_stages": stages,
-        **OPTIONS,
     }
-    with torch.cuda.device_of(q_s):
-        if rows.numel():
-            arguments = (rows, grad_q if with_grad else None, sums_s, sums_t, means)
-            grid = (batch * heads * triton.cdiv(tokens, block_q),)
-            attention_rows[grid](*inputs, *arguments, *strides, *sizes, *rates, *shares, **layout)
-        if grad_k.numel():
-            grid = (batch * key_heads * triton.cdiv(keys, block_k),)
-            arguments = (grad_k, sums_s, sums_t, means)
-            attention_keys[grid](*inputs, *arguments, *strides, *sizes, *rates, *shares, **layout)
+    common = (*strides, *sizes, *rates, *shares)
+    results = (rows, grad_q if with_grad else None, sums_s, sums_t, means)
+    programs = batch * heads * triton.cdiv(tokens, block_q)
+    launch(attention_rows, programs, q_s, options, *inputs, *results, *common, **layout)
+    if with_grad:
+        programs = batch * key_heads * triton.cdiv(keys, block_k)
+        launch(attention_keys, programs, q_s, options, *inputs, grad_k, sums_s, sums_t, means, *common, **layout)
     return rows, grad_q, grad_k
 
 
@@ -400,7 +390,7 @@ def _check(
         dtype = {"row_scale": torch.float32, "key_mask": torch.bool}.get(name, q_s.dtype)
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, accepted: {dtype}")
-    if q_s.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if q_s.dtype not in DTYPES:
         raise TypeError(f"q_s: got dtype {q_s.dtype}, accepted: float32, bfloat16, float16")
     if max(width_s, width_t) > MAX_WIDTH:
         raise ValueError(f"q_s, q_t: got heads of {width_s} and {width_t}, accepted: at most {MAX_WIDTH}")

@@ -12,7 +12,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention_distill, distill_kl
+from . import attention_distill, distill_kl, scale_rows
+from ._divergences import DIVERGENCES
+from ._launch import OPTIONS
 
 #: Compute capabilities checked: A100, H100, B200.
 TARGETS = (80, 90, 100)
@@ -37,8 +39,7 @@ class Case(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     aligned: tuple[str, ...]
-    warps: int
-    stages: int | None = None
+    options: dict[str, int]
 
 
 class Resources(NamedTuple):
@@ -59,44 +60,78 @@ class Resources(NamedTuple):
         return min(32, 2048 // threads, _REGISTERS // (threads * granted))
 
 
+_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+#: One width for each layout of ``distill_kl.plan``; layouts do not depend on the width beyond the last.
+_WIDTHS = (1024, 4096, 8192, 32000, 262144)
+
+
 def cases() -> Iterator[Case]:
-    """Every kernel, for 16-bit and 32-bit logits, at each layout of its plan, aligned and not."""
-    for dtype, item_size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for width in (1024, 8192, 32000, 128256):
-            for aligned in (True, False):
-                for with_grad in (True, False) if dtype == "bf16" and aligned else (True,):
-                    yield _distill_kl(dtype, item_size, width, aligned, with_grad)
-    for dtype, item_size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+    """Every kernel for 16-bit and 32-bit logits, at each layout of its plan, aligned and not, with and without
+    gradient. ``distill_kl`` for every divergence, plain and with everything that an argument adds."""
+    for divergence in DIVERGENCES:
+        for extras in (False, True):
+            for width in _layouts(divergence, extras):
+                for dtype in _SIZES if divergence == "forward_kl" else ("bf16", "fp32"):
+                    yield _distill_kl(dtype, width, divergence, extras)
+                    yield _distill_kl(dtype, width, divergence, extras, aligned=False)
+                yield _distill_kl("bf16", width, divergence, extras, with_grad=False)
+    for dtype in _SIZES:
+        for in_place in (False, True):
+            yield _scale_rows(dtype, in_place)
         for width in (64, 128, 256):
             for divergence in ("forward_kl", "mse", "jsd"):
                 for kernel in (attention_distill.attention_rows, attention_distill.attention_keys):
-                    yield _attention(kernel, dtype, item_size, width, divergence)
+                    yield _attention(kernel, dtype, width, divergence)
 
 
-def _distill_kl(dtype: str, item_size: int, width: int, aligned: bool, with_grad: bool) -> Case:
-    kernel, block, warps, stages = distill_kl.plan(width, item_size)
-    constants: dict[str, Any] = {
-        "BLOCK": block,
-        "DIVERGENCE": distill_kl.DIVERGENCES["forward_kl"],
-        "WITH_GRAD": with_grad,
-    }
-    if stages:
-        constants["STAGES"] = stages
-    pointers = {"student": dtype, "teacher": dtype, "row_scale": "fp32", "rows": "fp32", "grad": dtype}
-    sizes = ("student_stride", "teacher_stride", "grad_stride", "width")
-    signature = {
-        **{name: "*" + element for name, element in pointers.items()},
-        **{name: "i32" for name in sizes},
-        **{name: "fp32" for name in ("student_rate", "teacher_rate")},
-        **{name: "constexpr" for name in constants},
-    }
-    remarks = ("" if aligned else " odd") + ("" if with_grad else " value")
-    name = f"{kernel.__name__} {dtype} block {block}{remarks}"
-    return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), warps)
+def sample() -> Iterator[tuple[Case, int]]:
+    """Some of ``cases`` with targets: those that need most registers on every target, and one of each other kind."""
+    for divergence in DIVERGENCES:
+        for target in TARGETS:
+            yield _distill_kl("fp32", _WIDTHS[-1], divergence, extras=True, aligned=False), target
+        yield _distill_kl("bf16", _WIDTHS[-1], divergence, extras=False), 90
+        yield _distill_kl("bf16", _layouts(divergence, True)[1], divergence, extras=True), 90
+    yield _scale_rows("bf16", in_place=True), 90
 
 
-def _attention(kernel: Any, dtype: str, item_size: int, width: int, divergence: str) -> Case:
-    block_q, block_k, warps, stages = attention_distill.plan(width, item_size)
+def _layouts(divergence: str, extras: bool) -> list[int]:
+    """The first of ``_WIDTHS`` for each layout."""
+    found: dict[str, int] = {}
+    for width in _WIDTHS:
+        found.setdefault(str(distill_kl.plan(width, 2, divergence, extras)), width)
+    return list(found.values())
+
+
+def _distill_kl(
+    dtype: str, width: int, divergence: str, extras: bool, aligned: bool = True, with_grad: bool = True
+) -> Case:
+    kernel, options, constants = distill_kl.plan(width, _SIZES[dtype], divergence, extras)
+    pointers = {"student": dtype, "teacher": dtype, "row_scale": "fp32", "rows": "fp32"}
+    absent = ["student_cap", "teacher_cap", "labels", "ce_scale", "ce_rows"]
+    if extras:
+        pointers |= {"labels": "i64", "ce_scale": "fp32", "ce_rows": "fp32"}
+        absent.clear()
+    if with_grad:
+        pointers["grad"] = dtype
+    else:
+        absent.append("grad")
+    remarks = f"{' extras' if extras else ''}{'' if aligned else ' odd'}{'' if with_grad else ' value'}"
+    name = f"{kernel.__name__} {divergence} {dtype} block {constants['BLOCK']}{remarks}"
+    numbers = ("student_rate", "teacher_rate", "student_cap", "teacher_cap", "share_t", "share_s")
+    strides = ("student_stride", "teacher_stride", "grad_stride", "width")
+    return _case(name, kernel, options, pointers, strides, numbers, {**constants, **dict.fromkeys(absent)}, aligned)
+
+
+def _scale_rows(dtype: str, in_place: bool) -> Case:
+    pointers = {"grad": dtype, "scale": "fp32", "out": dtype}
+    strides = ("grad_stride", "scale_stride", "out_stride", "width")
+    constants = {"BLOCK": scale_rows.BLOCK, "IN_PLACE": in_place}
+    name = f"scale_rows_kernel {dtype} block {scale_rows.BLOCK}{' in place' if in_place else ''}"
+    return _case(name, scale_rows.scale_rows_kernel, scale_rows.LAUNCH, pointers, strides, (), constants, aligned=True)
+
+
+def _attention(kernel: Any, dtype: str, width: int, divergence: str) -> Case:
+    block_q, block_k, options = attention_distill.plan(width, _SIZES[dtype])
     constants: dict[str, Any] = {
         **dict.fromkeys(("WIDTH_S", "WIDTH_T", "PAD_S", "PAD_T"), width),
         "BLOCK_Q": block_q,
@@ -107,18 +142,35 @@ def _attention(kernel: Any, dtype: str, item_size: int, width: int, divergence: 
     if divergence == "forward_kl":  # what a call without padding leaves out
         constants |= {"key_mask": None, "means": None}
     types = {
-        **dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad_q", "grad_k"), "*" + dtype),
-        **dict.fromkeys(("row_scale", "rows", "sums_s", "sums_t", "means"), "*fp32"),
-        **dict.fromkeys(("rate_s", "rate_t", "slope_rate", "share_t", "share_s"), "fp32"),
-        "key_mask": "*u8",
+        **dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad_q", "grad_k"), dtype),
+        **dict.fromkeys(("row_scale", "rows", "sums_s", "sums_t", "means"), "fp32"),
+        "key_mask": "u8",
     }
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    counts = ("heads", "repeat_s", "repeat_t")
-    aligned = tuple(
-        name for name, kind in signature.items() if kind[0] == "*" or (kind == "i32" and name not in counts)
-    )
-    name = f"{kernel.__name__} {dtype} width {width} {divergence}"
-    return Case(name, kernel, signature, constants, aligned, warps, stages)
+    pointers = {name: element for name, element in types.items() if name in kernel.arg_names and name not in constants}
+    numbers = ("rate_s", "rate_t", "slope_rate", "share_t", "share_s")
+    sizes = [name for name in kernel.arg_names if name not in {*pointers, *numbers, *constants}]
+    name = f"{kernel.__name__} {divergence} {dtype} width {width}"
+    return _case(name, kernel, options, pointers, sizes, numbers, constants, aligned=True)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    options: dict[str, int],
+    pointers: dict[str, str],
+    sizes: Iterable[str],
+    numbers: Iterable[str],
+    constants: dict[str, Any],
+    aligned: bool,
+) -> Case:
+    """``constants`` are compiled in, whatever else names them; ``sizes`` are multiples of 16 where ``aligned``."""
+    signature = {
+        **{name: "*" + element for name, element in pointers.items()},
+        **dict.fromkeys(sizes, "i32"),
+        **dict.fromkeys(numbers, "fp32"),
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    return Case(name, kernel, signature, constants, (*pointers, *(sizes if aligned else ())), options)
 
 
 def compile_case(case: Case, target: int) -> Any:
@@ -126,9 +178,7 @@ def compile_case(case: Case, target: int) -> Any:
     order = case.kernel.arg_names
     attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(case.kernel, {name: case.signature[name] for name in order}, case.constants, attributes)
-    options = {"num_warps": case.warps, **distill_kl.OPTIONS}
-    if case.stages is not None:
-        options["num_stages"] = case.stages
+    options = {**OPTIONS, **case.options}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
@@ -149,7 +199,7 @@ def resources(case: Case, target: int) -> Resources:
     if found is None:
         raise RuntimeError(f"{tool} --dump-resource-usage said:\n{done.stdout}{done.stderr}")
     registers, stack, local = (int(figure) for figure in found.groups())
-    return Resources(case.name, target, case.warps, registers, stack + local, compiled.metadata.shared)
+    return Resources(case.name, target, case.options["num_warps"], registers, stack + local, compiled.metadata.shared)
 
 
 def main() -> None:
@@ -157,12 +207,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile pyfast's Triton kernels and list what they need.")
     parser.add_argument("--target", type=int, action="append", help="90 for compute capability 9.0; repeatable")
     targets = parser.parse_args().target or TARGETS
-    print(f"{'kernel':44} {'sm':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7} {'programs':>8}")
+    print(f"{'kernel':64} {'sm':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7} {'programs':>8}")
     for case in cases():
         for target in targets:
             need = resources(case, target)
             print(
-                f"{need.case:44} {need.target:4} {need.warps:5} {need.registers:9} {need.stack:5} "
+                f"{need.case:64} {need.target:4} {need.warps:5} {need.registers:9} {need.stack:5} "
                 f"{need.shared:7} {need.programs:8}"
             )
 

@@ -1,7 +1,7 @@
 """distill_kl: divergence between two tempered softmaxes over logits, fused with its gradient.
 
 Read top to bottom: the public functions, the choice of backend, the op with its fake and autograd. Kernels:
-``csrc/cpu/distill_kl*`` and ``triton_kernels/distill_kl.py``; truth: ``pyfast/reference/distill_kl.py``.
+``csrc/cpu/distill_kl*`` and ``triton_kernels/{distill_kl,scale_rows}.py``; truth: ``pyfast/reference/distill_kl.py``.
 """
 
 from __future__ import annotations
@@ -282,13 +282,15 @@ def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl(LIBRARY, "scale_rows", "CUDA")
-def _scale_rows_cuda(grad: Tensor, scale: Tensor) -> Tensor:
-    return (grad * scale.unsqueeze(-1)).to(grad.dtype)
+def _scale_rows_triton(grad: Tensor, scale: Tensor) -> Tensor:
+    from pyfast.triton_kernels.scale_rows import scale_rows
+
+    return scale_rows(grad, scale)
 
 
 @torch.library.impl(LIBRARY, "scale_rows_", "CUDA")
 def _scale_rows_in_place_triton(grad: Tensor, scale: Tensor) -> None:
-    from pyfast.triton_kernels.distill_kl import scale_rows_
+    from pyfast.triton_kernels.scale_rows import scale_rows_
 
     scale_rows_(grad, scale)
 
