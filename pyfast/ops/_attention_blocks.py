@@ -11,8 +11,8 @@ queries × keys ever exists; a causal block stops at the last key that its last 
 
 Three buffers of scores (student, teacher, slope) and copies of the keys fill ``SCRATCH`` bytes, or hold one head and
 ``MIN_BLOCK`` queries where that is more. Several heads, or batch entries with all their heads, share a block where
-sequences are short. Products and sums are float32 whatever the inputs: scores
-rounded to 16 bits would drown the difference of two close distributions.
+sequences are short. Products and sums are float32 whatever the inputs: scores rounded to 16 bits would drown the
+difference of two close distributions.
 
 Where a group has several heads, the rows compared are z, the log of the mean of their softmaxes P_h, by log-sum-exp:
 a mean of probabilities in float32 would end at 1e-38. With g the gradient to z, and w_h the share of head h in the
