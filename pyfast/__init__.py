@@ -11,6 +11,7 @@ from pyfast.contrastive import contrastive_distillation_loss
 from pyfast.hidden import hidden_loss, hidden_states_loss
 from pyfast.layer_map import layer_map
 from pyfast.logit_lens import logit_lens_loss
+from pyfast.ops.attention_distill import attention_distillation_loss
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
 from pyfast.ops.linear_distill import linear_distillation_loss
 from pyfast.ops.topk_distill import topk_distillation_loss
@@ -20,6 +21,7 @@ __all__ = [
     "BitmapWeight",
     "Sparse24Weight",
     "__version__",
+    "attention_distillation_loss",
     "backends",
     "capture_attention",
     "contrastive_distillation_loss",

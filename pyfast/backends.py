@@ -41,6 +41,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "distill_kl": ("native", "triton", "reference"),
     "linear_distill": ("native", "triton", "reference"),
     "topk_distill": ("native", "triton", "reference"),
+    "attention_distill": ("native", "triton", "reference"),
     "sparse24_linear": ("native", "cuda", "reference"),
     "bitmap_linear": ("native", "cuda", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
@@ -53,6 +54,7 @@ _WITHOUT_ISA = {
     "sparse24_convert": "portable code, no ISA variants",
     "bitmap_convert": "portable code, no ISA variants",
     "linear_distill": "torch's matrix products around the kernels of distill_kl",
+    "attention_distill": "torch's matrix products around the kernels of distill_kl",
 }
 
 

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import distill_kl, scale_rows, topk_distill
+from . import attention_distill, distill_kl, scale_rows, topk_distill
 from ._divergences import DIVERGENCES
 from ._launch import OPTIONS
 
@@ -81,6 +81,10 @@ def cases() -> Iterator[Case]:
     for dtype in _SIZES:
         for width in (2048, 32000, 151936):
             yield _topk_student(dtype, width, "bucket")
+        for width in (64, 128, 256):
+            for divergence in ("forward_kl", "mse", "jsd"):
+                for kernel in (attention_distill.attention_rows, attention_distill.attention_keys):
+                    yield _attention(kernel, dtype, width, divergence)
     yield _topk_student("bf16", 151936, "bucket", with_grad=False)
     yield from (_topk_student("bf16", 151936, tail) for tail in topk_distill.TAILS if tail != "bucket")
     yield from (_topk_teacher(count, tail) for count in (16, 1024) for tail in ("bucket", "sampled"))
@@ -130,6 +134,29 @@ def _scale_rows(dtype: str, in_place: bool) -> Case:
     constants = {"BLOCK": scale_rows.BLOCK, "IN_PLACE": in_place}
     name = f"scale_rows_kernel {dtype} block {scale_rows.BLOCK}{' in place' if in_place else ''}"
     return _case(name, scale_rows.scale_rows_kernel, scale_rows.LAUNCH, pointers, strides, (), constants, aligned=True)
+
+
+def _attention(kernel: Any, dtype: str, width: int, divergence: str) -> Case:
+    block_q, block_k, options = attention_distill.plan(width, _SIZES[dtype])
+    constants: dict[str, Any] = {
+        **dict.fromkeys(("WIDTH_S", "WIDTH_T", "PAD_S", "PAD_T"), width),
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "CAUSAL": True,
+        "DIVERGENCE": divergence,
+    }
+    if divergence == "forward_kl":  # what a call without padding leaves out
+        constants |= {"key_mask": None, "means": None}
+    types = {
+        **dict.fromkeys(("q_s", "k_s", "q_t", "k_t", "grad_q", "grad_k"), dtype),
+        **dict.fromkeys(("row_scale", "rows", "sums_s", "sums_t", "means"), "fp32"),
+        "key_mask": "u8",
+    }
+    pointers = {name: element for name, element in types.items() if name in kernel.arg_names and name not in constants}
+    numbers = ("rate_s", "rate_t", "slope_rate", "share_t", "share_s")
+    sizes = [name for name in kernel.arg_names if name not in {*pointers, *numbers, *constants}]
+    name = f"{kernel.__name__} {divergence} {dtype} width {width}"
+    return _case(name, kernel, options, pointers, sizes, numbers, constants, aligned=True)
 
 
 def _case(

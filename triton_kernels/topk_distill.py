@@ -51,8 +51,8 @@ from ._launch import check_like, check_logits, check_scale, launch, words_togeth
 #: Modes of the kernel, by the number that selects them.
 TAILS = {"bucket": 0, "ignore": 1, "renormalise": 2, "sampled": 3}
 
-#: Options of ``topk_student``: left alone, ptxas spills for the sake of a second program a multiprocessor, which wide rows
-#: do better without (their second reading would miss the caches).
+#: Options of ``topk_student``: left alone, ptxas spills for the sake of a second program a multiprocessor, which wide
+#: rows do better without (their second reading would miss the caches).
 STUDENT_OPTIONS = {"maxnreg": 64}
 
 _BUCKET = tl.constexpr(TAILS["bucket"])
