@@ -4,7 +4,7 @@ Three doors: :func:`distillation_loss` (fused), :func:`sparse_linear` and :func:
 and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measures all three against the best dense.
 """
 
-from pyfast import backends, nn, structured
+from pyfast import backends, nn, parallel, structured
 from pyfast._version import __version__
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
 from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
@@ -17,6 +17,7 @@ __all__ = [
     "distillation_loss",
     "distillation_value_and_grad",
     "nn",
+    "parallel",
     "sparse_linear",
     "sparsify",
     "structured",

@@ -108,20 +108,26 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
         positive("num_items", num_items)
 
 
-def check_floating(name: str, tensor: Tensor, shape: str) -> None:
-    """``tensor`` holds float16, bfloat16, float32 or float64 with at least one element in its last dimension."""
+def check_floating(name: str, tensor: Tensor, shape: str, least: int = 1) -> None:
+    """``tensor`` holds float16, bfloat16, float32 or float64 with at least ``least`` elements in its last dimension."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, accepted: a tensor {shape}")
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, accepted: float32, bfloat16, float16, float64")
-    if tensor.dim() < 1 or tensor.shape[-1] == 0:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted: {shape}, the last of at least 1")
+    if tensor.dim() < 1 or tensor.shape[-1] < least:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted: {shape}, the last of at least {least}")
 
 
 def check_pair(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tuple[torch.Size, Tensor, Tensor]:
     """Logits of both as ``[rows, V]`` of one dtype, the teacher detached, and the leading shape."""
     check_floating("student", student, "of logits [..., V]")
     check_floating("teacher", teacher, "of logits [..., V]")
+    check_same_tokens(student, teacher)
+    return as_rows(student, teacher, common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size))
+
+
+def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
+    """Both lie on one device and agree in all but the last dimension."""
     if student.device != teacher.device:
         raise ValueError(f"teacher: got device {teacher.device}, accepted: the student's, {student.device}")
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -129,7 +135,11 @@ def check_pair(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tupl
             f"teacher: got shape {list(teacher.shape)}, accepted: the student's leading shape, "
             f"{[*student.shape[:-1], 'V']}"
         )
-    words = common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+
+
+def as_rows(student: Tensor, teacher: Tensor, words: int) -> tuple[torch.Size, Tensor, Tensor]:
+    """The first ``words`` words of both as ``[rows, words]`` of the wider dtype, the teacher detached, and the leading
+    shape."""
     student, teacher = student[..., :words], teacher[..., :words]
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     leading = student.shape[:-1]

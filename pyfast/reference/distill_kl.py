@@ -57,7 +57,7 @@ def forward_kl(log_s: Tensor, log_t: Tensor, mix: float) -> Tensor:
 
 def reverse_kl(log_s: Tensor, log_t: Tensor, mix: float) -> Tensor:
     """Σ s log(s/t) over the words that the teacher allows (Gu et al., MiniLLM, 2024)."""
-    allowed = log_t > -math.inf
+    allowed = log_t != -math.inf  # true of NaN, which must reach the sum
     return (log_s.exp() * torch.where(allowed & (log_s > -math.inf), log_s - log_t, 0.0)).sum(-1)
 
 
