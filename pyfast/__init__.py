@@ -6,7 +6,9 @@ and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measur
 
 from pyfast import backends, nn, parallel, structured
 from pyfast._version import __version__
+from pyfast.logit_lens import logit_lens_loss
 from pyfast.ops.distill_kl import distillation_loss, distillation_value_and_grad
+from pyfast.ops.linear_distill import linear_distillation_loss
 from pyfast.sparse import BitmapWeight, Sparse24Weight, sparse_linear, sparsify
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "backends",
     "distillation_loss",
     "distillation_value_and_grad",
+    "linear_distillation_loss",
+    "logit_lens_loss",
     "nn",
     "parallel",
     "sparse_linear",

@@ -39,6 +39,7 @@ class OpRow:
 # Priority order, an op. The conversions of the sparse weights have no CUDA form yet but for decompression.
 PRIORITY: dict[str, tuple[str, ...]] = {
     "distill_kl": ("native", "triton", "reference"),
+    "linear_distill": ("native", "triton", "reference"),
     "shard_distill": ("reference",),
     "sparse24_linear": ("native", "cuda", "reference"),
     "bitmap_linear": ("native", "cuda", "reference"),

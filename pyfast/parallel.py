@@ -139,20 +139,20 @@ def distillation_loss_of_dtensors(
             f"teacher: got placements {list(teacher.placements)} on {teacher.device_mesh}, accepted: the student's, "
             f"{list(student.placements)} on {place.mesh}"
         )
-    words = student.shape[-1]
-    compared = arguments.common_vocabulary(words, teacher.shape[-1], vocab_size)
-    if place.width(words) != place.width(teacher.shape[-1]):
+    words = arguments.common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+    starts = [min(start, words) for start in place.starts(student.shape[-1])]
+    if starts != [min(start, words) for start in place.starts(teacher.shape[-1])]:
         raise ValueError(
-            f"teacher: got {teacher.shape[-1]} words in shards of {place.width(teacher.shape[-1])}, accepted: shards "
-            f"that begin at the same words as the student's, {words} in shards of {place.width(words)}"
+            f"teacher: got {teacher.shape[-1]} words, whose shards begin at {place.starts(teacher.shape[-1])}, accepted: "
+            f"shards that begin at the same words as the student's, {place.starts(student.shape[-1])}"
         )
     return vocab_parallel_distillation_loss(
         student.to_local(),
         teacher.to_local(),
         divergence,
         group=place.group,
-        vocab_start=place.start(words),
-        vocab_size=compared,
+        vocab_start=starts[place.rank],
+        vocab_size=words,
         labels=dtensor.local_tokens("labels", labels, place),
         mask=dtensor.local_tokens("mask", mask, place),
         **options,
@@ -234,10 +234,10 @@ def _rows_and_grad(
     teacher_stats = torch.ops.pyfast.shard_stats(teacher, teacher_temperatures, objective.teacher_softcap)
     both = torch.cat([student_stats, teacher_stats], -1)
     start = -1 if call.shard.vocab_start is None else call.shard.vocab_start
-    place = both.new_tensor([start, student.shape[-1]])
-    gathered = _all_gather(torch.cat([both.reshape(-1), place]), group)
+    place = [both.new_full((1,), start), both.new_full((1,), student.shape[-1])]
+    gathered = _all_gather(torch.cat([both.reshape(-1), *place]), group)
     starts, widths = gathered[:, -2], gathered[:, -1]
-    both = gathered[:, :-2].reshape(-1, *both.shape)
+    both = gathered[:, :-2].reshape(len(gathered), *both.shape)
     split = student_stats.shape[-1]
     student_lse = log_sum_exps(both[..., :split], student_temperatures)
     teacher_lse = log_sum_exps(both[..., split:], teacher_temperatures)

@@ -147,6 +147,38 @@ def as_rows(student: Tensor, teacher: Tensor, words: int) -> tuple[torch.Size, T
     return leading, student.to(dtype).reshape(rows, words), teacher.detach().to(dtype).reshape(rows, words)
 
 
+def check_head(of: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+    """``hidden`` [..., H], ``head`` [V, H] and ``bias`` [V] of one model, whose name ``of`` stands in front of each
+    argument's, can be multiplied as by ``F.linear``."""
+    check_floating(f"{of}_hidden", hidden, "of hidden states [..., H]")
+    check_floating(f"{of}_head", head, "of weights [V, H]")
+    width = hidden.shape[-1]
+    if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != width:
+        raise ValueError(f"{of}_head: got shape {list(head.shape)}, accepted: [V, {width}], as wide as {of}_hidden")
+    operands = {f"{of}_head": head}
+    if bias is not None:
+        check_floating(f"{of}_bias", bias, "of one value a word [V]")
+        if bias.shape != head.shape[:1]:
+            raise ValueError(f"{of}_bias: got shape {list(bias.shape)}, accepted: [{head.shape[0]}], one a word")
+        operands[f"{of}_bias"] = bias
+    for name, operand in operands.items():
+        if operand.device != hidden.device:
+            raise ValueError(f"{name}: got device {operand.device}, accepted: that of {of}_hidden, {hidden.device}")
+        if product_dtype(operand) != product_dtype(hidden):
+            raise TypeError(
+                f"{name}: got dtype {operand.dtype}, accepted: that of {of}_hidden, {hidden.dtype} "
+                "(under torch.autocast, any but float64)"
+            )
+
+
+def product_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` would multiply ``operand`` here: that of autocast, which leaves float64 alone."""
+    kind = operand.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and operand.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return operand.dtype
+
+
 def common_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
     """How many words are compared: all, where both have as many, else the first ``vocab_size``."""
     smaller = min(student, teacher)
@@ -197,17 +229,19 @@ def row_scale(
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if counted is None:
         scale = torch.full((rows,), factor, dtype=dtype, device=like.device)
-        divisor: float | Tensor = float(max(rows, 1))
     else:
         scale = counted.to(dtype) * factor
-        divisor = counted.sum().clamp(min=1).to(dtype)
-    if reduction != "mean":
-        return scale
+    return scale / mean_divisor(scale, counted, num_items) if reduction == "mean" else scale
+
+
+def mean_divisor(scale: Tensor, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:
+    """What the sum over rows is divided by in a mean: ``num_items``, or how many of the rows of ``scale`` count
+    (1 where none does). A tensor, in the dtype of ``scale``, where only the device knows it."""
     if isinstance(num_items, Tensor):
-        divisor = num_items.reshape(()).to(scale)
-    elif num_items is not None:
-        divisor = float(num_items)
-    return scale / divisor
+        return num_items.reshape(()).to(scale)
+    if num_items is not None:
+        return float(num_items)
+    return float(max(scale.shape[0], 1)) if counted is None else counted.sum().clamp(min=1).to(scale.dtype)
 
 
 def check_labels(labels: Tensor, counted: Tensor | None, words: int) -> None:

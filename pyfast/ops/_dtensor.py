@@ -26,13 +26,16 @@ class Place(NamedTuple):
     def group(self) -> dist.ProcessGroup:
         return self.mesh.get_group(self.sharded_by)
 
-    def width(self, words: int) -> int:
-        """Words of each shard of ``words`` but the last ones, which have what is left."""
-        return -(-words // self.mesh.size(self.sharded_by))
+    def starts(self, words: int) -> list[int]:
+        """Number of the first of ``words`` on each rank of the group; the number of words where a rank has none."""
+        ranks = self.mesh.size(self.sharded_by)
+        width = -(-words // ranks)
+        return [min(words, rank * width) for rank in range(ranks)]
 
-    def start(self, words: int) -> int:
-        """Number of this rank's first word of ``words``."""
-        return min(words, self.mesh.get_local_rank(self.sharded_by) * self.width(words))
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return self.mesh.get_local_rank(self.sharded_by)
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:

@@ -44,10 +44,10 @@ def shard_stats(logits: Tensor, temperatures: list[float], cap: float) -> Tensor
 
 def log_sum_exps(stats: Tensor, temperatures: list[float]) -> Tensor:
     """``shard_stats`` of every rank, ``[ranks, rows, 1 + T]``, to the log-sum-exps of the whole rows ``[rows, T]``."""
-    scale = torch.tensor(temperatures, dtype=torch.float64, device=stats.device)
-    shard_tops, sums = stats[..., :1], stats[..., 1:]
+    shard_tops = stats[..., 0]
     top = shard_tops.amax(0)
-    return top / scale + (sums * ((shard_tops - top) / scale).exp()).sum(0).log()
+    columns = zip(stats[..., 1:].unbind(-1), temperatures, strict=True)
+    return torch.stack([top / t + (sums * ((shard_tops - top) / t).exp()).sum(0).log() for sums, t in columns], -1)
 
 
 def shard_distill(
