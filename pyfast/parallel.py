@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops import _dtensor as dtensor
+from pyfast.ops import linear_distill as linear
 from pyfast.ops.distill_kl import scaled
 from pyfast.ops.shard_distill import CENTERED
 from pyfast.reference.distill_kl import weighted
@@ -112,51 +112,126 @@ def vocab_parallel_distillation_loss(
     return rows.reshape(leading) if reduction == "none" else rows.sum()
 
 
-def distillation_loss_of_dtensors(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: str,
+@torch.compiler.disable  # the number of chunks hangs on how many tokens count
+def vocab_parallel_linear_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    divergence: str = "forward_kl",
     *,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    vocab_size: int | None,
-    backend: str | None,
-    **options: Any,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    scale_by_t2: bool = True,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int = 512,
 ) -> Tensor:
-    """:func:`pyfast.distillation_loss` where the logits are DTensors."""
-    if not dtensor.is_dtensor(student) or not dtensor.is_dtensor(teacher):
-        raise TypeError(
-            f"student, teacher: got {type(student).__name__} and {type(teacher).__name__}, accepted: both DTensors or "
-            "both plain tensors"
-        )
-    arguments.check_floating("student", student, "of logits [..., V]")
-    arguments.check_floating("teacher", teacher, "of logits [..., V]")
-    if backend is not None:
-        backends.select("shard_distill", student.device.type, student.dtype, backend)
-    place = dtensor.place("student", student, -1)
-    if dtensor.place("teacher", teacher, -1) != place:
-        raise ValueError(
-            f"teacher: got placements {list(teacher.placements)} on {teacher.device_mesh}, accepted: the student's, "
-            f"{list(student.placements)} on {place.mesh}"
-        )
-    words = arguments.common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
-    starts = [min(start, words) for start in place.starts(student.shape[-1])]
-    if starts != [min(start, words) for start in place.starts(teacher.shape[-1])]:
-        raise ValueError(
-            f"teacher: got {teacher.shape[-1]} words, whose shards begin at {place.starts(teacher.shape[-1])}, accepted: "
-            f"shards that begin at the same words as the student's, {place.starts(student.shape[-1])}"
-        )
-    return vocab_parallel_distillation_loss(
-        student.to_local(),
-        teacher.to_local(),
+    """:func:`pyfast.linear_distillation_loss` where the rows of the heads are spread over the ranks of a group.
+
+    Every rank has the hidden states of all tokens and its rows of the heads. Two collectives run in forward for each
+    chunk of tokens, as in :func:`vocab_parallel_distillation_loss`, and, where ``student_hidden`` requires a gradient,
+    one more at the end, which sums that gradient over the ranks, so that every rank gets the whole of it. None runs in
+    backward. ``torch.compile`` breaks its graph here.
+
+    Args:
+        student_hidden, teacher_hidden: ``[..., H_s]`` and ``[..., H_t]``, the same on every rank.
+        student_head, teacher_head: this rank's rows, ``[V_local, H_s]`` and ``[V_local, H_t]``, of the same words.
+            Ranks hold consecutive words in the order of their ranks; widths may differ, and be 0.
+        student_bias, teacher_bias: ``[V_local]``.
+        teacher_logits: this rank's words, ``[..., V_local]``, in place of ``teacher_hidden`` and ``teacher_head``.
+        group, vocab_start, labels, vocab_size: as in :func:`vocab_parallel_distillation_loss`.
+        chunk_size: tokens a chunk, from 1, the same on every rank. Three blocks of ``chunk_size`` · V_local logits are
+            alive at a time.
+        reduction: ``"none"`` is accepted where no gradient is required: the gradient of a head is finished in forward.
+
+        The other options, the gradients and their dtypes are those of :func:`pyfast.linear_distillation_loss`.
+
+    Returns:
+        As :func:`vocab_parallel_distillation_loss`.
+
+    Raises:
+        As :func:`vocab_parallel_distillation_loss`.
+    """
+    group = _checked_group(group)
+    arguments.check_head("student", student_hidden, student_head, student_bias, least=0)
+    hiddens = None if teacher_hidden is None else (teacher_hidden,)
+    (teacher,) = linear._check_teacher((student_hidden,), hiddens, teacher_head, teacher_bias, teacher_logits, least=0)
+    teacher_words = teacher.shape[-1] if teacher_head is None else teacher_head.shape[0]
+    words = _common_words(student_head.shape[0], teacher_words, vocab_start, vocab_size, group)
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size!r}, accepted: an integer from 1")
+    operands = (student_hidden, student_head, student_bias)
+    wanted = [torch.is_grad_enabled() and operand is not None and operand.requires_grad for operand in operands]
+    if reduction == "none" and any(wanted):
+        raise ValueError('reduction: got "none", accepted where a gradient is required: "mean", "sum"')
+
+    student_dtype = arguments.product_dtype(student_hidden)
+    teacher_dtype = teacher.dtype if teacher_head is None else arguments.product_dtype(teacher)
+    logits_dtype = torch.promote_types(student_dtype, teacher_dtype)
+    leading = student_hidden.shape[:-1]
+    arguments.check_reduction(reduction, num_items)
+    # A gradient that the divisor of the mean has made small is lost to float16 before a loss scale can reach it.
+    divide_last = reduction == "mean" and torch.float16 in (student_dtype, logits_dtype)
+    call = _prepare(
+        student_hidden.new_empty((math.prod(leading), 0), dtype=logits_dtype),
+        leading,
+        _Shard(group, vocab_start, vocab_size),
         divergence,
-        group=place.group,
-        vocab_start=starts[place.rank],
-        vocab_size=words,
-        labels=dtensor.local_tokens("labels", labels, place),
-        mask=dtensor.local_tokens("mask", mask, place),
-        **options,
+        alpha,
+        beta,
+        temperature,
+        teacher_temperature,
+        scale_by_t2,
+        softcap,
+        teacher_softcap,
+        ce_weight,
+        "sum" if divide_last else reduction,
+        labels,
+        ignore_index,
+        mask,
+        None if divide_last else num_items,
     )
+    inputs = linear._Inputs(
+        student_hidden.reshape(math.prod(leading), student_hidden.shape[-1]),
+        student_head,
+        student_bias,
+        teacher.detach().reshape(math.prod(leading), teacher.shape[-1]),
+        None if teacher_head is None else teacher_head.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        call.row_scale,
+        *call.objective,
+        call.labels,
+        call.ce_scale,
+        words,
+        chunk_size,
+        student_dtype,
+        teacher_dtype,
+        reduction != "none",
+        wanted,
+    )
+    if any(wanted):
+        loss = _VocabParallelLinear.apply(*inputs[:3], inputs, call)
+    else:
+        with torch.no_grad():
+            loss, *_ = _in_chunks(inputs, call)
+    if divide_last:
+        loss = loss / arguments.mean_divisor(call.row_scale, call.counted, num_items)
+    return loss.reshape(leading) if reduction == "none" else loss
 
 
 class _Shard(NamedTuple):
@@ -220,7 +295,7 @@ def _prepare(
 
 
 def _rows_and_grad(
-    student: Tensor, teacher: Tensor, call: _Call, part: slice, *, with_grad: bool
+    student: Tensor, teacher: Tensor, call: _Call, part: slice | Tensor, *, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Values of the rows ``part`` of a call over the whole vocabulary, and the gradient of their sum to this rank's
     logits: the two collectives, and what lies between them."""
@@ -283,6 +358,39 @@ class _VocabParallel(torch.autograd.Function):
         return _scaled(grad, grad_rows), None, None
 
 
+def _in_chunks(inputs: linear._Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def loss_of(student: Tensor, teacher: Tensor, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
+        return _rows_and_grad(student, teacher, call, chunk, with_grad=any(inputs.wanted))
+
+    return linear._in_chunks(inputs, loss_of)
+
+
+class _VocabParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, inputs: linear._Inputs, call: _Call
+    ) -> Tensor:
+        inputs = inputs._replace(student_hidden=hidden, student_head=head, student_bias=bias)
+        loss, grad_hidden, grad_head, grad_bias = _in_chunks(inputs, call)
+        if inputs.wanted[0]:
+            wide = grad_hidden.to(call.row_scale.dtype)
+            dist.all_reduce(wide, group=call.shard.group)
+            grad_hidden = wide.to(grad_hidden.dtype)
+        ctx.wanted = inputs.wanted
+        ctx.dtypes = [None if operand is None else operand.dtype for operand in (hidden, head, bias)]
+        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = []
+        for grad, wanted, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True):
+            rows = grad if grad.dim() == 2 else grad.unsqueeze(1)
+            grads.append(_scaled(rows, grad_loss.expand(len(rows))).view_as(grad).to(dtype) if wanted else None)
+        return *grads, None, None
+
+
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """The finished gradient times the incoming one of its rows, in place where that can be."""
     if backends.select("distill_kl", grad.device.type, grad.dtype) == "reference":
@@ -339,7 +447,7 @@ def _common_words(
     return words
 
 
-def _check_places(call: _Call, part: slice, starts: Tensor, widths: Tensor) -> None:
+def _check_places(call: _Call, part: slice | Tensor, starts: Tensor, widths: Tensor) -> None:
     """Shards follow each other and reach ``vocab_size``, and labels lie in them; looked at where that costs no host
     sync. All ranks see the same figures, so that all of them raise or none."""
     if type(widths) is not Tensor or widths.device.type != "cpu" or torch.compiler.is_compiling():

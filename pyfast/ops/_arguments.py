@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfast.reference.distill_kl import DIVERGENCES
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -82,14 +87,14 @@ def number(name: str, value: float, accepted: str) -> float:
 
 def positive(name: str, value: float) -> float:
     value = number(name, value, "a number above 0")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, accepted: a finite number above 0")
     return value
 
 
 def not_negative(name: str, value: float) -> float:
     value = number(name, value, "a number, 0 or above")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: got {value}, accepted: a finite number, 0 or above")
     return value
 
@@ -147,17 +152,17 @@ def as_rows(student: Tensor, teacher: Tensor, words: int) -> tuple[torch.Size, T
     return leading, student.to(dtype).reshape(rows, words), teacher.detach().to(dtype).reshape(rows, words)
 
 
-def check_head(of: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+def check_head(of: str, hidden: Tensor, head: Tensor, bias: Tensor | None, least: int = 1) -> None:
     """``hidden`` [..., H], ``head`` [V, H] and ``bias`` [V] of one model, whose name ``of`` stands in front of each
-    argument's, can be multiplied as by ``F.linear``."""
+    argument's, can be multiplied as by ``F.linear``; V is at least ``least``."""
     check_floating(f"{of}_hidden", hidden, "of hidden states [..., H]")
     check_floating(f"{of}_head", head, "of weights [V, H]")
     width = hidden.shape[-1]
-    if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != width:
+    if head.dim() != 2 or head.shape[0] < least or head.shape[1] != width:
         raise ValueError(f"{of}_head: got shape {list(head.shape)}, accepted: [V, {width}], as wide as {of}_hidden")
     operands = {f"{of}_head": head}
     if bias is not None:
-        check_floating(f"{of}_bias", bias, "of one value a word [V]")
+        check_floating(f"{of}_bias", bias, "of one value a word [V]", least)
         if bias.shape != head.shape[:1]:
             raise ValueError(f"{of}_bias: got shape {list(bias.shape)}, accepted: [{head.shape[0]}], one a word")
         operands[f"{of}_bias"] = bias
@@ -252,3 +257,12 @@ def check_labels(labels: Tensor, counted: Tensor | None, words: int) -> None:
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= words):
         wrong = flat[(flat < 0) | (flat >= words)][0]
         raise ValueError(f"labels: got {int(wrong)}, accepted: 0 to {words - 1}, or ignore_index")
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether ``value`` is a DTensor, found without importing what DTensors are where it is a plain tensor."""
+    if type(value) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)

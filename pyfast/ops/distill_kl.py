@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops._dtensor import is_dtensor
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import distill_kl as reference
 
@@ -85,10 +84,10 @@ def distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
             Labels out of range are seen on the CPU only; on a GPU, where looking would stop the host, they give NaN.
     """
-    if is_dtensor(student) or is_dtensor(teacher):
-        from pyfast import parallel  # a floor above: collectives run between the ops there
+    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
+        from pyfast import _dtensor  # a floor above: collectives run between the ops there
 
-        return parallel.distillation_loss_of_dtensors(
+        return _dtensor.distillation_loss(
             student,
             teacher,
             divergence,
@@ -234,7 +233,7 @@ def _prepare(
     vocab_size: int | None,
     backend: str | None,
 ) -> _Call:
-    if is_dtensor(student) or is_dtensor(teacher):
+    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
         raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
     leading, rows_s, rows_t = arguments.check_pair(student, teacher, vocab_size)
     objective = arguments.objective(

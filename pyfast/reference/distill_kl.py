@@ -57,7 +57,7 @@ def forward_kl(log_s: Tensor, log_t: Tensor, mix: float) -> Tensor:
 
 def reverse_kl(log_s: Tensor, log_t: Tensor, mix: float) -> Tensor:
     """Σ s log(s/t) over the words that the teacher allows (Gu et al., MiniLLM, 2024)."""
-    allowed = log_t != -math.inf  # true of NaN, which must reach the sum
+    allowed = log_t != -math.inf  # or NaN, which must reach the sum
     return (log_s.exp() * torch.where(allowed & (log_s > -math.inf), log_s - log_t, 0.0)).sum(-1)
 
 
@@ -89,7 +89,7 @@ def mse(log_s: Tensor, log_t: Tensor, mix: float) -> Tensor:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p log(p/q), 0 where p is 0."""
-    gap = torch.where(log_p > -math.inf, log_p - log_q, 0.0)
+    gap = torch.where(log_p != -math.inf, log_p - log_q, 0.0)  # NaN passes, into the gradient too
     return (log_p.exp() * gap).sum(-1)
 
 
