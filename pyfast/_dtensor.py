@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.parallel import vocab_parallel_distillation_loss
+from pyfast.parallel import vocab_parallel_distillation_loss, vocab_parallel_linear_distillation_loss
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -44,22 +44,70 @@ def distillation_loss(
             f"teacher: got placements {list(teacher.placements)} on {teacher.device_mesh}, accepted: the student's, "
             f"{list(student.placements)} on {place.mesh}"
         )
-    words = arguments.common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
-    starts = [min(start, words) for start in place.starts(student.shape[-1])]
-    if starts != [min(start, words) for start in place.starts(teacher.shape[-1])]:
-        raise ValueError(
-            f"teacher: got {teacher.shape[-1]} words, whose shards begin at {place.starts(teacher.shape[-1])}, "
-            f"accepted: shards that begin at the same words as the student's, {place.starts(student.shape[-1])}"
-        )
+    start, words = _compared(place, student.shape[-1], teacher.shape[-1], vocab_size)
     return vocab_parallel_distillation_loss(
         student.to_local(),
         teacher.to_local(),
         divergence,
         group=place.group,
-        vocab_start=starts[place.rank],
+        vocab_start=start,
         vocab_size=words,
         labels=_local_tokens("labels", labels, place),
         mask=_local_tokens("mask", mask, place),
+        **options,
+    )
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    divergence: str,
+    *,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    vocab_size: int | None,
+    chunk_size: int | None,
+    backend: str | None,
+    **options: Any,
+) -> Tensor:
+    """:func:`pyfast.linear_distillation_loss` where the heads are DTensors sharded by their rows, on a mesh of one
+    dimension. Hidden states, labels and mask are those of all tokens, plain or replicated."""
+    if backend is not None:
+        backends.select("shard_distill", student_hidden.device.type, student_hidden.dtype, backend)
+    if not arguments.is_dtensor(student_head):
+        raise TypeError(f"student_head: got {type(student_head).__name__}, accepted: a DTensor, as teacher_head is one")
+    place = _place("student_head", student_head, 0)
+    if place.mesh.ndim != 1:
+        raise ValueError(f"student_head: got {place.mesh}, accepted: a mesh of one dimension, such as mesh['tp']")
+    parts = {
+        "student_head": _rows_here("student_head", student_head, 0, place),
+        "teacher_head": _rows_here("teacher_head", teacher_head, 0, place),
+        "student_bias": _rows_here("student_bias", student_bias, 0, place),
+        "teacher_bias": _rows_here("teacher_bias", teacher_bias, 0, place),
+        "teacher_logits": _rows_here("teacher_logits", teacher_logits, -1, place),
+    }
+    student_words = teacher_words = student_head.shape[0]
+    if teacher_head is not None:
+        teacher_words = teacher_head.shape[0]
+    elif teacher_logits is not None:
+        teacher_words = teacher_logits.shape[-1]
+    start, words = _compared(place, student_words, teacher_words, vocab_size)
+    return vocab_parallel_linear_distillation_loss(
+        student_hidden=_replicated("student_hidden", student_hidden, place),
+        teacher_hidden=_replicated("teacher_hidden", teacher_hidden, place),
+        divergence=divergence,
+        group=place.group,
+        vocab_start=start,
+        vocab_size=words,
+        labels=_replicated("labels", labels, place),
+        mask=_replicated("mask", mask, place),
+        **({} if chunk_size is None else {"chunk_size": chunk_size}),
+        **parts,
         **options,
     )
 
@@ -98,6 +146,42 @@ def _place(name: str, tensor: DTensor, words_dim: int) -> _Place:
             "dimension of the mesh, on the others Replicate() or a Shard of another dimension"
         )
     return _Place(tensor.device_mesh, dims, by_words[0])
+
+
+def _compared(place: _Place, student: int, teacher: int, vocab_size: int | None) -> tuple[int, int]:
+    """This rank's first word, and how many words of the two vocabularies are compared, whose shards must begin at the
+    same words."""
+    words = arguments.common_vocabulary(student, teacher, vocab_size)
+    starts = [min(start, words) for start in place.starts(student)]
+    if starts != [min(start, words) for start in place.starts(teacher)]:
+        raise ValueError(
+            f"teacher: got {teacher} words, whose shards begin at {place.starts(teacher)}, accepted: shards that begin "
+            f"at the same words as the student's, {place.starts(student)}"
+        )
+    return starts[place.rank], words
+
+
+def _rows_here(name: str, tensor: Tensor | None, words_dim: int, of: _Place) -> Tensor | None:
+    """The local part of something that is sharded by words like the student's head."""
+    if tensor is None:
+        return None
+    if not arguments.is_dtensor(tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, accepted: a DTensor, as student_head is one")
+    if _place(name, tensor, words_dim).mesh != of.mesh:
+        raise ValueError(f"{name}: got {tensor.device_mesh}, accepted: the mesh of student_head, {of.mesh}")
+    return tensor.to_local()
+
+
+def _replicated(name: str, tensor: Any, of: _Place) -> Any:
+    """A plain tensor as it is, a DTensor that every rank has in full as a plain one."""
+    if not arguments.is_dtensor(tensor):
+        return tensor
+    if tensor.device_mesh != of.mesh or _sharded_dims(tensor) != [None]:
+        raise ValueError(
+            f"{name}: got placements {list(tensor.placements)} on {tensor.device_mesh}, accepted: [Replicate()] on "
+            f"{of.mesh}, or a plain tensor, of all tokens"
+        )
+    return tensor.to_local()
 
 
 def _local_tokens(name: str, value: Tensor | None, of: _Place) -> Tensor | None:

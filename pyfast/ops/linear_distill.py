@@ -84,7 +84,9 @@ def linear_distillation_loss(
     Args:
         student_hidden: ``[..., H_s]``, float32, bfloat16 or float16 (float64 by the reference). Receives a gradient.
         student_head: ``[V, H_s]`` of the same dtype, such as ``model.lm_head.weight``. Receives a gradient. May be tied
-            to another parameter or be a view.
+            to another parameter or be a view. Both heads may be DTensors sharded by their rows, on a mesh of one
+            dimension, with biases and ``teacher_logits`` likewise: then
+            :func:`pyfast.parallel.vocab_parallel_linear_distillation_loss` runs.
         teacher_hidden, teacher_head: ``[..., H_t]`` with the student's leading shape, and ``[V, H_t]``; no gradient
             flows to them. Width and dtype are the teacher's own; logits are compared in the wider dtype of the two.
         student_bias, teacher_bias: ``[V]``; the student's receives a gradient.
@@ -105,6 +107,35 @@ def linear_distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
         RuntimeError: double backward, which only ``backend="reference"`` has.
     """
+    if arguments.is_dtensor(student_head) or arguments.is_dtensor(teacher_head):
+        from pyfast import _dtensor  # a floor above: collectives run between the ops there
+
+        return _dtensor.linear_distillation_loss(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            divergence,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            scale_by_t2=scale_by_t2,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            ce_weight=ce_weight,
+            reduction=reduction,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
+            num_items=num_items,
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
     return layers_loss(
         (1.0,),
         (student_hidden,),

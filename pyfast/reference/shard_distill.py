@@ -24,7 +24,7 @@ from torch import Tensor
 from pyfast.reference.distill_kl import DIVERGENCES, softcap
 
 # Words in one float64 temporary: on the CPU about what its caches hold, elsewhere enough to keep the device busy.
-_SCRATCH_WORDS = {"cpu": 1 << 17}
+_SCRATCH_WORDS = {"cpu": 1 << 16}
 _SCRATCH_WORDS_ELSEWHERE = 1 << 21
 _FAR = 700.0  # e^x is finite up to here; a word this much less likely under one model than under the other
 _LOWEST = torch.finfo(torch.float64).min  # stands in for −inf as a maximum, so that −inf − max is −inf
