@@ -48,7 +48,12 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 }
 
 
-_PORTABLE = ("sparse24_convert", "bitmap_convert")  # native, but not by ISA
+# Native, but not by ISA.
+_WITHOUT_ISA = {
+    "sparse24_convert": "portable code, no ISA variants",
+    "bitmap_convert": "portable code, no ISA variants",
+    "linear_distill": "torch's matrix products around the kernels of distill_kl",
+}
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -143,8 +148,8 @@ def op_table() -> list[OpRow]:
     cuda_here = torch.cuda.is_available()
     for op, backends in PRIORITY.items():
         for backend in backends:
-            if backend == "native" and op in _PORTABLE:
-                state = _native.CPU_REASON or "serves CPU tensors; portable code, no ISA variants"
+            if backend == "native" and op in _WITHOUT_ISA:
+                state = _native.CPU_REASON or f"serves CPU tensors; {_WITHOUT_ISA[op]}"
                 rows.append(OpRow(op, backend, _native.CPU is not None, state))
             elif backend == "native":
                 rows += [OpRow(op, name, *_isa_state(name)) for name in ISAS]

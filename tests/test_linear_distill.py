@@ -384,34 +384,33 @@ def test_opcheck(dtype, summed):
     )
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_in_one_graph(reduction):
+def test_compiles_in_one_graph(reduction, autocast):
     case, labels = Case(6), torch.tensor([1, -100, 3, 4, 5, -100])
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
     def step(hidden, head, bias, teacher_hidden, teacher_head, labels):
-        return pyfast.linear_distillation_loss(
-            hidden * 2,
-            head,
-            teacher_hidden,
-            teacher_head,
-            student_bias=bias,
-            temperature=4.0,
-            labels=labels,
-            reduction=reduction,
-        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return pyfast.linear_distillation_loss(
+                hidden * 2,
+                head,
+                teacher_hidden,
+                teacher_head,
+                student_bias=bias,
+                temperature=4.0,
+                labels=labels,
+                reduction=reduction,
+            )
 
-    got = case.differentiate(step(*case.trained, case.teacher_hidden, case.teacher_head, labels))
-    case.teacher_bias = torch.zeros(101)
-    with torch.no_grad():
-        case.student_hidden *= 2
-    loss, (grad_hidden, *grads) = case.plain(temperature=4.0, labels=labels, reduction=reduction)
-    check(got, (loss, [2 * grad_hidden, *grads]))
+    inputs = (*case.trained, case.teacher_hidden, case.teacher_head, labels)
+    eager = case.differentiate(step(*inputs))
+    compiled = case.differentiate(torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs))
+    check(compiled, eager)
 
 
 def test_logits_never_exist_in_full():
-    case = Case(1024, words=32000, student=16, teacher=16)
-    logits = 1024 * 32000 * 4
+    case = Case(512, words=32000, student=16, teacher=16)
+    logits = 512 * 32000 * 4
     gradients = 32000 * 17 * 4
 
     def step(**options):
@@ -424,7 +423,7 @@ def test_logits_never_exist_in_full():
         grown = peak_growth_bytes(lambda reduction=reduction: step(chunk_size=16, reduction=reduction))
         if grown is None:
             pytest.skip("this system does not tell the peak of its memory")
-        assert grown < gradients + logits / 4
+        assert grown < gradients + logits / 2
     whole = peak_growth_bytes(lambda: step(backend="reference"))
     assert whole is not None and whole > 3 * logits  # what the bound above is worth
 

@@ -204,6 +204,11 @@ BAD = {
     "no norm": (TypeError, "teacher_norm", {"teacher_norm": None}),
     "heads swapped": (ValueError, "student_head", {"student_head": T.head, "teacher_head": S.head}),
     "batches differ": (ValueError, "teacher_hidden", {"teacher_hiddens": [h[:1] for h in T.hiddens]}),
+    "layers differ": (
+        ValueError,
+        "student_hidden",
+        {"student_hiddens": [h[: i // 2 + 1] for i, h in enumerate(S.hiddens)]},
+    ),
     "layer above": (ValueError, "layers", {"layers": [3]}),
     "layer below": (ValueError, "layers", {"layers": [-1]}),
     "teacher layer above": (ValueError, "layers", {"layers": {0: 5}}),

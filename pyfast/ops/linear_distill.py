@@ -200,6 +200,10 @@ def layers_loss(
     """
     for hidden in student_hiddens:
         arguments.check_head("student", hidden, student_head, student_bias)
+    leading = student_hiddens[0].shape[:-1]
+    if any(hidden.shape[:-1] != leading for hidden in student_hiddens):
+        shapes = [list(hidden.shape) for hidden in student_hiddens]
+        raise ValueError(f"student_hidden: got shapes {shapes}, accepted: one leading shape for all layers")
     teachers = _check_teacher(student_hiddens, teacher_hiddens, teacher_head, teacher_bias, teacher_logits)
     teacher_words = teachers[0].shape[-1] if teacher_head is None else teacher_head.shape[0]
     words = arguments.common_vocabulary(student_head.shape[0], teacher_words, vocab_size)
@@ -215,7 +219,6 @@ def layers_loss(
         teacher_softcap=teacher_softcap,
     )
     arguments.check_reduction(reduction, num_items)
-    leading = student_hiddens[0].shape[:-1]
     counted = arguments.counted_tokens(leading, student_head.device, labels, ignore_index, mask)
     student_dtype = arguments.product_dtype(student_hiddens[0])
     teacher_dtype = teachers[0].dtype if teacher_head is None else arguments.product_dtype(teachers[0])
@@ -223,7 +226,7 @@ def layers_loss(
     served_by = backends.select("linear_distill", student_head.device.type, logits_dtype, backend)
 
     # A gradient that the divisor of the mean has made small is lost to float16 before a loss scale can reach it.
-    divide_last = reduction == "mean" and torch.float16 in (student_dtype, logits_dtype)
+    divide_last = reduction == "mean" and student_dtype == torch.float16
     like = student_head.new_empty((math.prod(leading), 0), dtype=logits_dtype)
     folded = "sum" if divide_last else reduction
     factor = temperature**2 if scale_by_t2 else 1.0
@@ -405,14 +408,16 @@ def _in_chunks(
 
     with torch.autocast(row_scale.device.type, enabled=False):
         student = _Product(hidden, call.student_head, call.student_bias, words, call.student_dtype)
-        teacher: Tensor | _Product = call.teacher[:, :words]
-        if call.teacher_head is not None:
+        teacher: Tensor | _Product
+        if call.teacher_head is None:
+            teacher = call.teacher[:, :words]
+        else:
             teacher = _Product(call.teacher, call.teacher_head, call.teacher_bias, words, call.teacher_dtype)
         for i, chunk in enumerate(chunks):
             rows[chunk], grad = loss_of(student[chunk].to(logits_dtype), teacher[chunk].to(logits_dtype), chunk)
             grad = grad.to(call.student_dtype)
             if of_hidden:
-                grad_hidden[chunk] = torch.mm(grad, student.head)
+                grad_hidden[chunk] = torch.mm(grad, student.head).to(grad_hidden.dtype)
             if of_head:
                 _add_product(grad_head[:words], grad.t(), student.hidden[chunk], overwrite=i == 0)
             if of_bias:
