@@ -4,7 +4,7 @@ Three doors: :func:`distillation_loss` (fused), :func:`sparse_linear` and :func:
 and :mod:`pyfast.structured` (layers removed, verified). ``pyfast bench`` measures all three against the best dense.
 """
 
-from pyfast import backends, nn, structured
+from pyfast import backends, nn, parallel, structured
 from pyfast._version import __version__
 from pyfast.capture import capture_attention
 from pyfast.contrastive import contrastive_distillation_loss
@@ -33,6 +33,7 @@ __all__ = [
     "linear_distillation_loss",
     "logit_lens_loss",
     "nn",
+    "parallel",
     "sparse_linear",
     "sparsify",
     "structured",

@@ -42,6 +42,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "linear_distill": ("native", "triton", "reference"),
     "topk_distill": ("native", "triton", "reference"),
     "attention_distill": ("native", "triton", "reference"),
+    "shard_distill": ("reference",),
     "sparse24_linear": ("native", "cuda", "reference"),
     "bitmap_linear": ("native", "cuda", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfast.reference.distill_kl import DIVERGENCES
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -82,14 +87,14 @@ def number(name: str, value: float, accepted: str) -> float:
 
 def positive(name: str, value: float) -> float:
     value = number(name, value, "a number above 0")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value}, accepted: a finite number above 0")
     return value
 
 
 def not_negative(name: str, value: float) -> float:
     value = number(name, value, "a number, 0 or above")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: got {value}, accepted: a finite number, 0 or above")
     return value
 
@@ -108,20 +113,26 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
         positive("num_items", num_items)
 
 
-def check_floating(name: str, tensor: Tensor, shape: str) -> None:
-    """``tensor`` holds float16, bfloat16, float32 or float64 with at least one element in its last dimension."""
+def check_floating(name: str, tensor: Tensor, shape: str, least: int = 1) -> None:
+    """``tensor`` holds float16, bfloat16, float32 or float64 with at least ``least`` elements in its last dimension."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, accepted: a tensor {shape}")
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, accepted: float32, bfloat16, float16, float64")
-    if tensor.dim() < 1 or tensor.shape[-1] == 0:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted: {shape}, the last of at least 1")
+    if tensor.dim() < 1 or tensor.shape[-1] < least:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted: {shape}, the last of at least {least}")
 
 
 def check_pair(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tuple[torch.Size, Tensor, Tensor]:
     """Logits of both as ``[rows, V]`` of one dtype, the teacher detached, and the leading shape."""
     check_floating("student", student, "of logits [..., V]")
     check_floating("teacher", teacher, "of logits [..., V]")
+    check_same_tokens(student, teacher)
+    return as_rows(student, teacher, common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size))
+
+
+def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
+    """Both lie on one device and agree in all but the last dimension."""
     if student.device != teacher.device:
         raise ValueError(f"teacher: got device {teacher.device}, accepted: the student's, {student.device}")
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -129,7 +140,11 @@ def check_pair(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tupl
             f"teacher: got shape {list(teacher.shape)}, accepted: the student's leading shape, "
             f"{[*student.shape[:-1], 'V']}"
         )
-    words = common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+
+
+def as_rows(student: Tensor, teacher: Tensor, words: int) -> tuple[torch.Size, Tensor, Tensor]:
+    """The first ``words`` words of both as ``[rows, words]`` of the wider dtype, the teacher detached, and the leading
+    shape."""
     student, teacher = student[..., :words], teacher[..., :words]
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     leading = student.shape[:-1]
@@ -137,17 +152,17 @@ def check_pair(student: Tensor, teacher: Tensor, vocab_size: int | None) -> tupl
     return leading, student.to(dtype).reshape(rows, words), teacher.detach().to(dtype).reshape(rows, words)
 
 
-def check_head(of: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
+def check_head(of: str, hidden: Tensor, head: Tensor, bias: Tensor | None, least: int = 1) -> None:
     """``hidden`` [..., H], ``head`` [V, H] and ``bias`` [V] of one model, whose name ``of`` stands in front of each
-    argument's, can be multiplied as by ``F.linear``."""
+    argument's, can be multiplied as by ``F.linear``; V is at least ``least``."""
     check_floating(f"{of}_hidden", hidden, "of hidden states [..., H]")
     check_floating(f"{of}_head", head, "of weights [V, H]")
     width = hidden.shape[-1]
-    if head.dim() != 2 or head.shape[0] == 0 or head.shape[1] != width:
+    if head.dim() != 2 or head.shape[0] < least or head.shape[1] != width:
         raise ValueError(f"{of}_head: got shape {list(head.shape)}, accepted: [V, {width}], as wide as {of}_hidden")
     operands = {f"{of}_head": head}
     if bias is not None:
-        check_floating(f"{of}_bias", bias, "of one value a word [V]")
+        check_floating(f"{of}_bias", bias, "of one value a word [V]", least)
         if bias.shape != head.shape[:1]:
             raise ValueError(f"{of}_bias: got shape {list(bias.shape)}, accepted: [{head.shape[0]}], one a word")
         operands[f"{of}_bias"] = bias
@@ -248,3 +263,12 @@ def next_token(tokens: Tensor, fill: int | bool) -> Tensor:
     """What stands at i + 1, at i: labels or a mask ``[..., T]`` over tokens, moved to the positions whose logits
     predict them. The last position predicts nothing and gets ``fill``."""
     return torch.nn.functional.pad(tokens[..., 1:], (0, 1), value=fill)
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Whether ``value`` is a DTensor, found without importing what DTensors are where it is a plain tensor."""
+    if type(value) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)

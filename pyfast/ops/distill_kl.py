@@ -58,6 +58,10 @@ def distillation_loss(
         student: logits ``[..., V]``, float32, bfloat16 or float16 (float64 by the reference). Receives the gradient.
         teacher: logits ``[..., V]`` of the same leading shape; no gradient flows to it. −inf excludes a word.
             Where dtypes differ both are brought to the wider one.
+            Both may be DTensors whose words, ``Shard(-1)``, lie on one dimension of their mesh, alike in the others:
+            then :func:`pyfast.parallel.vocab_parallel_distillation_loss` runs. ``labels`` and ``mask`` are this rank's
+            tokens, or DTensors. The result is a plain tensor; where a dimension of the mesh shards the tokens it is
+            the loss of this rank's, and its mean is over these unless ``num_items`` is given.
         divergence: one of the names above.
         alpha: share α of the skew divergences, from 0 (no skew) to below 1.
         beta: share β of ``jsd``, above 0 and below 1.
@@ -80,6 +84,29 @@ def distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
             Labels out of range are seen on the CPU only; on a GPU, where looking would stop the host, they give NaN.
     """
+    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
+        from pyfast import _dtensor  # a floor above: collectives run between the ops there
+
+        return _dtensor.distillation_loss(
+            student,
+            teacher,
+            divergence,
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            scale_by_t2=scale_by_t2,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            ce_weight=ce_weight,
+            reduction=reduction,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
+            num_items=num_items,
+            vocab_size=vocab_size,
+            backend=backend,
+        )
     call = _prepare(
         student,
         teacher,
@@ -206,6 +233,8 @@ def _prepare(
     vocab_size: int | None,
     backend: str | None,
 ) -> _Call:
+    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
+        raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
     leading, rows_s, rows_t = arguments.check_pair(student, teacher, vocab_size)
     objective = arguments.objective(
         divergence,

@@ -19,7 +19,7 @@ gets its memory again from what it kept (csrc/cpu/reuse.h) or from the caching a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,9 @@ def linear_distillation_loss(
     Args:
         student_hidden: ``[..., H_s]``, float32, bfloat16 or float16 (float64 by the reference). Receives a gradient.
         student_head: ``[V, H_s]`` of the same dtype, such as ``model.lm_head.weight``. Receives a gradient. May be tied
-            to another parameter or be a view.
+            to another parameter or be a view. Both heads may be DTensors sharded by their rows, on a mesh of one
+            dimension, with biases and ``teacher_logits`` likewise: then
+            :func:`pyfast.parallel.vocab_parallel_linear_distillation_loss` runs.
         teacher_hidden, teacher_head: ``[..., H_t]`` with the student's leading shape, and ``[V, H_t]``; no gradient
             flows to them. Width and dtype are the teacher's own; logits are compared in the wider dtype of the two.
         student_bias, teacher_bias: ``[V]``; the student's receives a gradient.
@@ -105,6 +107,35 @@ def linear_distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
         RuntimeError: double backward, which only ``backend="reference"`` has.
     """
+    if arguments.is_dtensor(student_head) or arguments.is_dtensor(teacher_head):
+        from pyfast import _dtensor  # a floor above: collectives run between the ops there
+
+        return _dtensor.linear_distillation_loss(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            divergence,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            teacher_logits=teacher_logits,
+            alpha=alpha,
+            beta=beta,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            scale_by_t2=scale_by_t2,
+            softcap=softcap,
+            teacher_softcap=teacher_softcap,
+            ce_weight=ce_weight,
+            reduction=reduction,
+            labels=labels,
+            ignore_index=ignore_index,
+            mask=mask,
+            num_items=num_items,
+            vocab_size=vocab_size,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
     return layers_loss(
         (1.0,),
         (student_hidden,),
@@ -245,20 +276,21 @@ def _check_teacher(
     head: Tensor | None,
     bias: Tensor | None,
     logits: Tensor | None,
+    least: int = 1,
 ) -> Sequence[Tensor]:
-    """The teacher's hidden states or logits, of which one must be given."""
+    """The teacher's hidden states or logits, of which one must be given, over at least ``least`` words."""
     if hiddens is not None and logits is None:
         if head is None:
             raise TypeError("teacher_head: got None, accepted with teacher_hidden: a tensor of weights [V, H]")
         name, teachers = "teacher_hidden", hiddens
         for hidden in hiddens:
-            arguments.check_head("teacher", hidden, head, bias)
+            arguments.check_head("teacher", hidden, head, bias, least)
     elif logits is not None and hiddens is None:
         name, teachers = "teacher_logits", (logits,)
         for extra, value in (("teacher_head", head), ("teacher_bias", bias)):
             if value is not None:
                 raise ValueError(f"{extra}: got one beside teacher_logits, accepted: with teacher_hidden only")
-        arguments.check_floating(name, logits, "of logits [..., V]")
+        arguments.check_floating(name, logits, "of logits [..., V]", least)
     else:
         got = "neither" if logits is None else "both"
         raise ValueError(
@@ -340,10 +372,31 @@ def _gradients(call: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl(LIBRARY, "linear_distill", "CompositeExplicitAutograd")
-def _in_chunks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _whole(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _Inputs(*inputs)
+
+    def loss_of(student: Tensor, teacher: Tensor, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
+        rows, _, grad = torch.ops.pyfast.distill_kl(
+            student,
+            teacher,
+            call.row_scale[chunk],
+            *call.objective,
+            None if call.labels is None else call.labels[chunk],
+            None if call.ce_scale is None else call.ce_scale[chunk],
+            any(call.wanted),
+        )
+        return rows, grad
+
+    return _in_chunks(call, loss_of)
+
+
+def _in_chunks(
+    call: _Inputs, loss_of: Callable[[Tensor, Tensor, slice | Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``loss_of`` gives the values of the rows of a chunk, and the gradient of their sum to its first argument, from
+    the logits of both: of all words, or of those that this process has (``pyfast/parallel.py``)."""
     of_hidden, of_head, of_bias = call.wanted
-    words, row_scale, labels, ce_scale = call.words, call.row_scale, call.labels, call.ce_scale
+    words, row_scale, ce_scale = call.words, call.row_scale, call.ce_scale
     rows = torch.zeros_like(row_scale)
     grad_hidden, grad_head, grad_bias = _gradients(call)
     logits_dtype = torch.promote_types(call.student_dtype, call.teacher_dtype)
@@ -361,22 +414,14 @@ def _in_chunks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         else:
             teacher = _Product(call.teacher, call.teacher_head, call.teacher_bias, words, call.teacher_dtype)
         for i, chunk in enumerate(chunks):
-            rows[chunk], _, grad = torch.ops.pyfast.distill_kl(
-                student[chunk].to(logits_dtype),
-                teacher[chunk].to(logits_dtype),
-                row_scale[chunk],
-                *call.objective,
-                None if labels is None else labels[chunk],
-                None if ce_scale is None else ce_scale[chunk],
-                any(call.wanted),
-            )
+            rows[chunk], grad = loss_of(student[chunk].to(logits_dtype), teacher[chunk].to(logits_dtype), chunk)
             grad = grad.to(call.student_dtype)
             if of_hidden:
                 grad_hidden[chunk] = torch.mm(grad, student.head).to(grad_hidden.dtype)
             if of_head:
                 _add_product(grad_head[:words], grad.t(), student.hidden[chunk], overwrite=i == 0)
             if of_bias:
-                grad_bias[:words] += grad.sum(0, dtype=torch.float32)
+                grad_bias[:words] += grad.sum(0, dtype=grad_bias.dtype)
             del grad  # its memory serves the next chunk
     if of_head:
         grad_head[words if chunks else 0 :].zero_()
