@@ -64,10 +64,18 @@ def hidden_loss(
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, accepted: {', '.join(KINDS)}")
     arguments.positive("eps", eps)
-    arguments.check_reduction(reduction, num_items)
     leading = _check_pair(student, teacher, projection)
-    counted = arguments.counted_tokens(leading, student.device, None, 0, mask)
-    count = math.prod(leading)
+    weights = arguments.token_weights(
+        torch.empty(math.prod(leading), device=student.device, dtype=torch.promote_types(student.dtype, torch.float32)),
+        leading,
+        factor=1.0,
+        reduction=reduction,
+        labels=None,
+        ignore_index=0,
+        mask=mask,
+        num_items=num_items,
+    )
+    count, counted = math.prod(leading), weights.counted
     student, teacher = student.reshape(count, student.shape[-1]), teacher.detach().reshape(count, teacher.shape[-1])
     if counted is not None:
         student = torch.where(counted.unsqueeze(-1), student, 0.0)
@@ -75,7 +83,7 @@ def hidden_loss(
     student = _projected(student, projection, teacher.shape[-1])
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     values = _VALUES[kind](student.to(dtype), teacher.to(dtype), eps)
-    rows = weighted(values, arguments.row_scale(values, counted, reduction, num_items, 1.0))
+    rows = weighted(values, weights.row_scale)
     return rows.reshape(leading) if reduction == "none" else rows.sum()
 
 

@@ -103,13 +103,14 @@ def vocab_parallel_distillation_loss(
         ignore_index,
         mask,
         num_items,
+        divide_last=student_shard.dtype == torch.float16,
     )
     if torch.is_grad_enabled() and student.requires_grad:
         rows = _VocabParallel.apply(student, teacher, call)
     else:
         with torch.no_grad():
             rows, _ = _rows_and_grad(student, teacher, call, slice(None), with_grad=False)
-    return rows.reshape(leading) if reduction == "none" else rows.sum()
+    return rows.reshape(leading) if reduction == "none" else call.weights.reduced(rows.sum())
 
 
 @torch.compiler.disable  # the number of chunks hangs on how many tokens count
@@ -184,9 +185,6 @@ def vocab_parallel_linear_distillation_loss(
     teacher_dtype = teacher.dtype if teacher_head is None else arguments.product_dtype(teacher)
     logits_dtype = torch.promote_types(student_dtype, teacher_dtype)
     leading = student_hidden.shape[:-1]
-    arguments.check_reduction(reduction, num_items)
-    # A gradient that the divisor of the mean has made small is lost to float16 before a loss scale can reach it.
-    divide_last = reduction == "mean" and torch.float16 in (student_dtype, logits_dtype)
     call = _prepare(
         student_hidden.new_empty((math.prod(leading), 0), dtype=logits_dtype),
         leading,
@@ -200,11 +198,12 @@ def vocab_parallel_linear_distillation_loss(
         softcap,
         teacher_softcap,
         ce_weight,
-        "sum" if divide_last else reduction,
+        reduction,
         labels,
         ignore_index,
         mask,
-        None if divide_last else num_items,
+        num_items,
+        divide_last=torch.float16 in (student_dtype, logits_dtype),
     )
     inputs = linear._Inputs(
         student_hidden.reshape(math.prod(leading), student_hidden.shape[-1]),
@@ -213,10 +212,10 @@ def vocab_parallel_linear_distillation_loss(
         teacher.detach().reshape(math.prod(leading), teacher.shape[-1]),
         None if teacher_head is None else teacher_head.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
-        call.row_scale,
+        call.weights.row_scale,
         *call.objective,
-        call.labels,
-        call.ce_scale,
+        call.weights.labels,
+        call.weights.ce_scale,
         words,
         chunk_size,
         student_dtype,
@@ -229,9 +228,7 @@ def vocab_parallel_linear_distillation_loss(
     else:
         with torch.no_grad():
             loss, *_ = _in_chunks(inputs, call)
-    if divide_last:
-        loss = loss / arguments.mean_divisor(call.row_scale, call.counted, num_items)
-    return loss.reshape(leading) if reduction == "none" else loss
+    return loss.reshape(leading) if reduction == "none" else call.weights.reduced(loss)
 
 
 class _Shard(NamedTuple):
@@ -246,11 +243,8 @@ class _Call(NamedTuple):
     """A checked call: all but the logits. Labels count over the whole vocabulary."""
 
     shard: _Shard
-    row_scale: Tensor
+    weights: arguments.TokenWeights
     objective: arguments.Objective
-    labels: Tensor | None
-    ce_scale: Tensor | None
-    counted: Tensor | None
 
 
 def _prepare(
@@ -271,6 +265,7 @@ def _prepare(
     ignore_index: int,
     mask: Tensor | None,
     num_items: float | Tensor | None,
+    divide_last: bool,
 ) -> _Call:
     objective = arguments.objective(
         divergence,
@@ -281,17 +276,19 @@ def _prepare(
         softcap=softcap,
         teacher_softcap=teacher_softcap,
     )
-    arguments.check_reduction(reduction, num_items)
-    counted = arguments.counted_tokens(leading, like.device, labels, ignore_index, mask)
-    factor = temperature**2 if scale_by_t2 else 1.0
-    scale = arguments.row_scale(like, counted, reduction, num_items, factor)
-    words = ce_scale = None
-    if arguments.not_negative("ce_weight", ce_weight) > 0:
-        if labels is None:
-            raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
-        words = labels.reshape(-1).long()
-        ce_scale = arguments.row_scale(like, counted, reduction, num_items, ce_weight)
-    return _Call(shard, scale, objective, words, ce_scale, counted)
+    weights = arguments.token_weights(
+        like,
+        leading,
+        factor=temperature**2 if scale_by_t2 else 1.0,
+        reduction=reduction,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        num_items=num_items,
+        ce_weight=ce_weight,
+        divide_last=divide_last,
+    )
+    return _Call(shard, weights, objective)
 
 
 def _rows_and_grad(
@@ -300,8 +297,8 @@ def _rows_and_grad(
     """Values of the rows ``part`` of a call over the whole vocabulary, and the gradient of their sum to this rank's
     logits: the two collectives, and what lies between them."""
     objective, group = call.objective, call.shard.group
-    row_scale = call.row_scale[part]
-    ce_scale = None if call.ce_scale is None else call.ce_scale[part]
+    row_scale = call.weights.row_scale[part]
+    ce_scale = None if call.weights.ce_scale is None else call.weights.ce_scale[part]
     student_temperatures = [objective.student_temperature] + ([] if ce_scale is None else [1.0])
     teacher_temperatures = [objective.teacher_temperature]
 
@@ -319,8 +316,8 @@ def _rows_and_grad(
     _check_places(call, part, starts, widths)
 
     labels = None
-    if call.labels is not None:
-        labels = call.labels[part] - widths[: dist.get_rank(group)].sum().long()
+    if call.weights.labels is not None:
+        labels = call.weights.labels[part] - widths[: dist.get_rank(group)].sum().long()
         labels = torch.where((labels >= 0) & (labels < student.shape[-1]), labels, -1)
     inputs = (student, teacher, row_scale, *objective, student_lse, teacher_lse)
     sums, grad = torch.ops.pyfast.shard_distill(*inputs, None, labels, ce_scale, with_grad)
@@ -329,8 +326,8 @@ def _rows_and_grad(
         _, grad = torch.ops.pyfast.shard_distill(*inputs, sums[:, 1], labels, ce_scale, True)
 
     rows = weighted(sums[:, 0], row_scale.double())
-    if call.labels is not None and ce_scale is not None:
-        known = (call.labels[part] >= 0) & (call.labels[part] < widths.sum())
+    if call.weights.labels is not None and ce_scale is not None:
+        known = (call.weights.labels[part] >= 0) & (call.weights.labels[part] < widths.sum())
         ce = torch.where(known, student_lse[:, 1] - sums[:, 2], math.nan)
         rows = rows + weighted(ce, ce_scale.double())
     return rows.to(row_scale.dtype), grad
@@ -373,7 +370,7 @@ class _VocabParallelLinear(torch.autograd.Function):
         inputs = inputs._replace(student_hidden=hidden, student_head=head, student_bias=bias)
         loss, grad_hidden, grad_head, grad_bias = _in_chunks(inputs, call)
         if inputs.wanted[0]:
-            wide = grad_hidden.to(call.row_scale.dtype)
+            wide = grad_hidden.to(call.weights.row_scale.dtype)
             dist.all_reduce(wide, group=call.shard.group)
             grad_hidden = wide.to(grad_hidden.dtype)
         ctx.wanted = inputs.wanted
@@ -463,6 +460,6 @@ def _check_places(call: _Call, part: slice | Tensor, starts: Tensor, widths: Ten
         raise ValueError("student_shard: got no word on any rank, accepted: at least one")
     if call.shard.vocab_size not in (None, end):
         raise ValueError(f"vocab_size: got {call.shard.vocab_size}, accepted: an integer from 1 to {end}, or None")
-    if call.labels is not None:
-        counted = None if call.counted is None else call.counted[part]
-        arguments.check_labels(call.labels[part], counted, end)
+    if call.weights.labels is not None:
+        counted = None if call.weights.counted is None else call.weights.counted[part]
+        arguments.check_labels(call.weights.labels[part], counted, end)

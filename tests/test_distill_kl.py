@@ -281,6 +281,15 @@ def test_mixed_dtypes_use_the_wider():
     assert grad.dtype == torch.bfloat16 and relative_error(loss, truth(s, t)[0].mean()) < 2e-6
 
 
+def test_a_float16_mean_is_divided_last():
+    """Small gradients reach a loss scale before they are rounded to float16."""
+    s, t = logits(4096, 64, dtype=torch.float16), logits(4096, 64, dtype=torch.float16)
+    student = s.clone().requires_grad_()
+    (2.0**14 * pyfast.distillation_loss(student, t)).backward()
+    _, grad = truth(s, t)
+    assert relative_error(student.grad, grad * (2.0**14 / 4096)) < GRAD_TOLERANCE[torch.float16]
+
+
 def test_float64_is_served_by_the_reference():
     s, t = logits(3, 50, dtype=torch.float64), logits(3, 50, dtype=torch.float64)
     loss, grad = loss_and_grad(s, t, temperature=2.0)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from test_topk_distill import truth
-from test_triton_distill_kl import broken_interpreter, draw, poisoned, scales
+from triton_cases import broken_interpreter, draw, poisoned, scales
 
 MODES = ("bucket", "ignore", "renormalise", "sampled")
 

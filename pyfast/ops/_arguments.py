@@ -224,19 +224,56 @@ def counted_tokens(
     return counted
 
 
-def row_scale(
-    like: Tensor, counted: Tensor | None, reduction: str, num_items: float | Tensor | None, factor: float
-) -> Tensor:
-    """What each row's value and gradient are multiplied by: mask, factor and the divisor of the mean in one. The
-    kernels fold it in, so that backward has nothing left to do. float32 (float64 for float64 ``like``), one for
-    each row of ``like``, without a host sync."""
-    rows = like.shape[0]
+class TokenWeights(NamedTuple):
+    """What the tokens of a call count: factors of each row, and what the sum over rows is divided by at last."""
+
+    row_scale: Tensor
+    labels: Tensor | None
+    ce_scale: Tensor | None
+    counted: Tensor | None
+    divisor: float | Tensor | None
+
+    def reduced(self, loss: Tensor) -> Tensor:
+        return loss if self.divisor is None else loss / self.divisor
+
+
+def token_weights(
+    like: Tensor,
+    leading: torch.Size,
+    *,
+    factor: float,
+    reduction: str,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    num_items: float | Tensor | None,
+    ce_weight: float = 0.0,
+    words: int | None = None,
+    divide_last: bool = False,
+) -> TokenWeights:
+    """Mask, ``factor`` and the divisor of the mean in one number for each row of ``like`` ([rows, …]). The kernels fold
+    it in, so that backward has nothing left to do. float32 (float64 for float64 ``like``), without a host sync.
+
+    Args:
+        factor: of the divergence; ``ce_weight`` that of the cross-entropy, whose ``labels`` are below ``words``.
+        divide_last: leave the divisor of the mean to :meth:`TokenWeights.reduced`: folded into a float16 gradient it
+            makes small numbers 0 before a loss scale can reach them.
+    """
+    check_reduction(reduction, num_items)
+    counted = counted_tokens(leading, like.device, labels, ignore_index, mask)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if counted is None:
-        scale = torch.full((rows,), factor, dtype=dtype, device=like.device)
-    else:
-        scale = counted.to(dtype) * factor
-    return scale / mean_divisor(scale, counted, num_items) if reduction == "mean" else scale
+    ones = torch.ones(like.shape[0], dtype=dtype, device=like.device) if counted is None else counted.to(dtype)
+    divisor = mean_divisor(ones, counted, num_items) if reduction == "mean" else None
+    if divisor is not None and not divide_last:
+        ones, divisor = ones / divisor, None
+    targets = ce_scale = None
+    if not_negative("ce_weight", ce_weight) > 0:
+        if labels is None:
+            raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
+        if words is not None:
+            check_labels(labels, counted, words)
+        targets, ce_scale = labels.reshape(-1).long(), ones * ce_weight
+    return TokenWeights(ones * factor, targets, ce_scale, counted, divisor)
 
 
 def mean_divisor(scale: Tensor, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:

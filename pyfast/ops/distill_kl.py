@@ -128,7 +128,7 @@ def distillation_loss(
         backend,
     )
     rows, _, _ = call.run(torch.is_grad_enabled() and student.requires_grad)
-    return rows.reshape(call.leading) if reduction == "none" else rows.sum()
+    return rows.reshape(call.leading) if reduction == "none" else call.weights.reduced(rows.sum())
 
 
 def distillation_value_and_grad(
@@ -178,6 +178,7 @@ def distillation_value_and_grad(
         num_items,
         vocab_size,
         backend,
+        finished=True,
     )
     with torch.no_grad():
         rows, _, grad = call.run(True)
@@ -193,15 +194,14 @@ class _Call(NamedTuple):
     leading: torch.Size
     student: Tensor
     teacher: Tensor
-    row_scale: Tensor
+    weights: arguments.TokenWeights
     objective: arguments.Objective
-    labels: Tensor | None
-    ce_scale: Tensor | None
     backend: str
 
     def run(self, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, the cross-entropy's part of them, and the gradient of their sum (empty without ``with_grad``)."""
-        inputs = (self.student, self.teacher, self.row_scale, *self.objective, self.labels, self.ce_scale)
+        row_scale, labels, ce_scale, _, _ = self.weights
+        inputs = (self.student, self.teacher, row_scale, *self.objective, labels, ce_scale)
         if self.backend != "reference":
             return torch.ops.pyfast.distill_kl(*inputs, with_grad)
         if torch.is_grad_enabled() or not with_grad:
@@ -232,6 +232,7 @@ def _prepare(
     num_items: float | Tensor | None,
     vocab_size: int | None,
     backend: str | None,
+    finished: bool = False,
 ) -> _Call:
     if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
         raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
@@ -245,19 +246,21 @@ def _prepare(
         softcap=softcap,
         teacher_softcap=teacher_softcap,
     )
-    arguments.check_reduction(reduction, num_items)
-    counted = arguments.counted_tokens(leading, student.device, labels, ignore_index, mask)
-    factor = temperature**2 if scale_by_t2 else 1.0
-    scale = arguments.row_scale(rows_s, counted, reduction, num_items, factor)
-    words = ce_scale = None
-    if arguments.not_negative("ce_weight", ce_weight) > 0:
-        if labels is None:
-            raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
-        arguments.check_labels(labels, counted, rows_s.shape[-1])
-        words = labels.reshape(-1).long()
-        ce_scale = arguments.row_scale(rows_s, counted, reduction, num_items, ce_weight)
+    weights = arguments.token_weights(
+        rows_s,
+        leading,
+        factor=temperature**2 if scale_by_t2 else 1.0,
+        reduction=reduction,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        num_items=num_items,
+        ce_weight=ce_weight,
+        words=rows_s.shape[-1],
+        divide_last=student.dtype == torch.float16 and not finished,
+    )
     served_by = backends.select("distill_kl", student.device.type, rows_s.dtype, backend)
-    return _Call(leading, rows_s, rows_t, scale, objective, words, ce_scale, served_by)
+    return _Call(leading, rows_s, rows_t, weights, objective, served_by)
 
 
 # The op. rows[i] = row_scale[i] · divergence + ce_scale[i] · cross-entropy; ce_rows is the second part alone, empty

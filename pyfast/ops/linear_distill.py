@@ -218,29 +218,29 @@ def layers_loss(
         softcap=softcap,
         teacher_softcap=teacher_softcap,
     )
-    arguments.check_reduction(reduction, num_items)
-    counted = arguments.counted_tokens(leading, student_head.device, labels, ignore_index, mask)
     student_dtype = arguments.product_dtype(student_hiddens[0])
     teacher_dtype = teachers[0].dtype if teacher_head is None else arguments.product_dtype(teachers[0])
     logits_dtype = torch.promote_types(student_dtype, teacher_dtype)
     served_by = backends.select("linear_distill", student_head.device.type, logits_dtype, backend)
 
-    # A gradient that the divisor of the mean has made small is lost to float16 before a loss scale can reach it.
-    divide_last = reduction == "mean" and student_dtype == torch.float16
-    like = student_head.new_empty((math.prod(leading), 0), dtype=logits_dtype)
-    folded = "sum" if divide_last else reduction
-    factor = temperature**2 if scale_by_t2 else 1.0
-    scale = arguments.row_scale(like, counted, folded, num_items, factor)
-    divisor = arguments.mean_divisor(scale, counted, num_items) if divide_last else None
-    targets = ce_scale = None
-    if arguments.not_negative("ce_weight", ce_weight) > 0:
-        if labels is None:
-            raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
-        arguments.check_labels(labels, counted, words)
-        targets = labels.reshape(-1).long().repeat(len(layer_weights))
-        ce_scale = arguments.row_scale(like, counted, folded, num_items, ce_weight)
+    weights = arguments.token_weights(
+        student_head.new_empty((math.prod(leading), 0), dtype=logits_dtype),
+        leading,
+        factor=temperature**2 if scale_by_t2 else 1.0,
+        reduction=reduction,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        num_items=num_items,
+        ce_weight=ce_weight,
+        words=words,
+        divide_last=student_dtype == torch.float16,
+    )
+    targets, ce_scale = weights.labels, weights.ce_scale
+    if targets is not None and ce_scale is not None:
+        targets = targets.repeat(len(layer_weights))
         ce_scale = torch.cat([ce_scale * weight for weight in layer_weights])
-    scale = torch.cat([scale * weight for weight in layer_weights])
+    scale = torch.cat([weights.row_scale * weight for weight in layer_weights])
 
     summed = reduction != "none"
     operands = (_rows(student_hiddens), student_head, student_bias)
@@ -267,7 +267,7 @@ def layers_loss(
         loss, *_ = torch.ops.pyfast.linear_distill(*inputs)
     if not summed:
         return loss.reshape(len(layer_weights), *leading).sum(0)
-    return loss if divisor is None else loss / divisor
+    return weights.reduced(loss)
 
 
 def _check_teacher(

@@ -89,20 +89,28 @@ def topk_distillation_loss(
     arguments.check_floating("student_logits", student_logits, "of logits [..., V]")
     tail, entries = _check_teacher(student_logits, teacher_ids, teacher_logprobs, tail, weights)
     temperature = arguments.positive("temperature", temperature)
-    arguments.check_reduction(reduction, num_items)
     leading, words, k = student_logits.shape[:-1], student_logits.shape[-1], teacher_ids.shape[-1]
     student = student_logits.reshape(math.prod(leading), words)
-    counted = arguments.counted_tokens(leading, student.device, labels, ignore_index, mask)
-    scale = arguments.row_scale(student, counted, reduction, num_items, temperature**2 if scale_by_t2 else 1.0)
+    weight = arguments.token_weights(
+        student,
+        leading,
+        factor=temperature**2 if scale_by_t2 else 1.0,
+        reduction=reduction,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        num_items=num_items,
+        divide_last=student.dtype == torch.float16,
+    )
     ids = teacher_ids.reshape(-1, k).long()
     entries = entries.detach().reshape(-1, k).double()
-    _check_values(ids, entries, counted, tail, words)
+    _check_values(ids, entries, weight.counted, tail, words)
     if backends.select("topk_distill", student.device.type, student.dtype, backend) == "reference":
-        rows = reference.topk_distill(student, ids, entries, scale, tail, temperature)
+        rows = reference.topk_distill(student, ids, entries, weight.row_scale, tail, temperature)
     else:
         with_grad = torch.is_grad_enabled() and student.requires_grad
-        rows, _ = torch.ops.pyfast.topk_distill(student, ids, entries, scale, tail, temperature, with_grad)
-    return rows.reshape(leading) if reduction == "none" else rows.sum()
+        rows, _ = torch.ops.pyfast.topk_distill(student, ids, entries, weight.row_scale, tail, temperature, with_grad)
+    return rows.reshape(leading) if reduction == "none" else weight.reduced(rows.sum())
 
 
 def _check_teacher(
