@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import relative_error
-from pyfast.ops.attention_distill import attention_distillation_loss
 from tiny_models import batch, tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ import pyfast
 from pyfast import capture_attention
 from pyfast.logit_lens import logit_lens_loss
 from pyfast.nn import DistillationLoss, cosine_schedule, linear_schedule
+from pyfast.ops.attention_distill import attention_distillation_loss
 
 NAN = float("nan")
 

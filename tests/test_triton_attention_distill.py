@@ -140,7 +140,7 @@ def worker(device: str, target: str) -> None:
 
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from test_triton_distill_kl import broken_interpreter
+    from triton_cases import broken_interpreter
 
     pytest.importorskip("triton", reason="Triton is not installed")
     if request.param == "cuda" and not torch.cuda.is_available():

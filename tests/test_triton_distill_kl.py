@@ -7,14 +7,13 @@ import math
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton_cases
-from triton_cases import BAD, CASES, WRONG_LABELS, Inputs, bits, gradient, plain
+from triton_cases import BAD, CASES, WRONG_LABELS, Inputs, bits, broken_interpreter, gradient, plain
 
 from pyfast.reference import distill_kl as reference
 
@@ -46,15 +45,6 @@ def truth(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, ce_rows = reference.distill_kl(student, teacher.double(), row_scale.double(), *options, labels, ce_scale)
     (grad,) = torch.autograd.grad(rows.sum(), student)
     return rows.detach(), ce_rows, grad
-
-
-def broken_interpreter() -> bool:
-    """Triton's interpreter before 3.7 fails on every loop under NumPy 2.4 and later (its issue 9171)."""
-    import numpy
-
-    major, minor = (int(part) for part in version("triton").split(".")[:2])
-    numpy_major, numpy_minor = (int(part) for part in numpy.__version__.split(".")[:2])
-    return (major, minor) < (3, 7) and (numpy_major, numpy_minor) >= (2, 4)
 
 
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -271,6 +272,15 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[], dict[str, Any]]]] = {
         lambda: {"labels": torch.zeros(3, dtype=torch.int64), "ce_scale": torch.zeros(2)},
     ),
 }
+
+
+def broken_interpreter() -> bool:
+    """Triton's interpreter before 3.7 fails on every loop under NumPy 2.4 and later (its issue 9171)."""
+    import numpy
+
+    major, minor = (int(part) for part in version("triton").split(".")[:2])
+    numpy_major, numpy_minor = (int(part) for part in numpy.__version__.split(".")[:2])
+    return (major, minor) < (3, 7) and (numpy_major, numpy_minor) >= (2, 4)
 
 
 @contextlib.contextmanager
