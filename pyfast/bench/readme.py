@@ -71,7 +71,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _losses(report: Report) -> str:
     """The forward KL with everyone that was measured, then a line for each other loss."""
-    forward, others = [], []
+    forward: list[Result] = []
+    others: list[Result] = []
     for r in report.select(suite="losses"):
         (forward if r.op == "distill_kl" and r.case in ("loss+gradient", "loss") else others).append(r)
     absent = "; ".join(dict.fromkeys(r.note for r in (*forward, *others) if r.impl == "pyfast" and r.note))

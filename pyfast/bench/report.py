@@ -22,8 +22,8 @@ NAME = "index.html"
 _NONE = "\N{EN DASH}"
 _ABOUT = {
     "losses": "The fused distillation losses beside eager torch, torch.compile and other libraries: divergences of "
-    "logits (the forward KL where none is named), top-k, attention, and hidden states times head. E bytes in one tensor "
-    "of logits make a floor of 3E for loss and gradient: both are read, the gradient is written. The floors of "
+    "logits (the forward KL where none is named), top-k, attention, and hidden states times head. E bytes in one "
+    "tensor of logits make a floor of 3E for loss and gradient: both are read, the gradient is written. The floors of "
     "attention and of the fused linear loss are arithmetic.",
     "sparse": "One linear layer with cold weights. The baseline is the fastest dense linear of any library and dtype "
     "in the same case, timed in turn with the others.",
