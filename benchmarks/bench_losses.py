@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyfast.bench.suites import losses
 
-CASES = (losses.cases,)
+CASES = (losses.every_case,)
 
 
 def test_losses(benchmark, implementation):

@@ -49,4 +49,22 @@ def report() -> Report:
 
 def loss_result(impl: str, ms: float, shape: list[int], **fields) -> Result:
     kind = {"suite": "losses", "op": "distill_kl", "case": "loss+gradient", "format": "none", "sparsity": 0.0}
-    return result(ms, **kind, shape=shape, tokens=shape[0], impl=impl, **fields)
+    return result(ms, **{**kind, "tokens": shape[0], **fields}, shape=shape, impl=impl)
+
+
+def other_losses() -> list[Result]:
+    """A line of each kind of loss that is not the forward KL between logits, with its eager and what it is compared
+    with."""
+    kinds = [
+        ("distill_kl", "jsd loss+gradient", [512, 32000], {"speedup_vs_compile": 4.25}),
+        ("topk_distill", "top-64 loss+gradient", [128, 151936], {"speedup_vs_full_kl": 2.75}),
+        ("attention_distill", "attention loss+gradient", [1, 16, 2048, 64], {}),
+        ("linear_distill", "fused linear forward_kl loss+gradient", [1024, 896, 151936], {"speedup_vs_products": 0.95}),
+    ]
+    made = []
+    for op, case, shape, metrics in kinds:
+        same = {"op": op, "case": case, "baseline": "eager", "baseline_ms": 60.0}
+        ours = {**metrics, "extra_bytes": 2e6}
+        made.append(loss_result("pyfast", 20.0, shape, **same, metrics=ours, note="trl left out: ImportError: trl"))
+        made.append(loss_result("eager", 60.0, shape, **same, metrics={"extra_bytes": 4e9}))
+    return made

@@ -7,18 +7,20 @@ from functools import partial
 
 import pytest
 import torch
-from bench_samples import FLOORS, loss_result, report, result
+from bench_samples import FLOORS, loss_result, other_losses, report, result
 from rich.console import Console
 
-from pyfast.bench import baselines, hardware, readme, runner, tables
+from pyfast.bench import bars, baselines, hardware, headline, plots, readme, runner, tables
 from pyfast.bench.cases import is_pyfast, keep_runnable, relative_error
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Bar, Report
-from pyfast.bench.suites import losses, sparse
+from pyfast.bench.suites import losses, losses_attention, losses_linear, losses_topk, sparse
 from pyfast.bench.timing import ImplementationError
+from pyfast.reference import distill_kl as reference
 
 QUIET = Progress(quiet=True)
+PEERS = {"trl", "liger"}  # optional
 
 
 # --- suites ---
@@ -43,34 +45,84 @@ def test_relative_error_of_nonsense_is_none():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_truth_of_a_loss_case_is_torchs_in_float64(dtype):
-    case = losses.LossCase(6, 50, dtype, gradient=True)
-    student, teacher = (x.detach().double() for x in case.logits())
+@pytest.mark.parametrize("divergence", bars.DIVERGENCES)
+def test_the_truth_of_a_loss_case_is_the_references_in_float64(divergence, dtype):
+    case = losses.LossCase(6, 50, divergence, dtype=dtype)
+    student, teacher = (x.detach().double() for x in case.inputs())
     student.requires_grad_()
-    loss = losses.eager(student, teacher)
-    (gradient,) = torch.autograd.grad(loss, student)
-    value, rows = case.truth()
-    torch.testing.assert_close(value, loss.detach())
-    torch.testing.assert_close(rows, gradient[: len(rows)])
+    mix = {"jsd": losses.BETA, "skew_kl": losses.ALPHA}.get(divergence, 0.0)
+    scale = torch.full((6,), losses.TEMPERATURE**2 / 6, dtype=torch.float64)
+    rows, _ = reference.distill_kl(student, teacher, scale, divergence, mix, losses.TEMPERATURE, losses.TEMPERATURE)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    value, first = case.truth()
+    torch.testing.assert_close(value, rows.sum().detach())
+    torch.testing.assert_close(first, gradient[: len(first)])
 
 
-def test_suite_losses(monkeypatch):
-    tried = [
-        losses.LossCase(8, 300, "float32", True, every_isa=True),
-        losses.LossCase(8, 300, "bfloat16", False),
-    ]
-    monkeypatch.setattr(losses, "cases", lambda options: tried)
-    # The compiler for C++ would take most of a minute.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    found, judged = losses.run(Options(quick=True), FLOORS, QUIET)
-    assert {r.impl for r in found} == set(tried[0].names)
-    assert {"pyfast", "eager", "torch.compile"} <= {r.impl for r in found}
-    assert all(r.error is not None and r.error < (1e-5 if r.dtype == "float32" else 0.05) for r in found)
-    assert {r.bytes for r in found if r.dtype == "float32"} == {3 * 4 * 8 * 300}
-    assert {r.bytes for r in found if r.dtype == "bfloat16"} == {2 * 2 * 8 * 300}
-    assert all(r.speedup == pytest.approx(1.0) for r in found if r.impl == "eager")
-    assert len(judged) == 8 and all(b.met is None for b in judged)
-    Report.from_json(Report(results=found, bars=judged).to_json())
+TINY = [
+    losses.LossCase(8, 300, every_isa=True),
+    losses.LossCase(8, 300, gradient=False, dtype="bfloat16"),
+    losses.LossCase(8, 300, "reverse_kl"),
+    losses.LossCase(8, 300, "jsd", dtype="bfloat16"),
+    losses.LossCase(8, 300, "skew_kl"),
+    losses_topk.TopKCase(6, 300, k=5),
+    losses_topk.TopKCase(6, 300, k=5, dtype="bfloat16"),
+    losses_attention.AttentionCase(24, heads=2, width=8),
+    losses_linear.LinearCase(6, 16, 300),
+    losses_linear.LinearCase(6, 16, 300, "jsd"),
+]
+
+
+@pytest.fixture(scope="module")
+def measured_losses():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "every_case", lambda options: TINY)
+        # The compiler for C++ would take most of a minute.
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        return losses.run(Options(quick=True), FLOORS, QUIET)
+
+
+@pytest.mark.parametrize("case", TINY, ids=[case.id for case in TINY])
+def test_suite_losses(measured_losses, case):
+    found = [r for r in measured_losses[0] if (r.op, r.case, r.dtype) == (case.op, case.task, case.dtype)]
+    assert {r.shape == case.shape and r.bytes == case.bytes and r.flops == case.flops for r in found} == {True}
+    assert set(case.names) - PEERS <= {r.impl for r in found} <= set(case.names)
+    assert {"pyfast", "eager", *case.ratios.values(), *case.beside} <= {r.impl for r in found}
+    for r in found:
+        if r.impl in case.beside:
+            assert r.error is None and r.speedup is None and r.note == case.beside[r.impl]
+        else:
+            # A peer may compute in the dtype of the logits; pyfast rounds the gradient alone.
+            allowed = 1e-5 if r.dtype == "float32" else 0.5 if r.impl in PEERS else 0.01
+            assert r.error is not None and r.error < allowed, r
+        if r.impl == "eager":
+            assert r.speedup == pytest.approx(1.0)
+        for ratio, other in case.ratios.items():
+            assert r.metrics[ratio] == pytest.approx(next(o.ms for o in found if o.impl == other) / r.ms)
+
+
+def test_the_losses_declare_what_must_be_moved():
+    assert losses.LossCase(8, 300).bytes == 3 * 4 * 8 * 300
+    assert losses.LossCase(8, 300, gradient=False, dtype="bfloat16").bytes == 2 * 2 * 8 * 300
+    assert losses_topk.TopKCase(6, 300, k=5).bytes == 2 * 4 * 6 * 300
+
+
+def test_a_report_of_the_losses_names_the_absent_and_survives_json(measured_losses):
+    found, judged = measured_losses
+    assert len(judged) == 16 and all(b.met is None for b in judged)
+    assert Report.from_json(Report(results=found, bars=judged).to_json()).results == found
+    notes = {(r.op, r.dtype): r.note for r in found if r.impl == "pyfast" and r.case == "jsd loss+gradient"}
+    present = any(r.impl == "trl" for r in found)
+    assert notes["distill_kl", "bfloat16"].startswith("" if present else "trl left out: ")
+    assert present or notes["distill_kl", "bfloat16"]
+
+
+def test_eager_is_left_out_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 1000)
+    said: list[str] = []
+    case = losses_linear.LinearCase(6, 16, 300, say=said.append)
+    assert set(case.implementations()) == {"pyfast", losses_linear.PRODUCTS}
+    assert len(said) == 1 and said[0].startswith("eager left out: MemoryError: ")
 
 
 @pytest.mark.parametrize(("format", "sparsity"), [("2:4", 0.5), ("bitmap", 0.8)])
@@ -113,7 +165,7 @@ def test_suite_sparse(monkeypatch):
 
 def test_every_case_has_its_own_name():
     for options in (Options(), Options(quick=True)):
-        for tried in (losses.cases(options), [*sparse.cases(options), *sparse.conversions(options)]):
+        for tried in (losses.every_case(options), [*sparse.cases(options), *sparse.conversions(options)]):
             ids = [case.id for case in tried]
             assert len(set(ids)) == len(ids)
             assert all(len(set(case.names)) == len(case.names) for case in tried)
@@ -231,6 +283,29 @@ def test_readme_is_generated_and_an_edit_is_found(tmp_path, capsys):
     capsys.readouterr()
     assert readme.main([str(path), str(figures), "--check"]) == 1
     assert "9.25x" in capsys.readouterr().err
+
+
+def test_readme_gives_every_other_loss_a_line():
+    text = readme.results(Report({"device": "Some CPU"}, [*report().results, *other_losses()]))
+    forward, others = (text[text.index(head) :].split("\n\n")[0] for head in ("| forward KL", "| other losses"))
+    assert "| loss+gradient, 512x32000 float32 | pyfast[avx2] | 10 |" in forward and "jsd" not in forward
+    assert others.splitlines()[2:] == [
+        "| jsd, 512x32000 float32 | 20 | - | 3.00x | 4.25x | 2 MB (4000 MB) |",
+        "| top-64, 128x151936 float32 | 20 | - | 3.00x, 2.75x full KL | - | 2 MB (4000 MB) |",
+        "| attention, 1x16x2048x64 float32 | 20 | - | 3.00x | - | 2 MB (4000 MB) |",
+        "| fused linear forward_kl, 1024x896x151936 float32 | 20 | - | 3.00x, 0.95x its products alone | - "
+        "| 2 MB (4000 MB) |",
+    ]
+    assert text.count("(trl left out: ImportError: trl)") == 1
+
+
+def test_headline_and_plots_take_every_loss():
+    mixed = Report({"device": "Some CPU"}, other_losses())
+    assert not [f for f in headline.findings(mixed) if f.question == "Fused distillation loss"]
+    mixed.results.append(loss_result("pyfast", 5.0, [512, 32000], baseline="eager", baseline_ms=60.0, floor_ms=3.0))
+    (finding,) = [f for f in headline.findings(mixed) if f.question == "Fused distillation loss"]
+    assert "forward KL, loss+gradient" in finding.sentence and "12.0" in finding.figure
+    assert [plot.title for plot in plots.of_floor(mixed)] == [f"Losses: loss+gradient 512{plots.TIMES}32000"]
 
 
 def test_readme_without_markers_is_refused(tmp_path, capsys):

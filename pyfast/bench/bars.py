@@ -6,13 +6,16 @@ undecided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
 from pyfast.bench.environment import active_isa
 from pyfast.bench.options import Options
 from pyfast.bench.schema import Bar, Result
 
-LOSS_SHAPES = ([512, 32000], [128, 151936])
+LOSS_SHAPES = ((512, 32000), (128, 151936))  # the vocabularies of Llama 2 and Qwen 2.5
+LOSS_DTYPES = ("float32", "bfloat16")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 SPARSE_SHAPE = [4096, 4096]
 # Scratch that does not grow with the batch is allowed: memory below this share of a logits tensor counts as
 # none.
@@ -20,42 +23,121 @@ EXTRA_MEMORY_SHARE = 0.05
 
 
 def losses(results: Iterable[Result], options: Options) -> list[Bar]:
-    """Forward KL, T = 4, loss and gradient, float32: against eager, against ``torch.compile``, against the
-    copy floor, and memory beyond the gradient."""
-    found = {
-        tuple(r.shape): r
-        for r in results
-        if r.suite == "losses" and r.impl == "pyfast" and r.case == "loss+gradient" and r.dtype == "float32"
-    }
+    """The losses with their gradients. Between logits a bar holds for the worst of both shapes, float32 and bfloat16:
+    against the copy floor, against ``torch.compile``, and memory beyond the gradient."""
     why = undecided(options)
-    bars = []
-    for shape in LOSS_SHAPES:
-        r = found.get(tuple(shape)) if not why else None
-        name = f"forward KL {shape[0]}x{shape[1]} float32, loss and gradient"
-        metrics = r.metrics if r else {}
-        extra = metrics.get("extra_bytes")
-        share = None if extra is None else extra / (4 * shape[0] * shape[1])
-        note = _spread(r) if r else why
-        bars += [
-            Bar.judge(f"{name}: against eager", 10.0, r.speedup if r else None, note=note),
-            Bar.judge(f"{name}: against torch.compile", 4.0, metrics.get("speedup_vs_compile"), note=note),
-            Bar.judge(
-                f"{name}: share of the copy floor",
-                0.45,
-                r.of_floor if r else None,
-                unit="of floor",
-                note=note,
-            ),
-            Bar.judge(
-                f"{name}: memory beyond the gradient",
-                EXTRA_MEMORY_SHARE,
-                share,
-                unit="of the logits",
-                note=note,
-                at_most=True,
-            ),
-        ]
-    return bars
+    rows = [] if why else [r for r in results if r.suite == "losses" and r.case.endswith("loss+gradient")]
+    return [*_logit_losses(rows, why), *_topk(rows, why), *_attention(rows, why), *_fused_linear(rows, why)]
+
+
+def _logit_losses(rows: list[Result], why: str) -> Iterator[Bar]:
+    mine = [r for r in rows if r.op == "distill_kl"]
+    for divergence in DIVERGENCES:
+        case = "loss+gradient" if divergence == "forward_kl" else f"{divergence} loss+gradient"
+        found = [r for r in mine if r.case == case and r.impl == "pyfast"]
+        kl = divergence in ("forward_kl", "reverse_kl")
+        if kl:
+            yield _worst(
+                f"{divergence}: share of the copy floor", 0.55, found, lambda r: r.of_floor, why, unit="of floor"
+            )
+        yield _worst(f"{divergence}: against torch.compile", 5.0 if kl else 3.5, found, _over_compile, why)
+        yield _worst(
+            f"{divergence}: memory beyond the gradient",
+            EXTRA_MEMORY_SHARE,
+            found,
+            _extra_share,
+            why,
+            unit="of the logits",
+            at_most=True,
+        )
+    avx2 = next((r for r in mine if r.impl == "pyfast[avx2]" and r.case == "loss+gradient"), None)
+    yield Bar.judge(
+        "forward_kl under AVX2: against torch.compile",
+        2.0,
+        _over_compile(avx2) if avx2 else None,
+        note=f"{_label(avx2)}, {_spread(avx2)}" if avx2 else why,
+    )
+
+
+def _topk(rows: list[Result], why: str) -> Iterator[Bar]:
+    found = [r for r in rows if (r.op, r.impl, r.dtype, r.shape[-1]) == ("topk_distill", "pyfast", "float32", 151936)]
+    r = next(iter(found), None)
+    yield Bar.judge(
+        "top-64 of 151936 words: against our own full KL",
+        2.0,
+        r.metrics.get("speedup_vs_full_kl") if r else None,
+        note=_spread(r) if r else why,
+    )
+
+
+def _attention(rows: list[Result], why: str) -> Iterator[Bar]:
+    found = {r.tokens: r for r in rows if r.op == "attention_distill" and r.impl == "pyfast"}
+    long, half = found.get(2048), found.get(1024)
+    note = _spread(long) if long else why
+    yield Bar.judge("attention, 2048 tokens: against eager", 1.0, long.speedup if long else None, note=note)
+    yield Bar.judge(
+        "attention: extra memory of 2048 tokens over that of 1024",
+        2.2,
+        _ratio(long, half),
+        note=note,
+        at_most=True,
+    )
+
+
+def _fused_linear(rows: list[Result], why: str) -> Iterator[Bar]:
+    found = {r.impl: r for r in rows if r.op == "linear_distill" and "forward_kl" in r.case}
+    ours = found.get("pyfast")
+    note = _spread(ours) if ours else why
+    yield Bar.judge(
+        "fused linear: extra memory over eager's", 1 / 8, _ratio(ours, found.get("eager")), note=note, at_most=True
+    )
+    speed = ours.metrics.get("speedup_vs_products") if ours else None
+    yield Bar.judge(
+        "fused linear: time over that of its products alone", 1.1, 1 / speed if speed else None, note=note, at_most=True
+    )
+
+
+def _worst(
+    name: str,
+    required: float,
+    found: list[Result],
+    figure: Callable[[Result], float | None],
+    why: str,
+    *,
+    unit: str = "x",
+    at_most: bool = False,
+) -> Bar:
+    """The bar for the worst of all shapes and dtypes; undecided where one of them is missing."""
+    figures = [
+        (value, r)
+        for shape, dtype in product(LOSS_SHAPES, LOSS_DTYPES)
+        for r in found
+        if tuple(r.shape) == shape and r.dtype == dtype and (value := figure(r)) is not None
+    ]
+    if len(figures) < len(LOSS_SHAPES) * len(LOSS_DTYPES):
+        return Bar.judge(name, required, None, unit=unit, note=why or "not every shape was measured", at_most=at_most)
+    value, r = (max if at_most else min)(figures, key=lambda pair: pair[0])
+    return Bar.judge(name, required, value, unit=unit, note=f"the worst: {_label(r)}, {_spread(r)}", at_most=at_most)
+
+
+def _over_compile(r: Result) -> float | None:
+    return r.metrics.get("speedup_vs_compile")
+
+
+def _extra_share(r: Result) -> float | None:
+    """Memory beyond the gradient, as a share of one logits tensor."""
+    extra = r.metrics.get("extra_bytes")
+    return None if extra is None else extra / (r.bytes / 3)
+
+
+def _ratio(one: Result | None, other: Result | None) -> float | None:
+    """Of their extra memory; None where it was not measured, or too little to tell."""
+    pair = [r.metrics.get("extra_bytes") if r else None for r in (one, other)]
+    return None if pair[0] is None or not pair[1] else pair[0] / pair[1]
+
+
+def _label(r: Result) -> str:
+    return f"{'x'.join(map(str, r.shape))} {r.dtype}"
 
 
 def sparse(results: Iterable[Result], options: Options) -> list[Bar]:

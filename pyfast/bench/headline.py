@@ -142,7 +142,8 @@ def _encoder(rows: list[Result]) -> Iterable[Finding]:
 
 
 def _losses(rows: list[Result]) -> Iterable[Finding]:
-    mine = [r for r in rows if r.suite == "losses" and r.impl == "pyfast" and r.speedup is not None]
+    mine = [r for r in rows if r.suite == "losses" and r.op == "distill_kl" and _ours(r)]
+    mine = [r for r in mine if r.case in ("loss+gradient", "loss")]
     if not mine:
         return
     r = max(mine, key=lambda r: (r.case == "loss+gradient", r.dtype == "float32", r.shape[0] * r.shape[-1]))

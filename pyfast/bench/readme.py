@@ -70,9 +70,19 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _losses(report: Report) -> str:
-    rows = []
+    """The forward KL with everyone that was measured, then a line for each other loss."""
+    forward: list[Result] = []
+    others: list[Result] = []
     for r in report.select(suite="losses"):
-        memory = r.metrics.get("extra_bytes")
+        (forward if r.op == "distill_kl" and r.case in ("loss+gradient", "loss") else others).append(r)
+    absent = "; ".join(dict.fromkeys(r.note for r in (*forward, *others) if r.impl == "pyfast" and r.note))
+    parts = [_forward_kl(forward), _other_losses(others), f"({absent})" if absent else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _forward_kl(results: Iterable[Result]) -> str:
+    rows = []
+    for r in results:
         rows.append(
             [
                 f"{r.case}, {'x'.join(map(str, r.shape))} {r.dtype}",
@@ -80,7 +90,7 @@ def _losses(report: Report) -> str:
                 f"{r.ms:.3g}",
                 tables.percent(r.of_floor),
                 tables.speedup_text(r, None),
-                "-" if memory is None else f"{memory / 1e6:.0f} MB",
+                _extra_memory(r),
             ]
         )
     header = [
@@ -92,6 +102,46 @@ def _losses(report: Report) -> str:
         "memory beyond the gradient",
     ]
     return markdown(header, rows) if rows else ""
+
+
+# What a loss is compared with beside eager and torch.compile, by the metric that holds the ratio.
+_COMPARED = {"speedup_vs_full_kl": "full KL", "speedup_vs_products": "its products alone"}
+
+
+def _other_losses(results: Sequence[Result]) -> str:
+    """pyfast's results alone, each beside the memory that eager takes."""
+    eager = {(r.case, tuple(r.shape), r.dtype): r for r in results if r.impl == "eager"}
+    rows = []
+    for r in results:
+        if r.impl != "pyfast":
+            continue
+        same = eager.get((r.case, tuple(r.shape), r.dtype))
+        compiled = r.metrics.get("speedup_vs_compile")
+        also = [f"{r.metrics[metric]:.2f}x {name}" for metric, name in _COMPARED.items() if metric in r.metrics]
+        rows.append(
+            [
+                f"{r.case.removesuffix(' loss+gradient')}, {'x'.join(map(str, r.shape))} {r.dtype}",
+                f"{r.ms:.3g}",
+                tables.percent(r.of_floor),
+                ", ".join([tables.speedup_text(r, None), *also]),
+                "-" if compiled is None else f"{compiled:.2f}x",
+                f"{_extra_memory(r)} ({_extra_memory(same) if same else '-'})",
+            ]
+        )
+    header = [
+        "other losses, with gradients",
+        "ms",
+        "of floor",
+        "against eager",
+        "against torch.compile",
+        "extra memory (eager's)",
+    ]
+    return markdown(header, rows) if rows else ""
+
+
+def _extra_memory(r: Result) -> str:
+    memory = r.metrics.get("extra_bytes")
+    return "-" if memory is None else f"{memory / 1e6:.0f} MB"
 
 
 def _sparse(report: Report) -> str:

@@ -21,8 +21,10 @@ from pyfast.bench.schema import Bar, Report, Result
 NAME = "index.html"
 _NONE = "\N{EN DASH}"
 _ABOUT = {
-    "losses": "The fused forward KL loss beside eager torch and torch.compile. E bytes in one tensor of logits make "
-    "a floor of 3E for loss and gradient: both are read, the gradient is written.",
+    "losses": "The fused distillation losses beside eager torch, torch.compile and other libraries: divergences of "
+    "logits (the forward KL where none is named), top-k, attention, and hidden states times head. E bytes in one "
+    "tensor of logits make a floor of 3E for loss and gradient: both are read, the gradient is written. The floors of "
+    "attention and of the fused linear loss are arithmetic.",
     "sparse": "One linear layer with cold weights. The baseline is the fastest dense linear of any library and dtype "
     "in the same case, timed in turn with the others.",
     "layers": "A stack of layers of a real width, with its embedding and head, cut shorter and shorter. The "

@@ -192,6 +192,8 @@ _SHOWN = (
     "extra_bytes",
     "predicted_speedup",
     "speedup_vs_compile",
+    "speedup_vs_full_kl",
+    "speedup_vs_products",
     "cosine",
     "mweights_per_s",
 )

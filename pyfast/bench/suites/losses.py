@@ -1,164 +1,160 @@
-"""Suite ``losses``: the fused distillation loss beside eager torch, ``torch.compile`` and, on a GPU, other
-libraries.
+"""Suite ``losses``: the fused distillation losses beside eager torch, ``torch.compile`` and other libraries.
 
-The task is the forward KL divergence of tempered softmaxes, T = 4, times T², mean over the rows, with the
-gradient of the student's logits ("loss+gradient") or without ("loss"). With E bytes in one logits tensor it
-must move 3E (two reads, one write), or 2E without the gradient.
+Here the losses between logits. The task is a divergence of tempered softmaxes, T = 4, times T², mean over the rows,
+with the gradient of the student's logits ("loss+gradient") or without ("loss"). With E bytes in one logits tensor it
+must move 3E (two reads, one write), or 2E without the gradient. ``losses_topk``, ``losses_attention`` and
+``losses_linear`` have the other signals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from pyfast import backends
-from pyfast.bench import bars, hardware
-from pyfast.bench.cases import (
-    DTYPES,
-    cpu_variants,
-    is_pyfast,
-    keep_runnable,
-    relative_error,
-    time_case,
-    with_isa,
-)
-from pyfast.bench.floors import Floors, floor_ms
+from pyfast.bench import bars
+from pyfast.bench.cases import DTYPES, cpu_variants
+from pyfast.bench.floors import Floors
+from pyfast.bench.loss_case import FLOPS_A_WORD, FLOPS_A_WORD_GRADIENT, Loss, SignalCase, measure, rowwise_truth
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Bar, Result
 
 TEMPERATURE = 4.0
-OP = "distill_kl"
-# Additions, multiplications and exponentials (one each) a word: two row maxima, two exponentials with their
-# scaling, shift and sum, the sum over t·(expm1(x) - x); with the gradient a difference and a scale more.
-FLOPS_A_WORD = 16
-FLOPS_A_WORD_GRADIENT = 3
+BETA = 0.5  # the teacher's share of the mixture in jsd
+ALPHA = 0.1  # and in skew_kl
 _ROWS_CHECKED = 4
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Outcome = Callable[[], tuple[torch.Tensor, ...]]
+SHAPES = bars.LOSS_SHAPES
 
 
-def eager(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The textbook formula in torch."""
-    return (
-        F.kl_div(
-            F.log_softmax(student / TEMPERATURE, -1),
-            F.log_softmax(teacher / TEMPERATURE, -1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        * TEMPERATURE**2
-    )
+def eager(
+    student: torch.Tensor, teacher: torch.Tensor, divergence: str = "forward_kl", temperature: float = TEMPERATURE
+) -> torch.Tensor:
+    """The textbook formulas in torch, 16-bit logits brought to float32 first."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    log_s = F.log_softmax(student.to(wide) / temperature, -1)
+    log_t = F.log_softmax(teacher.to(wide) / temperature, -1)
+    if divergence == "forward_kl":
+        value = _kl(log_t, log_s)
+    elif divergence == "reverse_kl":
+        value = _kl(log_s, log_t)
+    elif divergence == "jsd":
+        mixture = _log_mixture(log_s, log_t, BETA)
+        value = BETA * _kl(log_t, mixture) + (1 - BETA) * _kl(log_s, mixture)
+    else:
+        value = _kl(log_t, _log_mixture(log_s, log_t, ALPHA))
+    return value * temperature**2
 
 
-def _pyfast(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q), mean over the rows."""
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def _log_mixture(log_s: torch.Tensor, log_t: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share · t + (1 - share) · s). Not ``torch.logaddexp``, which the compiler for CPUs does not vectorise: so
+    the peers are two to three times faster. The bound keeps words finite that both models rule out."""
+    mixture = share * log_t.exp() + (1 - share) * log_s.exp()
+    return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
+
+
+def _pyfast(divergence: str) -> Loss:
     import pyfast
 
-    return pyfast.distillation_loss(student, teacher, "forward_kl", temperature=TEMPERATURE)
+    return partial(pyfast.distillation_loss, divergence=divergence, temperature=TEMPERATURE, alpha=ALPHA, beta=BETA)
 
 
-def _liger() -> Loss:
-    from liger_kernel.transformers import LigerKLDIVLoss
+def _compiled(divergence: str) -> Loss:
+    return torch.compile(partial(eager, divergence=divergence), dynamic=False)
+
+
+def _liger(divergence: str) -> Loss:
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+    def tempered(x: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(x.float() / TEMPERATURE, -1)
 
     kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    return lambda s, t: kl(F.log_softmax(s / TEMPERATURE, -1), F.log_softmax(t / TEMPERATURE, -1)) * TEMPERATURE**2
+    loss = kl if divergence == "forward_kl" else LigerJSD(beta=_GENERALISED_JSD[divergence])
+    return lambda s, t: loss(tempered(s), tempered(t)) * TEMPERATURE**2
 
 
-def _trl() -> Loss:
-    from trl import GKDTrainer
+def _trl(divergence: str) -> Loss:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    try:
+        from trl.experimental.gkd import GKDTrainer
+    except ImportError:
+        from trl import GKDTrainer  # where it was before it was called experimental
 
-    kl = GKDTrainer.generalized_jsd_loss  # with beta 0 it is the forward KL, without T²
-    return lambda s, t: kl(s, t, beta=0.0, temperature=TEMPERATURE, reduction="batchmean") * TEMPERATURE**2
+    jsd = partial(
+        GKDTrainer.generalized_jsd_loss,
+        beta=_GENERALISED_JSD[divergence],
+        temperature=TEMPERATURE,
+        reduction="batchmean",
+    )
+    return lambda s, t: jsd(s, t) * TEMPERATURE**2  # which it leaves out
+
+
+# What TRL and Liger call the divergences: the beta of their generalised JSD, KL at its ends. They have no skew KL.
+_GENERALISED_JSD = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETA}
 
 
 @dataclass
-class LossCase:
-    """``rows`` x ``vocab`` logits of one dtype, with or without the gradient; ``every_isa`` adds pyfast
-    under each other instruction set that this CPU runs."""
+class LossCase(SignalCase):
+    """``rows`` x ``vocab`` logits and a divergence, with or without the gradient; ``every_isa`` adds pyfast under
+    each other instruction set that this CPU runs."""
+
+    op: ClassVar[str] = "distill_kl"
+    budget_s: ClassVar[float] = 1.5
 
     rows: int
     vocab: int
-    dtype: str
-    gradient: bool
+    divergence: str = "forward_kl"
+    gradient: bool = True
     every_isa: bool = False
-    device: str = "cpu"
-    seed: int = 0
-    say: Callable[[str], None] = field(default=lambda text: None, repr=False)
 
     @property
     def task(self) -> str:
-        return "loss+gradient" if self.gradient else "loss"
+        what = "loss+gradient" if self.gradient else "loss"
+        return what if self.divergence == "forward_kl" else f"{self.divergence} {what}"
 
     @property
-    def id(self) -> str:
-        return f"{self.rows}x{self.vocab}-{self.dtype}-{self.task}"
+    def shape(self) -> list[int]:
+        return [self.rows, self.vocab]
 
     @property
-    def names(self) -> list[str]:
-        return list(self._losses())
+    def tokens(self) -> int:
+        return self.rows
 
-    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Student and teacher: the teacher drawn from a normal distribution of spread 3, the student near
-        it."""
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        teacher = torch.randn(self.rows, self.vocab, generator=generator, device=self.device).mul_(3)
-        student = torch.randn(self.rows, self.vocab, generator=generator, device=self.device).add_(teacher)
-        dtype = DTYPES[self.dtype]
-        return student.to(dtype).requires_grad_(self.gradient), teacher.to(dtype)
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Student and teacher."""
+        student, teacher = logits(self)
+        return student.requires_grad_(self.gradient), teacher
 
-    def implementations(self) -> dict[str, Outcome]:
-        """By name; each gives (loss, gradient) or (loss,)."""
-        torch.compiler.reset()
-        student, teacher = self.logits()
-        isas = self._isas()
-        impls = {
-            name: with_isa(isas.get(name), self._task(make, student, teacher)) for name, make in self._losses().items()
-        }
-        return keep_runnable(impls, is_pyfast, self.say)
+    def isas(self) -> dict[str, str | None]:
+        return cpu_variants() if self.device == "cpu" and self.every_isa else super().isas()
 
-    def _isas(self) -> dict[str, str | None]:
-        forced = self.device == "cpu" and self.every_isa
-        return cpu_variants() if forced else {"pyfast": None}
-
-    def _losses(self) -> dict[str, Callable[[], Loss]]:
-        """Makers of the losses by name."""
-        makers: dict[str, Callable[[], Loss]] = {name: lambda: _pyfast for name in self._isas()}
-        makers["eager"] = lambda: eager
-        makers["torch.compile"] = lambda: torch.compile(eager, dynamic=False)
-        if self.device != "cpu":
-            makers |= {"liger": _liger, "trl": _trl}
+    def losses(self) -> dict[str, Callable[[], Loss]]:
+        makers: dict[str, Callable[[], Loss]] = {name: partial(_pyfast, self.divergence) for name in self.isas()}
+        makers["eager"] = lambda: partial(eager, divergence=self.divergence)
+        makers["torch.compile"] = partial(_compiled, self.divergence)
+        if self.divergence in _GENERALISED_JSD:
+            makers["trl"] = partial(_trl, self.divergence)
+            if self.device != "cpu":  # Triton
+                makers["liger"] = partial(_liger, self.divergence)
         return makers
-
-    def _task(self, make: Callable[[], Loss], student: torch.Tensor, teacher: torch.Tensor) -> Outcome:
-        made: list[Loss] = []
-
-        def loss() -> torch.Tensor:
-            if not made:
-                made.append(make())
-            return made[0](student, teacher)
-
-        def with_gradient() -> tuple[torch.Tensor, torch.Tensor]:
-            value = loss()
-            return value, torch.autograd.grad(value, student)[0]
-
-        def without() -> tuple[torch.Tensor]:
-            with torch.no_grad():
-                return (loss(),)
-
-        return with_gradient if self.gradient else without
-
-    @property
-    def element_bytes(self) -> int:
-        return DTYPES[self.dtype].itemsize
 
     @property
     def logits_bytes(self) -> int:
         """E: the bytes of one logits tensor."""
-        return self.rows * self.vocab * self.element_bytes
+        return self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     @property
     def bytes(self) -> int:
@@ -169,121 +165,72 @@ class LossCase:
         return self.rows * self.vocab * (FLOPS_A_WORD + (FLOPS_A_WORD_GRADIENT if self.gradient else 0))
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """In float64: the loss, and the gradient's first rows."""
-        student, teacher = self.logits()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        first = torch.empty(0)
-        for start in range(0, self.rows, _ROWS_CHECKED):
-            rows = slice(start, start + _ROWS_CHECKED)
-            log_s = F.log_softmax(student[rows].detach().double() / TEMPERATURE, -1)
-            log_t = F.log_softmax(teacher[rows].double() / TEMPERATURE, -1)
-            t = log_t.exp()
-            total += (t * (log_t - log_s)).sum()
-            if start == 0:
-                first = (log_s.exp() - t) * (TEMPERATURE / self.rows)
-        return total * (TEMPERATURE**2 / self.rows), first
+        return rowwise_truth(partial(eager, divergence=self.divergence), *self.inputs(), rows=_ROWS_CHECKED)
 
-    def check(self, run: Outcome, truth: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float | None]:
-        """One call examined: relative errors of the "loss" and of the "gradient" (its first rows), and
-        "extra_bytes", what was in use at the peak beyond the inputs and the gradient. None where it cannot
-        be told."""
-        kept: list[tuple[torch.Tensor, ...]] = []
-        grown = self._peak_growth(lambda: kept.append(run()))
-        outcome = kept.pop()
-        expected = self.logits_bytes if self.gradient else 0
-        return {
-            "extra_bytes": None if grown is None else float(max(0, grown - expected)),
-            "loss": relative_error(outcome[0], truth[0]),
-            "gradient": relative_error(outcome[1][:_ROWS_CHECKED], truth[1]) if self.gradient else None,
-        }
+    def part(self, gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return gradients[0][:_ROWS_CHECKED]
 
-    def _peak_growth(self, run: Callable[[], object]) -> int | None:
-        if self.device == "cpu":
-            backends.release_memory()  # or a gradient that is kept for reuse would hide its own bytes
-            return hardware.peak_growth_bytes(run)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+
+def logits(case: SignalCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student and teacher of the case's shape: the teacher drawn from a normal distribution of spread 3, the student
+    near it."""
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    teacher = torch.randn(case.shape[:2], generator=generator, device=case.device).mul_(3)
+    student = torch.randn(case.shape[:2], generator=generator, device=case.device).add_(teacher)
+    return student.to(DTYPES[case.dtype]), teacher.to(DTYPES[case.dtype])
 
 
 def cases(options: Options) -> list[LossCase]:
-    """The cases of a run: 32,000 words (Llama 2) and 151,936 (Qwen 2.5); on a GPU batches of 8192 tokens as
-    well."""
+    """Losses between logits: every divergence, float32 and bfloat16, with the gradient; the value alone for the
+    forward KL. On a GPU batches of 8192 tokens, at the small ones the forward KL alone."""
+    make = partial(LossCase, device=options.device, seed=options.seed)
     if options.quick:
-        plan = [
-            (64, 32000, "float32", True, True),
-            (16, 151936, "float32", True, False),
-            (64, 32000, "float32", False, False),
+        return [
+            make(64, 32000, every_isa=True),
+            make(16, 151936),
+            make(64, 32000, gradient=False),
+            make(16, 32000, "reverse_kl", dtype="bfloat16"),
+            make(16, 32000, "jsd"),
+            make(16, 32000, "skew_kl"),
         ]
-    else:
-        plan = [
-            (512, 32000, "float32", True, True),
-            (128, 151936, "float32", True, False),
-            (512, 32000, "bfloat16", True, False),
-            (128, 151936, "bfloat16", True, False),
-            (512, 32000, "float32", False, False),
-            (128, 151936, "float32", False, False),
-        ]
-    if options.device == "cuda" and not options.quick:
-        plan += [(8192, 128256, "bfloat16", True, False), (8192, 151936, "bfloat16", True, False)]
-    return [LossCase(*case, device=options.device, seed=options.seed) for case in plan]
+    # A GPU is measured at the batches that fill it: the small ones tell of launches, and each case is compiled.
+    on_cpu = options.device == "cpu"
+    plan = [
+        make(*shape, divergence, dtype=dtype)
+        for divergence, dtype, shape in product(
+            bars.DIVERGENCES if on_cpu else ("forward_kl",), bars.LOSS_DTYPES, SHAPES
+        )
+    ]
+    plan[0].every_isa = True
+    plan += [make(*shape, gradient=False) for shape in SHAPES]
+    if not on_cpu:
+        plan.append(make(8192, 128256, dtype="bfloat16"))
+        plan += [make(8192, 151936, divergence, dtype="bfloat16") for divergence in bars.DIVERGENCES]
+    return plan
+
+
+def every_case(options: Options) -> list[SignalCase]:
+    """The cases of all signals."""
+    from pyfast.bench.suites import losses_attention, losses_linear, losses_topk
+
+    parts: Sequence[Sequence[SignalCase]] = (
+        cases(options),
+        losses_topk.cases(options),
+        losses_attention.cases(options),
+        losses_linear.cases(options),
+    )
+    return [case for part in parts for case in part]
 
 
 def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Result], list[Bar]]:
-    """Measure every case. The baseline of a result is eager torch; the time against ``torch.compile`` is in
-    the metrics as "speedup_vs_compile", the memory beyond inputs and gradient as "extra_bytes"."""
+    """Measure every case of every signal. The baseline of a result is eager torch; the time against ``torch.compile``
+    is in the metrics as "speedup_vs_compile", the memory beyond inputs and gradient as "extra_bytes"."""
     results: list[Result] = []
-    todo = cases(options)
+    todo = every_case(options)
     with progress.step("losses", total=len(todo)):
         for case in todo:
             case.say = progress.say
             with progress.step(case.id):
-                results += _measure(case, options, floors)
+                results += measure(case, options, floors)
             progress.advance()
     return results, bars.losses(results, options)
-
-
-def _measure(case: LossCase, options: Options, floors: Floors) -> list[Result]:
-    impls = case.implementations()
-    truth = case.truth()
-    checked = {name: case.check(run, truth) for name, run in impls.items()}
-    timings = time_case(impls, budget_s=options.budget(3.0), device=options.device)
-    perfect = floor_ms(case.bytes, case.flops, floors, by="copy", dtype="float32")
-    compiled = timings.get("torch.compile")
-    results = []
-    for name, timing in timings.items():
-        metrics = {"rows_per_s": case.rows / timing.ms * 1e3}
-        for metric, value in (
-            ("extra_bytes", checked[name]["extra_bytes"]),
-            ("loss_error", checked[name]["loss"]),
-            ("speedup_vs_compile", compiled.ms / timing.ms if compiled else None),
-        ):
-            if value is not None:
-                metrics[metric] = value
-        error = checked[name]["gradient" if case.gradient else "loss"]
-        results.append(
-            Result.timed(
-                timing,
-                suite="losses",
-                op=OP,
-                case=case.task,
-                shape=[case.rows, case.vocab],
-                tokens=case.rows,
-                format="none",
-                sparsity=0.0,
-                dtype=case.dtype,
-                impl=name,
-                bytes=case.bytes,
-                flops=case.flops,
-                floor_ms=perfect,
-                baseline="eager" if "eager" in timings else None,
-                baseline_ms=timings["eager"].ms if "eager" in timings else None,
-                error=error,
-                metrics=metrics,
-                note="" if error is not None else "result is not finite",
-            )
-        )
-    return results
