@@ -1,4 +1,4 @@
-"""The generated table of docs/kernels.md: what each variant of a CPU kernel reaches on one core, by itself.
+"""The first generated tables of docs/kernels.md: what each variant of a CPU kernel reaches on one core, by itself.
 
     python benchmarks/facts.py [--json benchmarks/results/<device>/facts.json] [--write docs/kernels.md]
 
@@ -8,19 +8,16 @@ instructions, data from memory ("cold", rotating over copies beyond four times t
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import torch
+from generated import publish
 
 from pyfast import BitmapWeight, Sparse24Weight, _host
 from pyfast.bench import hardware
-from pyfast.bench.readme import replace_block
 from pyfast.sparse import magnitude_mask
 
 HOT, COLD = (256, 1024), (4096, 4096)
@@ -80,33 +77,8 @@ def loss_facts() -> list[dict]:
     return facts
 
 
-def accuracy_facts() -> list[dict]:
-    """Relative error of the KL against float64 by pyfast and by the textbook formula in float32."""
-    import pyfast
-
-    facts = []
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(32, 32000, generator=generator) * 3
-    noise = torch.randn(32, 32000, generator=generator)
-    for target in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):
-        teacher = student + noise * (2 * target) ** 0.5
-        log_s, log_t = (torch.log_softmax(z.double(), -1) for z in (student, teacher))
-        true = (log_t.exp() * (log_t - log_s)).sum(-1)
-        log_s, log_t = (torch.log_softmax(z, -1) for z in (student, teacher))
-        textbook = (log_t.exp() * (log_t - log_s)).sum(-1)
-        ours = pyfast.distillation_loss(student, teacher, reduction="none")
-        facts.append(
-            {
-                "kl": float(true.mean()),
-                "pyfast": float(((ours - true) / true).abs().max()),
-                "textbook": float(((textbook - true) / true).abs().max()),
-            }
-        )
-    return facts
-
-
 def markdown(facts: dict) -> str:
-    """The facts as three tables, the device named."""
+    """The facts as two tables, the device named."""
     lines = [
         f"**{facts['device']}**, one thread. Each call checks its arguments, every bitmap too; that is in the figures.",
         "",
@@ -118,31 +90,13 @@ def markdown(facts: dict) -> str:
         lines.append(f"| {name} | {f['variant']} | {f['hot_gpositions_s']:.1f} | {f['cold_gpositions_s']:.1f} |")
     lines += ["", "| forward KL, loss and gradient, float32 | G words/s |", "| --- | ---: |"]
     lines += [f"| {f['variant']} | {f['gwords_s']:.3f} |" for f in facts["losses"]]
-    lines += ["", "| mean KL | worst relative error, pyfast | textbook formula, float32 |", "| ---: | ---: | ---: |"]
-    lines += [f"| {f['kl']:.1e} | {f['pyfast']:.1e} | {f['textbook']:.1e} |" for f in facts["accuracy"]]
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--write", type=Path, help="a Markdown file with a block named facts to make anew")
-    arguments = parser.parse_args()
+def measure() -> dict:
     torch.manual_seed(0)
-    facts = {
-        "device": hardware.cpu_name(),
-        "linear": linear_facts(),
-        "losses": loss_facts(),
-        "accuracy": accuracy_facts(),
-    }
-    text = markdown(facts)
-    print(text)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
-    if arguments.write:
-        arguments.write.write_text(replace_block(arguments.write.read_text(), "facts", text))
+    return {"device": hardware.cpu_name(), "linear": linear_facts(), "losses": loss_facts()}
 
 
 if __name__ == "__main__":
-    main()
+    publish("facts", __doc__.splitlines()[0], measure, markdown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 import torch
 
 from pyfast import BitmapWeight, Sparse24Weight
+from pyfast.bench.readme import replace_block
 from pyfast.sparse import magnitude_mask
 
 ROOT = Path(__file__).parent.parent
 FORMATS = ROOT / "docs" / "formats.md"
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 FENCED = re.compile(
@@ -126,3 +130,35 @@ def test_the_formulas_follow_from_the_bytes(format, sparsity, dtype):
     weight = {"2:4": Sparse24Weight, "bitmap": BitmapWeight}[format].from_dense(dense, mask=mask)
     bits = 8 * dense.element_size()
     assert dense.nbytes / weight.nbytes == pytest.approx(ceiling(format, sparsity, bits), rel=1e-3)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that write parts of docs/kernels.md, as modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("block, command, text", [("facts", "facts", "markdown"), ("accuracy", "accuracy", "text")])
+def test_the_tables_of_the_kernels_are_those_of_the_committed_figures(commands, block, command, text):
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    figures = json.loads((RESULTS / f"{block}.json").read_text(encoding="utf-8"))
+    written = getattr(commands(command), text)(figures)
+    assert replace_block(page, block, written) == page, (
+        f"python benchmarks/{command}.py --from … --write docs/kernels.md"
+    )
+
+
+def test_losses_keep_their_digits_near_convergence():
+    """The committed figures: at a KL of 1e-7 in float32 pyfast is right to 1e-3, where textbook losses are noise. Of
+    gradients that of forward_kl, s − t, carries the error of the log-sum-exps; it has to beat the textbook's."""
+    results = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))["results"]
+    found = {(r["divergence"], r["impl"]): r for r in results if r["dtype"] == "float32" and r["kl"] == 1e-7}
+    assert {divergence for divergence, _ in found} == {"forward_kl", "reverse_kl", "jsd", "skew_kl"}
+    for (divergence, name), r in found.items():
+        if name != "pyfast":
+            continue
+        textbook = found[divergence, "textbook"]
+        assert r["loss_error"] <= 1e-3 < textbook["loss_error"], divergence
+        accepted = textbook["gradient_error"] if divergence == "forward_kl" else 1e-3
+        assert r["gradient_error"] <= accepted, divergence
