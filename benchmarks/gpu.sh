@@ -103,8 +103,19 @@ info() {
   "$python" -c 'from pyfast.cli import main; main()' info
 }
 
+# Each file with GPU tests in a process of its own, all at once: they spend their time in Triton's compiler.
 gpu_tests() {
-  "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -m gpu "$@"
+  set -o pipefail
+  local file process status=0 processes=()
+  for file in $(grep -l 'mark\.gpu' "$root"/tests/test_*.py); do
+    (
+      "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -m gpu "$file" 2>&1 |
+        sed "s/^/$(basename "$file" .py): /"
+    ) &
+    processes+=($!)
+  done
+  for process in "${processes[@]}"; do wait "$process" || status=1; done
+  return "$status"
 }
 
 # A suite into a file of its own, then into bench.json with those before it.
@@ -146,7 +157,7 @@ cd "$work" || exit 1 # not in the checkout, whose folder triton_kernels would hi
 
 if step build 180 "${shell[@]}" build; then
   step info 30 "${shell[@]}" info
-  step tests 120 "${shell[@]}" gpu_tests "$root/tests"
+  step tests 180 "${shell[@]}" gpu_tests
   step losses 90 "${shell[@]}" suite losses
   step sparse 90 "${shell[@]}" suite sparse
   step memcheck 60 "${shell[@]}" sanitize memcheck
