@@ -159,7 +159,7 @@ def test_any_options(
     # The rule: no worse than the textbook formula in float32, but for rounding to the dtype.
     plain_rows, plain_grad = loss_and_grad(s.float(), t.float(), divergence, backend="reference", **options)
     rounding = 2.0**-22 * float(torch.stack([s, t]).abs().max()) / min(temperature, teacher_temperature)
-    # The error of the log-sum-exps, 3e-7 of x = log s - log t, moves tvd and mse in the first order, a KL in the second.
+    # The error of the log-sum-exps, 3e-7 of x = log s - log t, moves tvd and mse in the first order, KL in the second.
     first_order = 1e-6 if divergence in ("tvd", "mse") else 1e-8
     slack = 1e-5 * true_rows.abs().max() + rounding * true_rows.abs().max().clamp(max=1.0) + first_order
     assert (got - true_rows).abs().max() <= 2 * (plain_rows - true_rows).abs().max() + slack

@@ -104,7 +104,8 @@ struct RowSum {
   double log2() const { return __builtin_log2(sum); }
 };
 
-constexpr float kMuch = 1e30f;  // a sum above this has a shift that is too low
+// A sum above this has a shift that is too low: exponents far above 0 would cost digits of the sum.
+constexpr float kMuch = 4096.0f;
 
 template <class T>
 float chunk_max(const T* z, int64_t n) {
@@ -157,8 +158,8 @@ void add_chunk(RowSum& r, const T* z, int64_t n, float scale) {
   r.sum += static_cast<double>(sum);
 }
 
-// One pass over a row: log-sum-exp as (shift, sum). The shift need not be the maximum, only so near that no sum
-// overflows: a float holds any smaller sum to the same precision.
+// One pass over a row: log-sum-exp as (shift, sum). The shift need not be the maximum, only so near that no chunk's sum
+// is large.
 template <class T>
 RowSum row_sum(const T* z, int64_t vocab, float scale) {
   RowSum r{first_shift(widen(z[0])), 0.0};
