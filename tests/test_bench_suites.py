@@ -45,7 +45,7 @@ def test_relative_error_of_nonsense_is_none():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("divergence", bars.DIVERGENCES)
+@pytest.mark.parametrize("divergence", bars.LOSS_CASES)
 def test_the_truth_of_a_loss_case_is_the_references_in_float64(divergence, dtype):
     case = losses.LossCase(6, 50, divergence, dtype=dtype)
     student, teacher = (x.detach().double() for x in case.inputs())

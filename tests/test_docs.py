@@ -150,15 +150,12 @@ def test_the_tables_of_the_kernels_are_those_of_the_committed_figures(commands, 
 
 
 def test_losses_keep_their_digits_near_convergence():
-    """The committed figures: at a KL of 1e-7 in float32 pyfast is right to 1e-3, where textbook losses are noise. Of
-    gradients that of forward_kl, s − t, carries the error of the log-sum-exps; it has to beat the textbook's."""
+    """The committed figures: at a KL of 1e-7 in float32 pyfast is right to 1e-3, where textbook losses are noise."""
     results = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))["results"]
     found = {(r["divergence"], r["impl"]): r for r in results if r["dtype"] == "float32" and r["kl"] == 1e-7}
     assert {divergence for divergence, _ in found} == {"forward_kl", "reverse_kl", "jsd", "skew_kl"}
     for (divergence, name), r in found.items():
         if name != "pyfast":
             continue
-        textbook = found[divergence, "textbook"]
-        assert r["loss_error"] <= 1e-3 < textbook["loss_error"], divergence
-        accepted = textbook["gradient_error"] if divergence == "forward_kl" else 1e-3
-        assert r["gradient_error"] <= accepted, divergence
+        assert r["loss_error"] <= 1e-3 < found[divergence, "textbook"]["loss_error"], divergence
+        assert r["gradient_error"] <= 1e-3, divergence

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import ClassVar
 
 import torch
@@ -193,19 +192,19 @@ def cases(options: Options) -> list[LossCase]:
             make(16, 32000, "jsd"),
             make(16, 32000, "skew_kl"),
         ]
+    if options.device == "cpu":
+        plan = [
+            make(rows, vocab, divergence, dtype=dtype)
+            for divergence, cases in bars.LOSS_CASES.items()
+            for (rows, vocab), dtype in cases
+        ]
+        plan[0].every_isa = True
+        return [*plan, make(*SHAPES[0], gradient=False)]
     # A GPU is measured at the batches that fill it: the small ones tell of launches, and each case is compiled.
-    on_cpu = options.device == "cpu"
-    plan = [
-        make(*shape, divergence, dtype=dtype)
-        for divergence, dtype, shape in product(
-            bars.DIVERGENCES if on_cpu else ("forward_kl",), bars.LOSS_DTYPES, SHAPES
-        )
-    ]
-    plan[0].every_isa = True
-    plan += [make(*shape, gradient=False) for shape in SHAPES]
-    if not on_cpu:
-        plan.append(make(8192, 128256, dtype="bfloat16"))
-        plan += [make(8192, 151936, divergence, dtype="bfloat16") for divergence in bars.DIVERGENCES]
+    plan = [make(rows, vocab, dtype=dtype) for (rows, vocab), dtype in bars.LOSS_CASES["forward_kl"]]
+    plan += [make(rows, vocab, gradient=False) for rows, vocab in SHAPES]
+    plan.append(make(8192, 128256, dtype="bfloat16"))
+    plan += [make(8192, 151936, divergence, dtype="bfloat16") for divergence in bars.LOSS_CASES]
     return plan
 
 
