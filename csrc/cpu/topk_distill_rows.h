@@ -162,52 +162,56 @@ inline RowResult row_terms(const TeacherRow& teacher, TopkTail tail, ShiftedSum 
   return {value + rest.value, rest.gap};
 }
 
+// Two vectors of the gradient, past the cache or through it.
+template <class T>
+void write_pair(T* to, VecPair v, bool streaming) {
+  if (streaming)
+    stream_pair(to, v);
+  else
+    store_pair(to, v);
+}
+
 // A chunk of the gradient from L1 to memory.
 template <class T>
 void write_out(const T* from, T* to, int64_t n, bool streaming) {
   int64_t i = 0;
-  for (; i + Vec::width <= n; i += Vec::width) {
-    if (streaming)
-      stream(to + i, load(from + i));
-    else
-      store(to + i, load(from + i));
-  }
+  for (; i + kPair <= n; i += kPair) write_pair(to + i, load_pair(from + i), streaming);
   for (; i < n; ++i) to[i] = from[i];
 }
 
-// One row of the gradient: outside(i) is that of the Vec::width words from word i, outside(i, n) of n words alone;
-// the words of the teacher have their own. Streamed chunks begin where streaming stores may.
+// One row of the gradient: outside.pair(i) is that of kPair words from word i, outside(i, n) of n <= Vec::width words;
+// the words of the teacher have their own. Chunks after the first begin where streaming stores may.
 template <class T, class Outside>
 void write_grad(T* grad, int64_t vocab, const TeacherRow& teacher, double scale, bool streaming,
                 const Outside& outside) {
   alignas(64) T merged[kChunk];
-  constexpr int64_t bytes = Vec::width * static_cast<int64_t>(sizeof(T));
-  const int64_t off = static_cast<int64_t>(reinterpret_cast<uintptr_t>(grad) % bytes) / static_cast<int64_t>(sizeof(T));
-  int64_t end = streaming && off != 0 ? Vec::width - off : kChunk;
+  constexpr uintptr_t align = Vec::width * sizeof(float);
+  const uintptr_t past = reinterpret_cast<uintptr_t>(grad) % align;
+  int64_t end = streaming && past != 0 ? static_cast<int64_t>((align - past) / sizeof(T)) : kChunk;
   const TopkEntry* e = teacher.begin;
   for (int64_t begin = 0; begin < vocab; begin = end, end += kChunk) {
     if (end > vocab) end = vocab;
     const int64_t n = end - begin;
     const bool mixed = e != teacher.end && e->id < end;
+    const bool aligned = streaming && (begin > 0 || past == 0);
     T* const out = mixed ? merged : grad + begin;
     int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) {
-      if (streaming && !mixed)
-        stream(out + i, outside(begin + i));
-      else
-        store(out + i, outside(begin + i));
+    for (; i + kPair <= n; i += kPair) write_pair(out + i, outside.pair(begin + i), aligned && !mixed);
+    for (; i < n; i += Vec::width) {
+      const int64_t left = n - i < Vec::width ? n - i : Vec::width;
+      store_up_to(out + i, left, outside(begin + i, left));
     }
-    if (i < n) store_partial(out + i, n - i, outside(begin + i, n - i));
     if (!mixed) continue;
     for (; e != teacher.end && e->id < end; ++e) narrow(static_cast<float>(e->grad * scale), merged + (e->id - begin));
-    write_out(merged, grad + begin, n, streaming);
+    write_out(merged, grad + begin, n, aligned);
   }
 }
 
 // Every word alike.
 struct Constant {
   Vec value;
-  Vec operator()(int64_t, int64_t = 0) const { return value; }
+  VecPair pair(int64_t) const { return {value, value}; }
+  Vec operator()(int64_t, int64_t) const { return value; }
 };
 
 // u_v times a factor, u the softmax over the words outside. Reads ahead in the row that the thread takes next: this
@@ -218,11 +222,13 @@ struct Softmax {
   const T* next;
   Vec shift, scale, factor;
   Vec of(Vec logits) const { return exp2((logits - shift) * scale) * factor; }
-  Vec operator()(int64_t i) const {
-    prefetch(next + i);
-    return of(load(z + i));
+  VecPair pair(int64_t i) const {
+    for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64)
+      prefetch(reinterpret_cast<const char*>(next + i) + byte);
+    const VecPair logits = load_pair(z + i);
+    return {of(logits.a), of(logits.b)};
   }
-  Vec operator()(int64_t i, int64_t n) const { return of(load_partial(z + i, n, kNegInf)); }
+  Vec operator()(int64_t i, int64_t n) const { return of(load_up_to(z + i, n, kNegInf)); }
 };
 
 template <class T>
