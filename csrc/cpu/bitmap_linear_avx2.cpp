@@ -6,12 +6,14 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
 
+#include "bitmap_linear.h"
 #include "vec_avx2.h"
 
 namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
+constexpr int kOverread = kTileColumns + 8;
 constexpr int kSteps = 8;  // of 8 columns, in a row of a tile
 
 struct ExpandTable {

@@ -3,12 +3,14 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")
 
+#include "bitmap_linear.h"
 #include "vec_avx512.h"
 
 namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
+constexpr int kOverread = kTileColumns + 16;
 constexpr int kSteps = 4;  // of 16 columns, in a row of a tile
 
 template <int tokens>

@@ -12,12 +12,14 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,popcnt")
 
+#include "bitmap_linear.h"
 #include "vec_avx512.h"
 
 namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 16;
+constexpr int kOverread = 0;  // loads are masked
 
 alignas(64) constexpr uint8_t kColumnNumbers[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                                     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
