@@ -49,28 +49,13 @@ def linear_distillation_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = None,
     chunk_size: int | None = None,
-    backend: str | None = None,
+    **options: Any,
 ) -> Tensor:
     """:func:`distillation_loss` between hidden states times head, without ever holding the logits.
 
     The same value as ``distillation_loss(F.linear(student_hidden, student_head, student_bias), F.linear(teacher_hidden,
-    teacher_head, teacher_bias), …)``, computed a chunk of tokens at a time together with the gradients. The divergences
-    and every option that is not named below are those of :func:`distillation_loss`.
+    teacher_head, teacher_bias), …)``, computed a chunk of tokens at a time together with the gradients.
 
     Memory beyond inputs and gradients: 3 · ``chunk_size`` · V logits. The gradient of the head is summed in float32 and
     kept so until backward, which rounds it once: where the head is bfloat16 or float16 that takes 4 · V · H_s bytes
@@ -91,10 +76,11 @@ def linear_distillation_loss(
             flows to them. Width and dtype are the teacher's own; logits are compared in the wider dtype of the two.
         student_bias, teacher_bias: ``[V]``; the student's receives a gradient.
         teacher_logits: ``[..., V]``, in place of ``teacher_hidden`` and ``teacher_head``.
-        vocab_size: multiply only the first ``vocab_size`` rows of both heads.
+        divergence: as in :func:`distillation_loss`.
         chunk_size: tokens a chunk, from 1. None: as many as make the products efficient, fewer where an eighth of the
             free memory does not hold them. Sums over tokens are rounded in the order of the chunks.
-        backend: None for the best, or ``"native"``, ``"triton"``, ``"reference"`` (which holds the logits in full).
+        options: the options of :func:`distillation_loss`. With ``vocab_size`` only the first rows of both heads are
+            multiplied; ``backend="reference"`` holds the logits in full.
 
     Under ``torch.autocast`` the products run in its dtype, as those of ``F.linear`` would; gradients always come in
     the dtype of what they belong to.
@@ -107,91 +93,35 @@ def linear_distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
         RuntimeError: double backward, which only ``backend="reference"`` has.
     """
+    given = arguments.LossOptions.of("linear_distillation_loss", divergence, options)
+    others: dict[str, Any] = {
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+        "teacher_logits": teacher_logits,
+        "chunk_size": chunk_size,
+    }
     if arguments.is_dtensor(student_head) or arguments.is_dtensor(teacher_head):
         from pyfast import _dtensor  # a floor above: collectives run between the ops there
 
         return _dtensor.linear_distillation_loss(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            divergence,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            teacher_logits=teacher_logits,
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            scale_by_t2=scale_by_t2,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            ce_weight=ce_weight,
-            reduction=reduction,
-            labels=labels,
-            ignore_index=ignore_index,
-            mask=mask,
-            num_items=num_items,
-            vocab_size=vocab_size,
-            chunk_size=chunk_size,
-            backend=backend,
+            student_hidden, student_head, teacher_hidden, teacher_head, given, **others
         )
-    return layers_loss(
-        (1.0,),
-        (student_hidden,),
-        student_head,
-        None if teacher_hidden is None else (teacher_hidden,),
-        teacher_head,
-        divergence,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        teacher_logits=teacher_logits,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        scale_by_t2=scale_by_t2,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        ce_weight=ce_weight,
-        reduction=reduction,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        num_items=num_items,
-        vocab_size=vocab_size,
-        chunk_size=chunk_size,
-        backend=backend,
-    )
+    teachers = None if teacher_hidden is None else (teacher_hidden,)
+    return layers_loss((1.0,), (student_hidden,), student_head, teachers, teacher_head, given, **others)
 
 
 def layers_loss(
     layer_weights: Sequence[float],
     student_hiddens: Sequence[Tensor],
     student_head: Tensor,
-    teacher_hiddens: Sequence[Tensor] | None = None,
-    teacher_head: Tensor | None = None,
-    divergence: str = "forward_kl",
+    teacher_hiddens: Sequence[Tensor] | None,
+    teacher_head: Tensor | None,
+    options: arguments.LossOptions,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = None,
     chunk_size: int | None = None,
-    backend: str | None = None,
 ) -> Tensor:
     """Σ layer_weights[i] · :func:`linear_distillation_loss` of the i-th hidden states, for several that share a head.
 
@@ -206,33 +136,18 @@ def layers_loss(
         raise ValueError(f"student_hidden: got shapes {shapes}, accepted: one leading shape for all layers")
     teachers = _check_teacher(student_hiddens, teacher_hiddens, teacher_head, teacher_bias, teacher_logits)
     teacher_words = teachers[0].shape[-1] if teacher_head is None else teacher_head.shape[0]
-    words = arguments.common_vocabulary(student_head.shape[0], teacher_words, vocab_size)
+    words = arguments.common_vocabulary(student_head.shape[0], teacher_words, options.vocab_size)
     if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
         raise ValueError(f"chunk_size: got {chunk_size!r}, accepted: an integer from 1, or None")
-    objective = arguments.objective(
-        divergence,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-    )
+    objective = options.objective()
     student_dtype = arguments.product_dtype(student_hiddens[0])
     teacher_dtype = teachers[0].dtype if teacher_head is None else arguments.product_dtype(teachers[0])
     logits_dtype = torch.promote_types(student_dtype, teacher_dtype)
-    served_by = backends.select("linear_distill", student_head.device.type, logits_dtype, backend)
+    served_by = backends.select("linear_distill", student_head.device.type, logits_dtype, options.backend)
 
-    weights = arguments.token_weights(
+    weights = options.token_weights(
         student_head.new_empty((math.prod(leading), 0), dtype=logits_dtype),
         leading,
-        factor=temperature**2 if scale_by_t2 else 1.0,
-        reduction=reduction,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        num_items=num_items,
-        ce_weight=ce_weight,
         words=words,
         divide_last=student_dtype == torch.float16,
     )
@@ -242,7 +157,7 @@ def layers_loss(
         ce_scale = torch.cat([ce_scale * weight for weight in layer_weights])
     scale = torch.cat([weights.row_scale * weight for weight in layer_weights])
 
-    summed = reduction != "none"
+    summed = options.reduction != "none"
     operands = (_rows(student_hiddens), student_head, student_bias)
     inputs: tuple[Any, ...] = (
         *operands,
