@@ -12,7 +12,8 @@ from torch import Tensor
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
 from pyfast.ops._arguments import LossOptions
-from pyfast.parallel import linear_loss_of_shards, loss_of_shards
+from pyfast.ops._linear_chunks import Operands
+from pyfast.parallel import CHUNK, linear_loss_of_shards, loss_of_shards
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,20 +47,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, options: LossOptions) ->
     return loss_of_shards(student.to_local(), teacher.to_local(), local, place.group, start)
 
 
-def linear_distillation_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    options: LossOptions,
-    *,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    chunk_size: int | None,
-) -> Tensor:
+def linear_distillation_loss(operands: Operands, options: LossOptions, chunk_size: int | None) -> Tensor:
     """:func:`pyfast.linear_distillation_loss` where the heads are DTensors sharded by their rows, on a mesh of one
     dimension. Hidden states, labels and mask are those of all tokens, plain or replicated."""
+    student_hidden, student_head = operands.student_hiddens[0], operands.student_head
     if options.backend is not None:
         backends.select("shard_distill", student_hidden.device.type, student_hidden.dtype, options.backend)
     if not arguments.is_dtensor(student_head):
@@ -67,18 +58,21 @@ def linear_distillation_loss(
     place = _place("student_head", student_head, 0)
     if place.mesh.ndim != 1:
         raise ValueError(f"student_head: got {place.mesh}, accepted: a mesh of one dimension, such as mesh['tp']")
-    parts = {
-        "student_head": _rows_here("student_head", student_head, 0, place),
-        "teacher_head": _rows_here("teacher_head", teacher_head, 0, place),
-        "student_bias": _rows_here("student_bias", student_bias, 0, place),
-        "teacher_bias": _rows_here("teacher_bias", teacher_bias, 0, place),
-        "teacher_logits": _rows_here("teacher_logits", teacher_logits, -1, place),
-    }
+    teacher_hiddens = operands.teacher_hiddens
+    parts = operands._replace(
+        student_head=student_head.to_local(),
+        teacher_head=_rows_here("teacher_head", operands.teacher_head, 0, place),
+        student_bias=_rows_here("student_bias", operands.student_bias, 0, place),
+        teacher_bias=_rows_here("teacher_bias", operands.teacher_bias, 0, place),
+        teacher_logits=_rows_here("teacher_logits", operands.teacher_logits, -1, place),
+        student_hiddens=[_replicated("student_hidden", student_hidden, place)],
+        teacher_hiddens=teacher_hiddens and [_replicated("teacher_hidden", teacher_hiddens[0], place)],
+    )
     student_words = teacher_words = student_head.shape[0]
-    if teacher_head is not None:
-        teacher_words = teacher_head.shape[0]
-    elif teacher_logits is not None:
-        teacher_words = teacher_logits.shape[-1]
+    if operands.teacher_head is not None:
+        teacher_words = operands.teacher_head.shape[0]
+    elif operands.teacher_logits is not None:
+        teacher_words = operands.teacher_logits.shape[-1]
     start, words = _compared(place, student_words, teacher_words, options.vocab_size)
     local = replace(
         options,
@@ -86,15 +80,7 @@ def linear_distillation_loss(
         mask=_replicated("mask", options.mask, place),
         vocab_size=words,
     )
-    return linear_loss_of_shards(
-        student_hidden=_replicated("student_hidden", student_hidden, place),
-        teacher_hidden=_replicated("teacher_hidden", teacher_hidden, place),
-        options=local,
-        group=place.group,
-        vocab_start=start,
-        **({} if chunk_size is None else {"chunk_size": chunk_size}),
-        **parts,
-    )
+    return linear_loss_of_shards(parts, local, CHUNK if chunk_size is None else chunk_size, place.group, start)
 
 
 class _Place(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyfast.layer_map import layer_map
 from pyfast.ops import _arguments as arguments
+from pyfast.ops._linear_chunks import Operands
 from pyfast.ops.linear_distill import layers_loss
 
 
@@ -94,17 +95,8 @@ def logit_lens_loss(
     if not train_head:
         student_head = student_head.detach()
         student_bias = None if student_bias is None else student_bias.detach()
-    return layers_loss(
-        weights,
-        student,
-        student_head,
-        teacher,
-        teacher_head,
-        given,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        chunk_size=chunk_size,
-    )
+    operands = Operands(student, student_head, student_bias, teacher, teacher_head, teacher_bias)
+    return layers_loss(weights, operands, given, chunk_size)
 
 
 def _pairs(

@@ -26,12 +26,14 @@ from torch.autograd.function import once_differentiable
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops import linear_distill as linear
 from pyfast.ops._arguments import LossOptions
+from pyfast.ops._linear_chunks import Inputs, Operands, in_chunks
 from pyfast.ops.distill_kl import scaled
 from pyfast.ops.shard_distill import CENTERED
 from pyfast.reference.distill_kl import weighted
 from pyfast.reference.shard_distill import log_sum_exps
+
+CHUNK = 512  # tokens, of the linear loss: every rank must choose alike, whatever its memory
 
 
 def vocab_parallel_distillation_loss(
@@ -106,7 +108,7 @@ def vocab_parallel_linear_distillation_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
     **options: Any,
 ) -> Tensor:
     """:func:`pyfast.linear_distillation_loss` where the rows of the heads are spread over the ranks of a group.
@@ -135,85 +137,43 @@ def vocab_parallel_linear_distillation_loss(
     Raises:
         As :func:`vocab_parallel_distillation_loss`.
     """
-    return linear_loss_of_shards(
-        student_hidden,
+    given = LossOptions.of("vocab_parallel_linear_distillation_loss", divergence, options, without=("backend",))
+    operands = Operands(
+        (student_hidden,),
         student_head,
-        teacher_hidden,
+        student_bias,
+        None if teacher_hidden is None else (teacher_hidden,),
         teacher_head,
-        LossOptions.of("vocab_parallel_linear_distillation_loss", divergence, options, without=("backend",)),
-        group,
-        vocab_start,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        teacher_logits=teacher_logits,
-        chunk_size=chunk_size,
+        teacher_bias,
+        teacher_logits,
     )
+    return linear_loss_of_shards(operands, given, chunk_size, group, vocab_start)
 
 
 @torch.compiler.disable  # the number of chunks hangs on how many tokens count
 def linear_loss_of_shards(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
+    operands: Operands,
     options: LossOptions,
+    chunk_size: int,
     group: dist.ProcessGroup | None,
     vocab_start: int | None,
-    *,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    chunk_size: int = 512,
 ) -> Tensor:
-    """:func:`vocab_parallel_linear_distillation_loss`, its options joined."""
+    """:func:`vocab_parallel_linear_distillation_loss`, its operands and options joined."""
     group = _checked_group(group)
-    arguments.check_head("student", student_hidden, student_head, student_bias, least=0)
-    hiddens = None if teacher_hidden is None else (teacher_hidden,)
-    (teacher,) = linear._check_teacher((student_hidden,), hiddens, teacher_head, teacher_bias, teacher_logits, least=0)
-    teacher_words = teacher.shape[-1] if teacher_head is None else teacher_head.shape[0]
-    words = _common_words(student_head.shape[0], teacher_words, vocab_start, options.vocab_size, group)
+    operands.check(least=0)
+    words = _common_words(*operands.vocabularies, vocab_start, options.vocab_size, group)
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size!r}, accepted: an integer from 1")
-    operands = (student_hidden, student_head, student_bias)
-    wanted = [torch.is_grad_enabled() and operand is not None and operand.requires_grad for operand in operands]
-    if options.reduction == "none" and any(wanted):
+    if options.reduction == "none" and any(operands.wanted):
         raise ValueError('reduction: got "none", accepted where a gradient is required: "mean", "sum"')
-
-    student_dtype = arguments.product_dtype(student_hidden)
-    teacher_dtype = teacher.dtype if teacher_head is None else arguments.product_dtype(teacher)
-    logits_dtype = torch.promote_types(student_dtype, teacher_dtype)
-    leading = student_hidden.shape[:-1]
-    objective = options.objective()
-    weights = options.token_weights(
-        student_hidden.new_empty((math.prod(leading), 0), dtype=logits_dtype),
-        leading,
-        divide_last=torch.float16 in (student_dtype, logits_dtype),
-    )
-    call = _Call(_Shard(group, vocab_start, options.vocab_size), weights, objective)
-    inputs = linear._Inputs(
-        student_hidden.reshape(math.prod(leading), student_hidden.shape[-1]),
-        student_head,
-        student_bias,
-        teacher.detach().reshape(math.prod(leading), teacher.shape[-1]),
-        None if teacher_head is None else teacher_head.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        weights.row_scale,
-        *objective,
-        weights.labels,
-        weights.ce_scale,
-        words,
-        chunk_size,
-        student_dtype,
-        teacher_dtype,
-        options.reduction != "none",
-        wanted,
-    )
-    if any(wanted):
+    inputs, weights = operands.joined(options, words, chunk_size)
+    call = _Call(_Shard(group, vocab_start, options.vocab_size), weights, inputs.objective)
+    if any(inputs.wanted):
         loss = _VocabParallelLinear.apply(*inputs[:3], inputs, call)
     else:
         with torch.no_grad():
             loss, *_ = _in_chunks(inputs, call)
-    return loss.reshape(leading) if options.reduction == "none" else weights.reduced(loss)
+    return loss.reshape(operands.leading) if options.reduction == "none" else weights.reduced(loss)
 
 
 class _Shard(NamedTuple):
@@ -296,18 +256,16 @@ class _VocabParallel(torch.autograd.Function):
         return _scaled(grad, grad_rows), None, None
 
 
-def _in_chunks(inputs: linear._Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _in_chunks(inputs: Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def loss_of(student: Tensor, teacher: Tensor, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
         return _rows_and_grad(student, teacher, call, chunk, with_grad=any(inputs.wanted))
 
-    return linear._in_chunks(inputs, loss_of)
+    return in_chunks(inputs, loss_of)
 
 
 class _VocabParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, inputs: linear._Inputs, call: _Call
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, inputs: Inputs, call: _Call) -> Tensor:
         inputs = inputs._replace(student_hidden=hidden, student_head=head, student_bias=bias)
         loss, grad_hidden, grad_head, grad_bias = _in_chunks(inputs, call)
         if inputs.wanted[0]:
