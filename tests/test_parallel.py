@@ -194,6 +194,19 @@ def stages(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, 
     return sums, torch.ops.pyfast.shard_distill(*inputs, sums[:, 1], None, None, True)[1]
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_divergence_of_factor_0_takes_no_part(divergence: str) -> None:
+    """Its gradient is that of the cross-entropy, whatever the teacher holds."""
+    logits, labels = draw(2, 40, seed=3), torch.tensor([7, 3])
+    teacher = torch.full((2, 40), torch.nan)
+    lse = torch.stack([logits.double().logsumexp(-1)] * 2, -1)
+    center = torch.full((2,), torch.nan, dtype=torch.float64) if divergence in reference.PULLS else None
+    inputs = (logits, teacher, torch.zeros(2), divergence, 0.5, 1.0, 1.0, 0.0, 0.0, lse, lse[:, :1] * torch.nan)
+    _, grad = torch.ops.pyfast.shard_distill(*inputs, center, labels, torch.ones(2), True)
+    expected = logits.softmax(-1) - torch.nn.functional.one_hot(labels, 40)
+    torch.testing.assert_close(grad, expected)
+
+
 def test_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = pair(7)
     whole = stages(*logits)

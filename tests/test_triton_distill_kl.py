@@ -124,6 +124,13 @@ def test_rows_that_do_not_count_are_not_read(outcome: dict[str, Any], name: str)
     assert (grad == 0).all(1).tolist() == [False, True, False, False, True]
 
 
+@pytest.mark.parametrize("name", named("alone-"))
+def test_a_divergence_of_factor_0_takes_no_part(outcome: dict[str, Any], name: str) -> None:
+    rows, ce_rows, grad = outcome["results"][name]
+    assert torch.equal(rows[:4], ce_rows[:4])
+    assert rows.isfinite().all() and grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", named("excluded-"))
 def test_infinite_only_where_the_student_lacks_mass(outcome: dict[str, Any], name: str) -> None:
     rows, _, grad = outcome["results"][name]

@@ -133,6 +133,23 @@ def unread(width: int, dtype: str, divergence: str, labelled: bool) -> Case:
     return build
 
 
+def labels_alone(width: int, dtype: str, divergence: str) -> Case:
+    """Rows 0 to 3 have their cross-entropy alone: their divergence is NaN or infinite."""
+
+    def build(device: str) -> Inputs:
+        inputs = plain(5, width, dtype, divergence, student_softcap=20.0)(device)
+        inputs.teacher[0] = math.nan
+        inputs.teacher[1] = -math.inf
+        inputs.teacher[2, 0] = math.inf
+        inputs.student[3, width // 3] = -math.inf
+        inputs.row_scale = torch.tensor([0.0, -0.0, 0.0, 0.0, 0.7], device=device)
+        inputs.labels = torch.tensor([0, width - 1, 5, 7, width // 2], device=device)
+        inputs.ce_scale = torch.full((5,), 0.25, device=device)
+        return inputs
+
+    return build
+
+
 def excluded(width: int, dtype: str, divergence: str) -> Case:
     """Row 0: the teacher excludes words; row 1: both do; row 2: the student lacks one of the teacher's."""
 
@@ -171,6 +188,7 @@ for _d in DIVERGENCES:
         CASES[f"equal-{_d}-{_width}"] = equal(_width, _d)
         CASES[f"nan-{_d}-{_width}"] = with_nan(_width, _dtype, _d)
         CASES[f"unread-{_d}-{_width}"] = unread(_width, _dtype, _d, labelled=False)
+        CASES[f"alone-{_d}-{_width}"] = labels_alone(_width, _dtype, _d)
         CASES[f"excluded-{_d}-{_width}"] = excluded(_width, _dtype, _d)
         CASES[f"underflow-{_d}-{_width}"] = underflow(_width, _d)
         CASES[f"value-{_d}-{_width}"] = plain(2, _width, _dtype, _d, with_grad=False, student_temperature=2.0)
