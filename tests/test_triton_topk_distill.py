@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_topk_distill import truth
+from topk_cases import truth
 from triton_cases import draw, scales
 from triton_programs import PLACES, check_compiled, error_of, poisoned, saved_by
 
