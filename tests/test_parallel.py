@@ -1,6 +1,6 @@
 """The vocabulary-parallel losses on 1, 2 and 4 processes against the loss of the whole vocabulary in float64.
 
-Each world size is one set of processes, which are ``parallel_cases.py`` started as a program; what their ranks saved is
+Each world size is one set of processes, which are ``parallel_rank.py`` started as a program; what their ranks saved is
 judged here.
 """
 
@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import parallel_cases
+import parallel_rank
 import pytest
 import torch
 from conftest import relative_error
 from parallel_cases import (
-    BAD,
-    BAD_OF_SEVERAL,
     CASES,
     COMPILED_WORLD,
     LINEAR,
@@ -33,6 +31,7 @@ from parallel_cases import (
     pair,
     truth,
 )
+from parallel_errors import BAD, BAD_OF_SEVERAL
 
 from pyfast.bench.hardware import peak_growth_bytes
 from pyfast.ops.distill_kl import DIVERGENCES
@@ -45,7 +44,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank of a world saved."""
     world = request.param
     folder = tmp_path_factory.mktemp(f"world{world}")
-    program = [sys.executable, str(Path(parallel_cases.__file__).resolve())]
+    program = [sys.executable, str(Path(parallel_rank.__file__).resolve())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
