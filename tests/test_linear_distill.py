@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import pyfast
 from pyfast import backends
 from pyfast.bench.hardware import peak_growth_bytes
-from pyfast.ops import _memory, linear_distill
+from pyfast.ops import _linear_chunks, _memory
 from pyfast.reference.distill_kl import DIVERGENCES
 
 NAN = float("nan")
@@ -91,7 +91,7 @@ def test_16_bits_are_no_worse_than_the_plain_formula(dtype):
 
 def test_many_chunks_round_the_gradient_of_a_16_bit_head_once(monkeypatch):
     case = Case(96, words=64, student=16, dtype=torch.bfloat16)
-    monkeypatch.setattr(linear_distill, "PANEL_BYTES", 5 * 16 * 2)  # panels of 5 rows, the last of 4
+    monkeypatch.setattr(_linear_chunks, "PANEL_BYTES", 5 * 16 * 2)  # panels of 5 rows, the last of 4
     one = case.fused(chunk_size=96)[1][1]
     many = case.fused(chunk_size=1)[1][1]
     assert relative_error(many, one) < 4e-3
@@ -430,10 +430,10 @@ def test_logits_never_exist_in_full():
 
 def test_chunks_fit_the_memory_at_hand(monkeypatch):
     device, row = torch.device("cpu"), 151936 * 4
-    size = linear_distill._chunk_size
+    size = _linear_chunks.tokens_a_chunk
 
     def at_hand(amount):
-        monkeypatch.setattr(linear_distill, "memory_at_hand", lambda device: amount)
+        monkeypatch.setattr(_linear_chunks, "memory_at_hand", lambda device: amount)
 
     at_hand(1 << 40)
     plenty = size(151936, torch.float32, device)

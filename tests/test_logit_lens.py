@@ -221,7 +221,7 @@ BAD = {
     "weights too few": (ValueError, "layer_weights", {"layer_weights": [1.0]}),
     "weights negative": (ValueError, "layer_weights", {"layer_weights": [1.0, -1.0]}),
     "weights zero": (ValueError, "layer_weights", {"layer_weights": [0, 0]}),
-    "teacher logits": (ValueError, "teacher_logits", {"teacher_logits": torch.randn(2, 7, 53)}),
+    "teacher logits": (TypeError, "teacher_logits", {"teacher_logits": torch.randn(2, 7, 53)}),
     "unknown option": (TypeError, "temprature", {"temprature": 2.0}),
     "divergence": (ValueError, "divergence", {"divergence": "kl"}),
 }

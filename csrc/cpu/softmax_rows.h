@@ -137,7 +137,7 @@ float chunk_sum(const T* z, int64_t n, float shift, float scale) {
 // The first shift: any logit of the row will do.
 inline float first_shift(float logit) { return logit >= kLowest && logit <= -kLowest ? logit : kLowest; }
 
-// Moves the shift to the largest logit of a chunk whose sum overflowed; a logit of +inf leaves the row NaN.
+// Moves the shift to the largest logit of a chunk whose sum is large or NaN; a logit of +inf leaves the row NaN.
 template <class T>
 void raise_shift(RowSum& r, const T* z, int64_t n, float scale) {
   const float top = chunk_max(z, n);

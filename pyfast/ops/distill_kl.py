@@ -84,105 +84,56 @@ def distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
             Labels out of range are seen on the CPU only; on a GPU, where looking would stop the host, they give NaN.
     """
+    options = arguments.LossOptions(
+        divergence,
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        scale_by_t2=scale_by_t2,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        ce_weight=ce_weight,
+        reduction=reduction,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        num_items=num_items,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
     if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
         from pyfast import _dtensor  # a floor above: collectives run between the ops there
 
-        return _dtensor.distillation_loss(
-            student,
-            teacher,
-            divergence,
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            scale_by_t2=scale_by_t2,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            ce_weight=ce_weight,
-            reduction=reduction,
-            labels=labels,
-            ignore_index=ignore_index,
-            mask=mask,
-            num_items=num_items,
-            vocab_size=vocab_size,
-            backend=backend,
-        )
-    call = _prepare(
-        student,
-        teacher,
-        divergence,
-        alpha,
-        beta,
-        temperature,
-        teacher_temperature,
-        scale_by_t2,
-        softcap,
-        teacher_softcap,
-        ce_weight,
-        reduction,
-        labels,
-        ignore_index,
-        mask,
-        num_items,
-        vocab_size,
-        backend,
-    )
+        return _dtensor.distillation_loss(student, teacher, options)
+    call = _prepare(student, teacher, options)
     rows, _, _ = call.run(torch.is_grad_enabled() and student.requires_grad)
     return rows.reshape(call.leading) if reduction == "none" else call.weights.reduced(rows.sum())
 
 
 def distillation_value_and_grad(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: str = "forward_kl",
-    *,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    backend: str | None = None,
+    student: Tensor, teacher: Tensor, divergence: str = "forward_kl", **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Loss and its gradient to ``student`` in one pass, without autograd: for training loops that write their own
-    backward. Arguments and errors as in :func:`distillation_loss`.
+    backward.
+
+    Args:
+        student, teacher, divergence, options: as in :func:`distillation_loss`; both tensors plain.
 
     Returns:
         The loss as :func:`distillation_loss` gives it, detached; and the gradient of its sum, of the shape and dtype
         of ``student`` (0 for words beyond ``vocab_size``).
+
+    Raises:
+        TypeError, ValueError: as :func:`distillation_loss`.
     """
-    call = _prepare(
-        student,
-        teacher,
-        divergence,
-        alpha,
-        beta,
-        temperature,
-        teacher_temperature,
-        scale_by_t2,
-        softcap,
-        teacher_softcap,
-        ce_weight,
-        reduction,
-        labels,
-        ignore_index,
-        mask,
-        num_items,
-        vocab_size,
-        backend,
-        finished=True,
-    )
+    given = arguments.LossOptions.of("distillation_value_and_grad", divergence, options)
+    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
+        raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
+    call = _prepare(student, teacher, given, finished=True)
     with torch.no_grad():
         rows, _, grad = call.run(True)
-    loss = rows.reshape(call.leading) if reduction == "none" else rows.sum()
+    loss = rows.reshape(call.leading) if given.reduction == "none" else rows.sum()
     grad = grad.to(student.dtype).reshape(*call.leading, grad.shape[-1])
     beyond = student.shape[-1] - grad.shape[-1]
     return loss, torch.nn.functional.pad(grad, (0, beyond)) if beyond else grad
@@ -213,53 +164,12 @@ class _Call(NamedTuple):
         return rows.detach(), ce_rows, grad
 
 
-def _prepare(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: str,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float | None,
-    scale_by_t2: bool,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    ce_weight: float,
-    reduction: str,
-    labels: Tensor | None,
-    ignore_index: int,
-    mask: Tensor | None,
-    num_items: float | Tensor | None,
-    vocab_size: int | None,
-    backend: str | None,
-    finished: bool = False,
-) -> _Call:
-    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
-        raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
-    leading, rows_s, rows_t = arguments.check_pair(student, teacher, vocab_size)
-    objective = arguments.objective(
-        divergence,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-    )
-    weights = arguments.token_weights(
-        rows_s,
-        leading,
-        factor=temperature**2 if scale_by_t2 else 1.0,
-        reduction=reduction,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        num_items=num_items,
-        ce_weight=ce_weight,
-        words=rows_s.shape[-1],
-        divide_last=student.dtype == torch.float16 and not finished,
-    )
-    served_by = backends.select("distill_kl", student.device.type, rows_s.dtype, backend)
+def _prepare(student: Tensor, teacher: Tensor, options: arguments.LossOptions, finished: bool = False) -> _Call:
+    leading, rows_s, rows_t = arguments.check_pair(student, teacher, options.vocab_size)
+    objective = options.objective()
+    divide_last = student.dtype == torch.float16 and not finished
+    weights = options.token_weights(rows_s, leading, words=rows_s.shape[-1], divide_last=divide_last)
+    served_by = backends.select("distill_kl", student.device.type, rows_s.dtype, options.backend)
     return _Call(leading, rows_s, rows_t, weights, objective, served_by)
 
 
