@@ -32,14 +32,13 @@ struct Variant {
 };
 
 constexpr Variant kVariants[] = {
-    {"serial", pyfast::Isa::serial},
-    {"avx2", pyfast::Isa::avx2},
-    {"avx512", pyfast::Isa::avx512},
-    {"avx512_lookup", pyfast::Isa::avx512},
+    {"serial", pyfast::Isa::serial},        {"avx2", pyfast::Isa::avx2},           {"avx512", pyfast::Isa::avx512},
+    {"avx512_lookup", pyfast::Isa::avx512}, {"avx512_vbmi2", pyfast::Isa::avx512},
 };
 
 bool runs(const Variant& v) {
-  return pyfast::isa_supported(v.needs) && (std::string("avx512_lookup") != v.name || pyfast::has_vbmi2());
+  const bool vbmi2 = std::string(v.name).rfind("avx512_", 0) == 0;
+  return pyfast::isa_supported(v.needs) && (!vbmi2 || pyfast::has_vbmi2());
 }
 
 pyfast::Isa checked(const std::string& variant) {
@@ -178,8 +177,9 @@ py::array sparse24_linear(const py::array& activations, const py::array& values,
 const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   const pyfast::Isa isa = checked(variant);
 #if defined(__x86_64__)
-  if (isa == pyfast::Isa::avx512)
-    return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Lookup;
+  if (variant == "avx512") return pyfast::kBitmapLinearAvx512;
+  if (variant == "avx512_lookup") return pyfast::kBitmapLinearAvx512Lookup;
+  if (variant == "avx512_vbmi2") return pyfast::kBitmapLinearAvx512Vbmi2;
 #endif
   return pyfast::bitmap_linear_table(isa, 1.0);
 }

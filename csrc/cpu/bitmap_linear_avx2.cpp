@@ -34,7 +34,7 @@ inline uint64_t table_offset(uint64_t word, int step) {
   return (step == 0 ? word << 5 : word >> (8 * step - 5)) & 0x1fe0;
 }
 
-template <int tokens>
+template <class T, int tokens>
 struct Columns {
   const float* x;
   int64_t stride;
@@ -43,7 +43,7 @@ struct Columns {
 };
 
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<tokens>& c, Vec* sum) {
+[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
   Vec s[tokens];
 #pragma GCC unroll 4
   for (int t = 0; t < tokens; ++t) s[t] = sum[t];

@@ -26,7 +26,7 @@ alignas(64) constexpr uint8_t kColumnNumbers[64] = {0,  1,  2,  3,  4,  5,  6,  
                                                     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
                                                     48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
 
-template <int tokens>
+template <class T, int tokens>
 struct Columns {
   Vec x[tokens][4];
 
@@ -47,7 +47,7 @@ struct Columns {
 
 // Up to 16 stored values of a row, `left` of them, at the columns in the low bytes.
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_sixteen(const T* w, __m512i bytes, int left, const Columns<tokens>& c,
+[[gnu::always_inline]] inline void add_sixteen(const T* w, __m512i bytes, int left, const Columns<T, tokens>& c,
                                                Vec* sum) {
   const __m512i column = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
   const __mmask16 upper = _mm512_test_epi32_mask(column, _mm512_set1_epi32(32));
@@ -57,7 +57,7 @@ template <class T, int tokens>
 }
 
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<tokens>& c, Vec* sum) {
+[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
   __m512i bytes = _mm512_maskz_compress_epi8(word, _mm512_load_si512(kColumnNumbers));
   const int stored = __builtin_popcountll(word);
   add_sixteen<T, tokens>(w, bytes, stored, c, sum);

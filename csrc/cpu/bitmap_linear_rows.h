@@ -3,8 +3,8 @@
 // The ISA file that includes this defines
 //   kUsualValues   stored values of a row of a tile for which memory is asked early
 //   kOverread      values that add_row may read behind a row's first one, whether they are the row's or not
-//   template <int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 activations of each token
-//   template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<tokens>&, Vec* sum)
+//   template <class T, int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 activations of each
+//   token template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<T, tokens>&, Vec* sum)
 // where add_row adds to sum[t] the products of one row's stored values w with token t's activations at the set bits.
 #pragma once
 
@@ -35,7 +35,7 @@ template <class T>
 }
 
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_tile_row(const T*& w, uint64_t word, const Columns<tokens>& x, Vec* sum) {
+[[gnu::always_inline]] inline void add_tile_row(const T*& w, uint64_t word, const Columns<T, tokens>& x, Vec* sum) {
   prefetch_values(w);
   add_row<T, tokens>(w, word, x, sum);
   w += __builtin_popcountll(word);
@@ -54,7 +54,7 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
   const T* w = static_cast<const T*>(a.values) + a.offsets[tile_row * tiles];
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const uint64_t* words = a.bitmaps + (tile_row * tiles + tile) * kTileRows;
-    const Columns<tokens> x(a.x + token * a.x_stride + tile * kTileColumns, a.x_stride);
+    const Columns<T, tokens> x(a.x + token * a.x_stride + tile * kTileColumns, a.x_stride);
     if constexpr (copied) {
       TileCopy<T> buffer;
       w = buffer.of(a, tile_row * tiles + tile);

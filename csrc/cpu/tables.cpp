@@ -27,9 +27,9 @@ const Sparse24LinearTable& sparse24_linear_table(Isa isa) {
 // The look-up does a row of 64 columns in one step where no more than 16 are stored; above a quarter or so many rows
 // take two, and the expansion is as fast (docs/kernels.md).
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
-  static const bool lookup = has_vbmi2();
-  return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2,
-              lookup && density < 0.3 ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512);
+  static const bool vbmi2 = has_vbmi2();
+  if (isa == Isa::avx512 && vbmi2) return density < 0.3 ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512Vbmi2;
+  return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, kBitmapLinearAvx512);
 }
 
 const IndexedLinearTable& indexed_linear_table(Isa isa) {
