@@ -47,6 +47,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "bitmap_linear": ("native", "cuda", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
     "bitmap_convert": ("native", "cuda", "reference"),
+    "nm_mask": ("native", "reference"),
 }
 
 

@@ -1,6 +1,7 @@
 // Which table of kernels an ISA means, for every op.
 #include "bitmap_linear.h"
 #include "distill_kl.h"
+#include "nm_mask.h"
 #include "sparse24_linear.h"
 #include "topk_distill.h"
 
@@ -35,11 +36,14 @@ const BitmapLinearTable& bitmap_linear_table(Isa isa, double density, int64_t to
 const TopkDistillTable& topk_distill_table(Isa isa) {
   return pick(isa, kTopkDistillSerial, kTopkDistillAvx2, kTopkDistillAvx512);
 }
+
+const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmMaskAvx2, kNmMaskAvx512); }
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double, int64_t) { return kBitmapLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
+const NmMaskTable& nm_mask_table(Isa) { return kNmMaskSerial; }
 #endif
 
 }  // namespace pyfast
