@@ -142,5 +142,5 @@ def test_refusals(arguments, error, message):
     ("scores", "n", "m"), [(torch.ones(4), 2, 4), (torch.ones(1, 4), 0, 4), (torch.ones(1, 4).double(), 2, 4)]
 )
 def test_the_op_itself_refuses(scores, n, m):
-    with pytest.raises(RuntimeError, match="scores|n, m"):
+    with pytest.raises(RuntimeError, match=r"scores|n, m"):
         torch.ops.pyfast.nm_mask(scores, n, m)

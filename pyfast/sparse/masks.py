@@ -81,7 +81,7 @@ def largest_of_each_row(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def largest_of_all(scores: Tensor, sparsity: float) -> Tensor:
-    """Mask that removes the round(sparsity·numel) smallest of a whole matrix; of equal ones the first, by rows, stay."""
+    """Mask that removes the round(sparsity·numel) smallest of a matrix; of equal ones the first, by rows, stay."""
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     return Threshold(lambda: [scores], round(sparsity * scores.numel()), dtype).mask(scores)
 
