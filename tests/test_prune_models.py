@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import weakref
 
@@ -160,7 +159,6 @@ def test_only_one_block_s_statistics_are_alive(monkeypatch):
     def counting(self):
         nonlocal most
         started(self)
-        gc.collect()
         alive.add(self)
         most = max(most, len(alive))
 

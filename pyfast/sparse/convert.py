@@ -83,10 +83,7 @@ def _choose(
             if not any(fnmatchcase(name, pattern) for name in linears):
                 known = ", ".join(list(linears)[:5]) or "none"
                 raise ValueError(f"{argument}: {pattern!r} matches no linear layer; the first are: {known}")
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = owner_counts(model)
     heads = _heads(model)
     chosen = {
         name: linear
@@ -101,6 +98,15 @@ def _choose(
         other = f"; {transposed} are Conv1D, whose weight lies transposed: not supported" if transposed else ""
         raise ValueError(f"model: no eligible linear layer among {len(linears)} (see include, exclude, head){other}")
     return chosen
+
+
+def owner_counts(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter, by its ``id``."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return owners
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:

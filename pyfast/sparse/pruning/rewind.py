@@ -10,25 +10,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pyfast.sparse.convert import owner_counts
 from pyfast.sparse.linear import SparseLinear
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a pruned model carries: boolean ``[N, K]``, True kept, by the name of the layer.
 
-    Of dense layers (``nn.Linear``) those that hold zeros, each zero counting as removed; of :class:`SparseLinear` the
-    places that are stored. Layers that hold no zero are left out. Masks lie on the device of their layer.
+    Of dense layers (``nn.Linear`` whose weight is its own) those that hold zeros, each zero counting as removed; of
+    :class:`SparseLinear` the places that are stored. Layers that hold no zero are left out. Masks lie on the device of
+    their layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module")
     masks: dict[str, Tensor] = {}
+    owners = owner_counts(model)
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             weight = module.weight
             tensors = {**weight.tensors(), "values": torch.ones_like(weight.values, requires_grad=False)}
             masks[name] = type(weight).from_tensors(tensors, weight.shape).to_dense() != 0
-        elif isinstance(module, nn.Linear) and not bool((kept := module.weight.detach() != 0).all()):
-            masks[name] = kept
+        elif isinstance(module, nn.Linear) and owners[id(module.weight)] == 1:
+            kept = module.weight.detach() != 0
+            if not bool(kept.all()):
+                masks[name] = kept
     return masks
 
 
