@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the command was wrong; 130 interrupted (the same command g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,13 +120,13 @@ def _bar() -> Iterator[_Bar]:
 
 
 def _table(layers: list[PrunedLayer]) -> Table:
-    """A line for each kind of layer (its last name): how many, and how much of them fell."""
+    """A line for each kind of layer (its name inside its block): how many, and how much of them fell."""
     table = Table(title="pruned")
     for title in ("layer", "count", "weights", "removed", "output error"):
         table.add_column(title, justify="left" if title == "layer" else "right")
     kinds: dict[str, list[PrunedLayer]] = {}
     for layer in layers:
-        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+        kinds.setdefault(re.split(r"(?:^|\.)\d+\.", layer.name)[-1], []).append(layer)
     for kind, members in [*kinds.items(), ("all", layers)]:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in members)
         removed = sum(layer.removed for layer in members)

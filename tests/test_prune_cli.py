@@ -84,7 +84,7 @@ def test_the_checkpoint_that_comes_out(checkpoint, text, tokenizer, tmp_path):
     out = tmp_path / "deep" / "out"
     arguments = [checkpoint, out, "--text", text, *SETTINGS]
     printed = done("--sparsity", "0.5", "--pattern", "2:4", "--method", "wanda", *arguments)
-    assert "up_proj" in printed and "50.00%" in printed and f"written: {out}" in printed
+    assert "mlp.up_proj" in printed and "50.00%" in printed and f"written: {out}" in printed
     got = transformers.AutoModelForCausalLM.from_pretrained(out)
     twin = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     results = prune(twin, text_batches(tokenizer, text, 6, 20, labels=False), "wanda", pattern="2:4")

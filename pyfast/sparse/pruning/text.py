@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -80,11 +81,13 @@ def documents(path: Path | None) -> Iterator[str]:
 
 def _files(folder: Path | None) -> list[Path]:
     root = folder or Path(sysconfig.get_paths()["stdlib"])
-    found = [
-        file
-        for file in root.rglob("*" if folder else "*.py")
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        and not (folder is None and any(part in _OMITTED for part in file.relative_to(root).parts))
-    ]
-    return sorted(found, key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
+    omitted = () if folder else _OMITTED
+    found: list[str] = []
+    for here, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in omitted]
+        found += [
+            Path(here, name).relative_to(root).as_posix()
+            for name in names
+            if not name.startswith(".") and (folder or name.endswith(".py")) and Path(here, name).is_file()
+        ]
+    return [root / name for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())]
