@@ -8,16 +8,17 @@ namespace pyfast {
 namespace {
 
 using Order = __m256i;
+using Ties = __m256;
 struct Rank {
   __m256i counted = _mm256_setzero_si256();
 };
 
 inline Order lanes_from(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Ties ties_from(const int32_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
 inline Vec rotated(Vec v, Order order) { return {_mm256_permutevar8x32_ps(v.v, order)}; }
 
-inline void count(Rank& rank, Vec other, Vec own, const int32_t* ties) {
-  const __m256 tied = _mm256_loadu_ps(reinterpret_cast<const float*>(ties));
-  const __m256 equal = _mm256_and_ps(_mm256_cmp_ps(other.v, own.v, _CMP_EQ_OQ), tied);
+inline void count(Rank& rank, Vec other, Vec own, Ties ties) {
+  const __m256 equal = _mm256_and_ps(_mm256_cmp_ps(other.v, own.v, _CMP_EQ_OQ), ties);
   const __m256 before = _mm256_or_ps(_mm256_cmp_ps(other.v, own.v, _CMP_GT_OQ), equal);
   rank.counted = _mm256_sub_epi32(rank.counted, _mm256_castps_si256(before));
 }

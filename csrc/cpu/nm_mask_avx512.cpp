@@ -8,17 +8,18 @@ namespace pyfast {
 namespace {
 
 using Order = __m512i;
+using Ties = __mmask16;
 struct Rank {
   __m512i counted = _mm512_setzero_si512();
 };
 
 inline Order lanes_from(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline Ties ties_from(const int32_t* p) { return _mm512_movepi32_mask(_mm512_loadu_si512(p)); }
 inline Vec rotated(Vec v, Order order) { return {_mm512_permutexvar_ps(order, v.v)}; }
 
-inline void count(Rank& rank, Vec other, Vec own, const int32_t* ties) {
-  const __mmask16 tied = _mm512_movepi32_mask(_mm512_loadu_si512(ties));
+inline void count(Rank& rank, Vec other, Vec own, Ties ties) {
   const __mmask16 before =
-      _mm512_cmp_ps_mask(other.v, own.v, _CMP_GT_OQ) | _mm512_mask_cmp_ps_mask(tied, other.v, own.v, _CMP_EQ_OQ);
+      _mm512_cmp_ps_mask(other.v, own.v, _CMP_GT_OQ) | _mm512_mask_cmp_ps_mask(ties, other.v, own.v, _CMP_EQ_OQ);
   rank.counted = _mm512_sub_epi32(rank.counted, _mm512_movm_epi32(before));
 }
 

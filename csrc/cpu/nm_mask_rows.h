@@ -3,9 +3,10 @@
 //   Order            lane numbers and table indices, one int a lane
 //   lanes_from(p)    an Order from int32 [width]
 //   rotated(v, o)    lane i of the result is lane o[i] of v
+//   Ties             in which lanes an equal score ranks before the lane's own
+//   ties_from(p)     a Ties from int32 [width], all ones or 0
 //   Rank             a counter a lane; Rank{} is 0
-//   count(r, other, own, ties)   one more in the lanes where `other` ranks before `own`: larger, or equal where the
-//                                lane of `ties` (int32 [width], all ones or 0) is set
+//   count(r, other, own, ties)   one more in the lanes where `other` ranks before `own`: larger, or equal and in `ties`
 //   kept(r, n)       which lanes counted fewer than n, in the form that store_kept takes
 //   store_kept(p, kept, lanes)   a byte, 0 or 1, for each of the first `lanes` lanes
 #pragma once
@@ -18,9 +19,8 @@ namespace {
 // Loads `lanes` scores; -inf for NaN and in the lanes beyond, which therefore rank last.
 template <class T>
 inline Vec load_scores(const T* p, int64_t lanes) {
-  const Vec lowest = broadcast(-__builtin_inff());
-  return max(lanes == Vec::width ? load(p) : load_partial(p, lanes, -__builtin_inff()),
-             lowest);  // max: b where a is NaN
+  const Vec loaded = lanes == Vec::width ? load(p) : load_partial(p, lanes, -__builtin_inff());
+  return max(loaded, broadcast(-__builtin_inff()));  // the second where the first is NaN
 }
 
 // Groups that fit into a register, width / m of them side by side:
@@ -32,16 +32,17 @@ template <class T, int kGroup>
 void nm_mask_packed(const NmMaskArgs& args, int64_t begin, int64_t end) {
   const int m = kGroup != 0 ? kGroup : static_cast<int>(args.m);
   const int step = Vec::width / m * m;
-  Order order[Vec::width];
-  alignas(64) int32_t ties[Vec::width][Vec::width];
+  Order order[kGroup != 0 ? kGroup : Vec::width];  // of a known group: registers
+  Ties ties[kGroup != 0 ? kGroup : Vec::width];
   for (int rotation = 1; rotation < m; ++rotation) {
-    alignas(64) int32_t source[Vec::width];
+    int32_t source[Vec::width], tied[Vec::width];
     for (int lane = 0; lane < Vec::width; ++lane) {
       const int own = lane % m, other = (own + rotation) % m;
       source[lane] = lane < step ? lane - own + other : lane;
-      ties[rotation][lane] = lane < step && other < own ? -1 : 0;
+      tied[lane] = lane < step && other < own ? -1 : 0;
     }
     order[rotation] = lanes_from(source);
+    ties[rotation] = ties_from(tied);
   }
   for (int64_t row = begin; row < end; ++row) {
     const T* scores = static_cast<const T*>(args.scores) + row * args.score_stride;
@@ -63,7 +64,7 @@ void nm_mask_wide(const NmMaskArgs& args, int64_t begin, int64_t end) {
   const int m = static_cast<int>(args.m);
   const int parts = (m + Vec::width - 1) / Vec::width;
   // ties: lane i of part p is set for element j where j < p * width + i, that is the window that starts at j's place
-  alignas(64) int32_t after[3 * kNmMaskMaxGroup];
+  int32_t after[3 * kNmMaskMaxGroup];
   for (int i = 0; i < 3 * kNmMaskMaxGroup; ++i) after[i] = i > kNmMaskMaxGroup ? -1 : 0;
   for (int64_t row = begin; row < end; ++row) {
     const T* scores = static_cast<const T*>(args.scores) + row * args.score_stride;
@@ -82,7 +83,7 @@ void nm_mask_wide(const NmMaskArgs& args, int64_t begin, int64_t end) {
       for (int j = 0; j < length; ++j) {
         const Vec other = broadcast(group[j]);
         for (int part = 0; part < parts; ++part)
-          count(rank[part], other, own[part], after + kNmMaskMaxGroup - j + part * Vec::width);
+          count(rank[part], other, own[part], ties_from(after + kNmMaskMaxGroup - j + part * Vec::width));
       }
       for (int part = 0; part * Vec::width < length; ++part) {
         const int inside = length - part * Vec::width;
