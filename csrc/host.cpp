@@ -16,6 +16,7 @@
 #include "cpu/bitmap_linear.h"
 #include "cpu/distill_kl.h"
 #include "cpu/isa.h"
+#include "cpu/nm_mask.h"
 #include "cpu/sparse24_linear.h"
 #include "cpu/topk_distill.h"
 
@@ -221,6 +222,22 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   return y;
 }
 
+py::array nm_mask(const py::array& scores, py::ssize_t n, py::ssize_t m, const std::string& variant) {
+  const pyfast::NmMaskTable& table = pyfast::nm_mask_table(checked(variant));
+  const py::array s = contiguous(scores);
+  require(s.ndim() == 2, "scores: accepted: a matrix");
+  require(1 <= n && n <= m && m <= pyfast::kNmMaskMaxGroup, "n, m: accepted: 1 <= n <= m <= 32");
+  py::array_t<bool> mask(std::vector<py::ssize_t>{s.shape(0), s.shape(1)});
+  pyfast::NmMaskArgs args{};
+  args.scores = s.data();
+  args.mask = reinterpret_cast<uint8_t*>(mask.mutable_data());
+  args.k = args.score_stride = s.shape(1);
+  args.n = n;
+  args.m = m;
+  table.rows[static_cast<int>(dtype_of(s, "scores"))](args, 0, s.shape(0));
+  return mask;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -239,4 +256,6 @@ PYBIND11_MODULE(_host, m) {
         py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
   m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),
         py::arg("n"), py::arg("variant") = "serial", "x [tokens, k] float32 times a bitmap weight: [tokens, n].");
+  m.def("nm_mask", &nm_mask, py::arg("scores"), py::arg("n"), py::arg("m"), py::arg("variant") = "serial",
+        "Which n of every m consecutive columns have the largest scores [rows, k]: bool [rows, k].");
 }

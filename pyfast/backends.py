@@ -48,6 +48,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "indexed_linear": ("native", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
     "bitmap_convert": ("native", "cuda", "reference"),
+    "nm_mask": ("native", "reference"),
 }
 
 

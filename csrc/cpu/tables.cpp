@@ -2,6 +2,7 @@
 #include "bitmap_linear.h"
 #include "distill_kl.h"
 #include "indexed_linear.h"
+#include "nm_mask.h"
 #include "sparse24_linear.h"
 #include "topk_distill.h"
 
@@ -39,12 +40,15 @@ const IndexedLinearTable& indexed_linear_table(Isa isa) {
 const TopkDistillTable& topk_distill_table(Isa isa) {
   return pick(isa, kTopkDistillSerial, kTopkDistillAvx2, kTopkDistillAvx512);
 }
+
+const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmMaskAvx2, kNmMaskAvx512); }
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
+const NmMaskTable& nm_mask_table(Isa) { return kNmMaskSerial; }
 #endif
 
 }  // namespace pyfast
