@@ -13,6 +13,7 @@ import pyfast
 from pyfast import backends
 from pyfast.bench.hardware import peak_growth_bytes
 from pyfast.ops import _linear_chunks, _memory
+from pyfast.ops._arguments import LossOptions
 from pyfast.reference.distill_kl import DIVERGENCES
 
 NAN = float("nan")
@@ -309,6 +310,37 @@ def test_incoming_gradients_are_honoured(factor, dtype):
     for (_, grads), (_, plains), (_, trues) in ((got, plain, truth), (got_rows, plain_rows, truth_rows)):
         for grad, plain_grad, true in zip(grads, plains, trues, strict=True):
             assert relative_error(grad, true) <= relative_error(plain_grad, true) + SLACK[dtype]
+
+
+def test_incoming_gradients_of_rows_with_cross_entropy():
+    """Each row takes its own in both parts; what comes in for a row that does not count goes nowhere."""
+    case, shares = Case(7), torch.linspace(-1.0, 2.0, 7)
+    labels = torch.randint(0, 101, (7,))
+    labels[2] = -100
+    options = {"labels": labels, "ce_weight": 0.5, "reduction": "none"}
+    got = case.differentiate(pyfast.linear_distillation_loss(**vars(case), chunk_size=3, **options), shares)
+    check(got, case.plain(weight=shares, **options), 1e-5)
+    shares[2] = torch.nan
+    rows = pyfast.linear_distillation_loss(**vars(case), chunk_size=3, **options)
+    for grad, same in zip(case.differentiate(rows, shares)[1], got[1], strict=True):
+        assert torch.equal(grad, same)
+
+
+def test_the_op_counts_rows_of_cross_entropy_alone():
+    case, labels = Case(7), torch.randint(0, 101, (7,))
+    operands = _linear_chunks.Operands(
+        (case.student_hidden,),
+        case.student_head,
+        case.student_bias,
+        (case.teacher_hidden,),
+        case.teacher_head,
+        case.teacher_bias,
+    )
+    inputs, _ = operands.joined(LossOptions(labels=labels, ce_weight=1.0, reduction="sum"), 101, 3)
+    loss, *_ = torch.ops.pyfast.linear_distill(*inputs._replace(row_scale=torch.zeros(7)))
+    logits = F.linear(case.student_hidden, case.student_head, case.student_bias)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    check(case.differentiate(loss), case.differentiate(expected))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
