@@ -11,6 +11,7 @@
 
 #include "common.cuh"
 #include "distill_kl_group.cuh"
+#include "distill_kl_plan.h"
 #include "distill_kl_store.cuh"
 #include "vec.cuh"
 
@@ -36,12 +37,23 @@ struct DistillKlArgs {
   float teacher_share;                     // student_temperature / teacher_temperature
   float student_softcap, teacher_softcap;  // 0: none
   float mixture_teacher, mixture_student;
+
+  // mix: share of the first distribution of the mixture, see pyfast/reference/distill_kl.py.
+  void set_options(Divergence kind, double mix, double student_temperature, double teacher_temperature,
+                   double student_cap, double teacher_cap) {
+    const double teachers = kind == Divergence::skew_reverse_kl ? 1.0 - mix : mix;
+    divergence = kind;
+    student_inverse = static_cast<float>(1.0 / student_temperature);
+    teacher_inverse = static_cast<float>(1.0 / teacher_temperature);
+    teacher_share = static_cast<float>(student_temperature / teacher_temperature);
+    student_softcap = static_cast<float>(student_cap);
+    teacher_softcap = static_cast<float>(teacher_cap);
+    mixture_teacher = static_cast<float>(teachers);
+    mixture_student = static_cast<float>(1.0 - teachers);
+  }
 };
 
 #if defined(PYFAST_KERNELS)
-
-inline constexpr int kResidentThreads = 768;  // of all blocks on a multiprocessor: 80 registers each
-inline constexpr int kStreamedThreads = 448;  // twice fits a multiprocessor of 100 KB, with kStages slots a thread
 
 // The words of a vector, as floats.
 template <class T>
@@ -189,8 +201,13 @@ struct DistillKl {
       return;
     }
     PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i)
-      if (word + i >= 0 && word + i < a.words) grad[word + i] = ptx::from_float<T>(z.at(i));
+    for (int i = 0; i < kVectorWords<T>; ++i) {
+      if (word + i < 0 || word + i >= a.words) continue;
+      if constexpr (sizeof(T) == 4)
+        grad[word + i] = z.at(i);
+      else
+        grad[word + i].bits = ptx::from_float<T>(z.at(i)).bits;
+    }
   }
 
   // The row's x up to a constant: near those of the row where its logits have an offset.
@@ -405,9 +422,9 @@ struct DistillKl {
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-inline constexpr bool kClustersHere = true;
+inline constexpr bool kHasClusters = true;
 #else
-inline constexpr bool kClustersHere = false;
+inline constexpr bool kHasClusters = false;
 #endif
 
 // Grid: clusters of blocks along x, each doing rows its number apart. Shared memory: two times a.share vectors.
@@ -415,10 +432,10 @@ template <class T>
 __global__ void __launch_bounds__(kResidentThreads, 1) distill_kl_resident_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
-  Group<kClustersHere> group(memory);
+  Group<kHasClusters> group(memory);
   Resident<T> store(slots, a.share, group.rank);
   const int64_t size = group.size;
-  DistillKl<T, Resident<T>, kClustersHere>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
+  DistillKl<T, Resident<T>, kHasClusters>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
 }
 
 // Grid: blocks, each doing rows its number apart. Shared memory: two times kStages vectors a thread.

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "distill_kl_plan.h"
 #include "vec.cuh"
 
 #include "../exp_log.h"
@@ -16,7 +17,6 @@ namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
 
-inline constexpr int kMaxCluster = 8;  // what every GPU with clusters can run
 inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxFields = 9;
 inline constexpr float kLowestLogit = -3.40282347e+38f;  // a peak below every logit but -inf
@@ -25,6 +25,7 @@ struct GroupMemory {
   float warps[kMaxWarps][kMaxFields];
   float blocks[2][kMaxCluster][kMaxFields];
 };
+static_assert(sizeof(GroupMemory) <= kGroupBytes);
 
 // Blocks that share a row. Without clusters that is one block, which any GPU has.
 template <bool kClusters>

@@ -19,12 +19,12 @@
 #pragma once
 
 #include "common.cuh"
+#include "distill_kl_plan.h"
 
 namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
 
-inline constexpr int kStages = 3;
 inline constexpr int kBatches = 4;  // commits a row, in Resident
 
 template <class T>

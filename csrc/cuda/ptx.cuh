@@ -291,6 +291,13 @@ PYFAST_DEVICE float log2_approx(float x) {
   return y;
 }
 
+// rcp.approx.ftz.f32: 1 / x, to one unit in the last place.
+PYFAST_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Widening is exact; narrowing rounds to nearest even (cvt.rn).
 PYFAST_DEVICE float to_float(float x) { return x; }
 PYFAST_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -325,8 +332,6 @@ PYFAST_DEVICE T from_float(float x) {
 }
 
 // ---- Clusters of blocks (sm_90 and up: a kernel that uses them guards its body) -------------------------------------
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 PYFAST_DEVICE uint32_t cluster_rank() {
   uint32_t rank;
@@ -382,8 +387,6 @@ PYFAST_DEVICE void st_cluster(float* shared, uint32_t rank, float value) {
       : "r"(shared_address(shared)), "r"(rank), "f"(value)
       : "memory");
 }
-
-#endif
 
 }  // namespace pyfast::cuda::ptx
 

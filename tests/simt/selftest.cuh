@@ -92,7 +92,7 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   const bool agree = ptx::any(odd) == (last != 0) && ptx::all(odd) == (last == 32);
   const uint32_t swapped = ptx::byte_permute(word, next, 0x7610u);  // lower half of word, upper half of next
   const Floats2 pair = ptx::unpack<BFloat16>(ptx::pack<BFloat16>(1.5f, static_cast<float>(ptx::popc(word))));
-  const Float16 half = ptx::from_float<Float16>(ptx::exp2_approx(3.0f) + ptx::log2_approx(4.0f));
+  const Float16 half = ptx::from_float<Float16>(ptx::exp2_approx(3.0f) + ptx::log2_approx(4.0f) * ptx::reciprocal_approx(1.0f));
   out[lane] = static_cast<uint32_t>(ptx::popc(below)) + 100u * scan;
   out[32 + lane] = agree;
   out[64 + lane] = swapped;

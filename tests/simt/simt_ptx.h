@@ -119,6 +119,7 @@ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return widen(bf16{x.bits}); }
 inline float to_float(Float16 x) { return widen(f16{x.bits}); }
