@@ -1,6 +1,6 @@
-// What one word adds to each divergence of distill_kl, over Vec; CPU and CUDA share it. With t, s the probabilities of a
-// word, x = log s - log t, E = e^x - 1 and Q = E - x, every divergence but forward_kl has the gradient s (h - H),
-// H = Σ s h:
+// What one word adds to each divergence of distill_kl, over Vec; CPU and CUDA share it. With t, s the probabilities of
+// a word, x = log s - log t, E = e^x - 1 and Q = E - x, every divergence but forward_kl has the gradient s (h - H), H =
+// Σ s h:
 //
 //                     value of the word                        h (up to a constant, which H removes)
 //   forward_kl        t Q                                      gradient s - t

@@ -1,7 +1,7 @@
-// Exponentials and logarithms that keep their digits near 0, written once over Vec, which the file that includes this one
-// brings: a vector of float32 (csrc/cpu/vec_*.h) or the one float of a GPU thread (csrc/cuda/vec.cuh, whose exp2 is an
-// instruction). Everything is in an unnamed namespace: nothing compiled for a newer ISA can be picked by the linker for
-// an older one.
+// Exponentials and logarithms that keep their digits near 0, written once over Vec, which the file that includes this
+// one brings: a vector of float32 (csrc/cpu/vec_*.h) or the one float of a GPU thread (csrc/cuda/vec.cuh, whose exp2 is
+// an instruction). Everything is in an unnamed namespace: nothing compiled for a newer ISA can be picked by the linker
+// for an older one.
 #pragma once
 
 #if defined(__CUDACC__)

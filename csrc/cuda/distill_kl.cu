@@ -38,9 +38,9 @@ void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
   const bool resident = plan.cluster > 0;
   auto* const kernel = resident ? distill_kl_resident_kernel<T> : distill_kl_streamed_kernel<T>;
   args.share = plan.share;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(plan.shared_bytes)),
-             "distill_kl");
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
+      "distill_kl");
   const int cluster = resident ? plan.cluster : 1;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -99,8 +99,8 @@ void check_inputs(const Tensor& student, const Tensor& teacher, const Tensor& ro
 
 void check_options(Divergence divergence, double mix, double student_temperature, double teacher_temperature,
                    double student_softcap, double teacher_softcap) {
-  const bool mixes = divergence == Divergence::jsd || divergence == Divergence::skew_kl ||
-                     divergence == Divergence::skew_reverse_kl;
+  const bool mixes =
+      divergence == Divergence::jsd || divergence == Divergence::skew_kl || divergence == Divergence::skew_reverse_kl;
   STD_TORCH_CHECK(!mixes || (mix > 0 && mix < 1), "mix: got ", mix, ", accepted: above 0 and below 1");
   STD_TORCH_CHECK(student_temperature > 0 && teacher_temperature > 0, "temperatures: accepted: above 0");
   STD_TORCH_CHECK(student_softcap >= 0 && teacher_softcap >= 0, "softcaps: accepted: above 0, or 0 for none");
@@ -177,8 +177,8 @@ void scale_into(const Tensor& grad, const Tensor& scale, Tensor& out) {
   with_element(grad, [&](auto element) {
     using T = decltype(element);
     const int64_t pieces = ceil_div(words + 16 / static_cast<int64_t>(sizeof(T)) - 1, kScaleWords<T>);
-    STD_TORCH_CHECK(pieces <= kMaxBlocksY, "grad: got ", words, " words a row, accepted: ",
-                    (kMaxBlocksY - 1) * kScaleWords<T>);
+    STD_TORCH_CHECK(pieces <= kMaxBlocksY, "grad: got ", words,
+                    " words a row, accepted: ", (kMaxBlocksY - 1) * kScaleWords<T>);
     const ScaleRowsArgs<T> args{static_cast<const T*>(grad.const_data_ptr()),
                                 scale.const_data_ptr<float>(),
                                 static_cast<T*>(out.mutable_data_ptr()),

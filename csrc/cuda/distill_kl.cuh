@@ -1,8 +1,8 @@
 // distill_kl on the GPU: divergence between two tempered softmaxes and its gradient, a row pair at a time. What is
 // computed is said in csrc/cpu/distill_kl.h; what a word adds to it, in csrc/distill_kl_terms.h, which both share.
 //
-//   first pass    statistics of each thread, online: highest logit so far, Σ 2^… below it   ──► join_group ──► log-sum-exps
-//   second pass   Σ value, H = Σ slope (where H is not known yet and there is a gradient)   ──► join_group
+//   first pass    statistics of each thread, online: highest logit so far, Σ 2^… below it   ──► join_group ──►
+//   log-sum-exps second pass   Σ value, H = Σ slope (where H is not known yet and there is a gradient)   ──► join_group
 //   last pass     gradient (slope − H mass) · scale, written; value, where it is not known  ──► join_group ──► rows[i]
 //
 // forward_kl needs no H, and that of reverse_kl is found with the statistics: they have no second pass.
@@ -100,9 +100,7 @@ PYFAST_DEVICE Vec capped(const Vec& z, float softcap) {
   return select(equal(z, excluded), excluded, broadcast(softcap) * tanh(z * broadcast(1.0f / softcap)));
 }
 
-PYFAST_DEVICE float capped(float z, float softcap) {
-  return softcap == 0.0f ? z : capped(broadcast(z), softcap).at[0];
-}
+PYFAST_DEVICE float capped(float z, float softcap) { return softcap == 0.0f ? z : capped(broadcast(z), softcap).at[0]; }
 
 // Logits of a vector under their softcap; -inf stands where the vector reaches beyond the row.
 template <class T>
@@ -222,17 +220,18 @@ struct DistillKl {
                                     float origin) const {
     const float top_s = __builtin_fmaxf(sums.student_peak, highest_of(zs));
     const float top_t = __builtin_fmaxf(sums.teacher_peak, highest_of(zt));
-    const Exponents s{pair.student_scale, top_s}, t{pair.teacher_scale, top_t};
-    const float keep_s = s.carried(sums.student_peak), keep_t = t.carried(sums.teacher_peak);
+    const float keep_s = power_below(sums.student_peak, top_s, pair.student_scale);
+    const float keep_t = power_below(sums.teacher_peak, top_t, pair.teacher_scale);
     Words<T> weight;
     PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i) weight.at(i) = s.power(zs.at(i));
-    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<T>([&](int i) { return weight.at(i); }));
-    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<T>([&](int i) { return t.power(zt.at(i)); }));
+    for (int i = 0; i < kVectorWords<T>; ++i) weight.at(i) = power_below(zs.at(i), top_s, pair.student_scale);
+    const float more_s = sum_over<T>([&](int i) { return weight.at(i); });
+    const float more_t = sum_over<T>([&](int i) { return power_below(zt.at(i), top_t, pair.teacher_scale); });
+    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, more_s);
+    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, more_t);
     if (a.labels != nullptr) {
-      const Exponents plain{kLog2e, top_s};
-      const float more = sum_over<T>([&](int i) { return plain.power(zs.at(i)); });
-      sums.plain = __builtin_fmaf(sums.plain, plain.carried(sums.student_peak), more);
+      const float more = sum_over<T>([&](int i) { return power_below(zs.at(i), top_s, kLog2e); });
+      sums.plain = __builtin_fmaf(sums.plain, power_below(sums.student_peak, top_s, kLog2e), more);
     }
     if (a.divergence == Divergence::reverse_kl) {
       const float drift = sum_over<T>([&](int i) {
@@ -247,16 +246,12 @@ struct DistillKl {
     sums.teacher_peak = top_t;
   }
 
-  // Σ of the teacher over Σ of the student, as a natural logarithm that keeps its digits where they are close.
-  PYFAST_DEVICE static float log_of_ratio(const Statistics& sums, const RowPair& pair) {
-    const Sum& s = sums.student;
-    const Sum& t = sums.teacher;
+  // log(t / s) of two sums, which keeps its digits where they are close.
+  PYFAST_DEVICE static float log_of_ratio(const Sum& t, const Sum& s) {
     const float gap = (t.hi - s.hi) + (t.lo - s.lo);
     const Vec more = broadcast(__builtin_fabsf(gap)) / broadcast(gap < 0.0f ? t.hi : s.hi);
     const float log = log_parts(more).log1p.at[0];
-    const float rounding = Exponents{pair.teacher_scale, sums.teacher_peak}.rounding() -
-                           Exponents{pair.student_scale, sums.student_peak}.rounding();
-    return __builtin_fmaf(kLn2, rounding, gap < 0.0f ? -log : log);
+    return gap < 0.0f ? -log : log;
   }
 
   PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next) const {
@@ -281,9 +276,9 @@ struct DistillKl {
 
     pair.student_shift = sums.student_peak;
     pair.teacher_shift = sums.teacher_peak;
-    pair.student_log2_sum = Exponents{pair.student_scale, pair.student_shift}.log2_of(sums.student.hi);
-    pair.teacher_log2_sum = Exponents{pair.teacher_scale, pair.teacher_shift}.log2_of(sums.teacher.hi);
-    pair.log_ratio_offset = log_of_ratio(sums, pair) -
+    pair.student_log2_sum = ptx::log2_approx(sums.student.hi);
+    pair.teacher_log2_sum = ptx::log2_approx(sums.teacher.hi);
+    pair.log_ratio_offset = log_of_ratio(sums.teacher, sums.student) -
                             log_ratio(broadcast(sums.student_peak), broadcast(sums.teacher_peak), pair).at[0];
     float center = 0.0f;  // H
     if (reverse) {
@@ -294,7 +289,7 @@ struct DistillKl {
     if (extras.ce_scale != 0.0f) {
       extras.label = a.labels[i];
       const bool known = extras.label >= 0 && extras.label < a.words;
-      extras.log2_sum = known ? Exponents{kLog2e, pair.student_shift}.log2_of(sums.plain) : __builtin_nanf("");
+      extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
     }
 
     const bool center_known = reverse || a.divergence == Divergence::forward_kl;
@@ -334,8 +329,7 @@ struct DistillKl {
       const VectorTerms e = slopes_of(zs, zt, pair);
       Words<T> g;
       PYFAST_UNROLL
-      for (int k = 0; k < kVectorWords<T>; ++k)
-        g.at(k) = __builtin_fmaf(-e.mass.at(k), center, e.slope.at(k)) * scale;
+      for (int k = 0; k < kVectorWords<T>; ++k) g.at(k) = __builtin_fmaf(-e.mass.at(k), center, e.slope.at(k)) * scale;
       value += sum_over<T>([&](int k) { return e.value.at(k); });
       if (extras.ce_scale != 0.0f) {
         PYFAST_UNROLL

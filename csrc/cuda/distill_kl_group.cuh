@@ -79,29 +79,16 @@ struct Totals {
   }
 };
 
-// Powers 2^(z · scale - top · scale) with one rounding each: what top · scale is rounded by is the same for all words of
-// a row, and is put right in the logarithm of their sum.
-struct Exponents {
-  float scale, top, shift;
-
-  // The product is a sum with 0, which no compiler joins with what is added to it next; it stays finite for kLowestLogit.
-  PYFAST_DEVICE Exponents(float scale, float top)
-      : scale(scale), top(top), shift(__builtin_fmaxf(__builtin_fmaf(top, scale, 0.0f), kLowestLogit)) {}
-
-  PYFAST_DEVICE float power(float z) const { return ptx::exp2_approx(__builtin_fmaf(z, scale, -shift)); }
-  // The factor of a sum that was taken with an earlier top.
-  PYFAST_DEVICE float carried(float earlier) const { return ptx::exp2_approx(Exponents(scale, earlier).shift - shift); }
-  // The exact 2^((z - top) · scale) are those of power() times 2^rounding.
-  PYFAST_DEVICE float rounding() const { return -__builtin_fmaf(top, scale, -shift); }
-  PYFAST_DEVICE float log2_of(float sum) const { return ptx::log2_approx(sum) + rounding(); }
-};
+// 2^((z - top) · scale). The highest logit of a row gives exactly 1, so that a word that has all of the mass leaves no
+// rounding in the sum.
+PYFAST_DEVICE float power_below(float z, float top, float scale) { return ptx::exp2_approx((z - top) * scale); }
 
 // Sums of 2^((z - peak) · scale) over logits z, the peak being the highest of them.
 struct Statistics {
   float student_peak, teacher_peak;
   Sum student, teacher;
-  float plain;         // of the student, at temperature 1
-  float drift, absent; // of s (x - origin), and of s over words that the teacher excludes
+  float plain;          // of the student, at temperature 1
+  float drift, absent;  // of s (x - origin), and of s over words that the teacher excludes
 
   PYFAST_DEVICE static Statistics nothing() {
     return {kLowestLogit, kLowestLogit, {0.0f, 0.0f}, {0.0f, 0.0f}, 0.0f, 0.0f, 0.0f};
@@ -115,8 +102,8 @@ struct Statistics {
       top_s = __builtin_fmaxf(top_s, ptx::shfl_xor(top_s, distance));
       top_t = __builtin_fmaxf(top_t, ptx::shfl_xor(top_t, distance));
     }
-    const float keep_s = Exponents(student_scale, top_s).carried(student_peak);
-    const float keep_t = Exponents(teacher_scale, top_t).carried(teacher_peak);
+    const float keep_s = power_below(student_peak, top_s, student_scale);
+    const float keep_t = power_below(teacher_peak, top_t, teacher_scale);
     student = {student.hi * keep_s, student.lo * keep_s};
     teacher = {teacher.hi * keep_t, teacher.lo * keep_t};
     PYFAST_UNROLL
@@ -125,7 +112,7 @@ struct Statistics {
       teacher = add(teacher, {ptx::shfl_xor(teacher.hi, distance), ptx::shfl_xor(teacher.lo, distance)});
     }
     if (with_plain) {
-      plain *= Exponents(kLog2e, top_s).carried(student_peak);
+      plain *= power_below(student_peak, top_s, kLog2e);
       PYFAST_UNROLL
       for (int distance = kLanes / 2; distance > 0; distance /= 2) plain += ptx::shfl_xor(plain, distance);
     }
@@ -152,15 +139,13 @@ PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options...
   const int warps = static_cast<int>(blockDim.x) / 32;
   float* fields = reinterpret_cast<float*>(&mine);
   mine.template join<32>(options...);
-  if (lane == 0)
-    PYFAST_UNROLL
-    for (int i = 0; i < kFields; ++i) group.memory.warps[warp][i] = fields[i];
+  if (lane == 0) PYFAST_UNROLL
+  for (int i = 0; i < kFields; ++i) group.memory.warps[warp][i] = fields[i];
   ptx::syncthreads();
   if (warp == 0) {
     mine = Fields::nothing();
-    if (lane < warps)
-      PYFAST_UNROLL
-      for (int i = 0; i < kFields; ++i) fields[i] = group.memory.warps[lane][i];
+    if (lane < warps) PYFAST_UNROLL
+    for (int i = 0; i < kFields; ++i) fields[i] = group.memory.warps[lane][i];
     mine.template join<32>(options...);
     float* target = group.memory.blocks[group.half][group.rank];
     if (lane < group.size) {
@@ -175,9 +160,8 @@ PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options...
   }
   group.sync();
   mine = Fields::nothing();
-  if (lane % kMaxCluster < group.size)
-    PYFAST_UNROLL
-    for (int i = 0; i < kFields; ++i) fields[i] = group.memory.blocks[group.half][lane % kMaxCluster][i];
+  if (lane % kMaxCluster < group.size) PYFAST_UNROLL
+  for (int i = 0; i < kFields; ++i) fields[i] = group.memory.blocks[group.half][lane % kMaxCluster][i];
   mine.template join<kMaxCluster>(options...);
   group.half ^= 1;
   return mine;

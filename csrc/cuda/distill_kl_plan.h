@@ -19,15 +19,16 @@ struct DistillKlPlan {
   int64_t shared_bytes;
 };
 
-inline constexpr int kMaxCluster = 8;          // what every GPU with clusters can run
-inline constexpr int kResidentThreads = 768;   // of all blocks on a multiprocessor: 80 registers each
-inline constexpr int kStreamedThreads = 448;   // twice fits a multiprocessor of 100 KB, with kStages slots a thread
-inline constexpr int kStages = 3;
-inline constexpr int64_t kGroupBytes = 2048;   // shared memory besides the words
+inline constexpr int kMaxCluster = 8;         // what every GPU with clusters can run
+inline constexpr int kResidentThreads = 640;  // of all blocks on a multiprocessor: 96 registers each
+inline constexpr int kStreamedThreads = 320;  // twice fits a multiprocessor, of registers as of 100 KB
+inline constexpr int kStages = 4;
+inline constexpr int64_t kGroupBytes = 2048;     // shared memory besides the words
 inline constexpr int64_t kReservedBytes = 1024;  // that a block takes from a multiprocessor besides its own
 
 // Blocks that share a multiprocessor do not wait at the same time: three of them keep memory busy while one reduces.
-// So a row is spread over as few blocks as let three share a multiprocessor; failing that, over as many as there may be.
+// So a row is spread over as few blocks as let three share a multiprocessor; failing that, over as many as there may
+// be.
 inline DistillKlPlan plan_distill_kl(int64_t words, int64_t word_bytes, const DeviceLimits& limits) {
   constexpr int64_t kVectorBytes = 16, kWanted = 3, kMost = 12;
   const int64_t vector_words = kVectorBytes / word_bytes;

@@ -2,9 +2,10 @@
 //
 //   out[i, :] = scale[i] · grad[i, :], rounded from float32
 //
-// In place, rows of scale 1 are not touched: `loss.backward()` reads one number a block. Otherwise 2E, E being the bytes
-// of the gradient: bound by memory. A block does kScaleVectors vectors of 16 bytes a thread of one row; a row that does
-// not begin at a multiple of 16 bytes has the words before the first multiple, and those after the last, done singly.
+// In place, rows of scale 1 are not touched: `loss.backward()` reads one number a block. Otherwise 2E, E being the
+// bytes of the gradient: bound by memory. A block does kScaleVectors vectors of 16 bytes a thread of one row; a row
+// that does not begin at a multiple of 16 bytes has the words before the first multiple, and those after the last, done
+// singly.
 #pragma once
 
 #include "common.cuh"

@@ -1,8 +1,9 @@
-// Four floats of a GPU thread as a vector: the twin of csrc/cpu/vec_*.h, for what csrc/*.h writes over Vec. Four, because
-// a branch for rare words (any) costs four words as much as one, and their instructions fill each other's latency.
+// Four floats of a GPU thread as a vector: the twin of csrc/cpu/vec_*.h, for what csrc/*.h writes over Vec. Four,
+// because a branch for rare words (any) costs four words as much as one, and their instructions fill each other's
+// latency.
 //
-// Powers and quotients come from the special function unit (2 units in the last place); what must keep its digits near 0
-// is built from multiplications in exp_log.h. Rounding and exponents avoid the conversion instructions, of which a
+// Powers and quotients come from the special function unit (2 units in the last place); what must keep its digits near
+// 0 is built from multiplications in exp_log.h. Rounding and exponents avoid the conversion instructions, of which a
 // multiprocessor does few a clock.
 #pragma once
 
