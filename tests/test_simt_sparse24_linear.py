@@ -1,0 +1,107 @@
+"""sparse24_linear's CUDA kernel for few tokens, executed on the host and judged against float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from simt import host
+
+PAIRS = np.array([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)])
+ACTIVATIONS = {
+    "none": lambda v: v,
+    "relu": lambda v: np.maximum(v, 0),
+    "gelu": lambda v: 0.5 * v * (1 + np.vectorize(math.erf)(v / math.sqrt(2))),
+    "silu": lambda v: v / (1 + np.exp(-v)),
+}
+
+
+def weight(rng: np.random.Generator, n: int, k: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """values [n, K/2], metadata uint16 [n, K/16] and the dense float64 [n, k] of a random 2:4 weight, K = k rounded up to
+    a multiple of 32."""
+    groups = -(-k // 32) * 8
+    pairs = PAIRS[rng.integers(6, size=(n, groups))]
+    columns = pairs + 4 * np.arange(groups)[:, None]
+    values = host.bits_from_float(rng.standard_normal((n, groups, 2)) * (columns < k), kind)
+    dense = np.zeros((n, 4 * groups))
+    np.put_along_axis(dense, columns.reshape(n, -1), host.float_from_bits(values, kind).reshape(n, -1), axis=1)
+    nibbles = (pairs[..., 0] | pairs[..., 1] << 2).astype(np.uint16).reshape(n, -1, 4)
+    metadata = (nibbles << np.array([0, 4, 8, 12], np.uint16)).sum(-1, dtype=np.uint16)
+    return values.reshape(n, -1), metadata, dense[:, :k]
+
+
+def error(
+    tokens: int,
+    n: int,
+    k: int,
+    kind: str = "bf16",
+    activation: str = "none",
+    extras: bool = False,
+    splits: int = 1,
+    cluster: bool = False,
+    order: int = 0,
+    library: host.Library | None = None,
+) -> float:
+    """Relative error of the kernel, in units of the rounding of its output."""
+    rng = np.random.default_rng(tokens * 7919 + n * 31 + k)
+    values, metadata, dense = weight(rng, n, k, kind)
+    x = host.bits_from_float(rng.standard_normal((tokens, k)), kind)
+    bias, mul = (host.bits_from_float(rng.standard_normal(shape), kind) for shape in (n, (tokens, n)))
+    truth = host.float_from_bits(x, kind) @ dense.T / 1.0
+    if extras:
+        truth = truth + host.float_from_bits(bias, kind)
+    truth = ACTIVATIONS[activation](truth)
+    if extras:
+        truth = truth * host.float_from_bits(mul, kind)
+    y = host.Output((tokens, n), np.uint16)
+    sizes = [tokens, n, k, 2 * values.shape[1], list(ACTIVATIONS).index(activation), splits, int(cluster)]
+    pointers = [x, values, metadata, bias if extras else None, mul if extras else None, y]
+    (library or host.build("sparse24_linear")).run(
+        "sparse24_linear", *pointers, *sizes, int(kind == "bf16"), order=order
+    )
+    rounding = 2.0 ** (-9 if kind == "bf16" else -12)
+    return np.linalg.norm(host.float_from_bits(y.array, kind) - truth) / np.linalg.norm(truth) / rounding
+
+
+# Odd rows, columns in and out of the units (8 of x, 32 of the container, 128 of wide metadata, the stage), every number
+# of token tiles.
+SHAPES = [
+    (1, 1, 8),
+    (1, 40, 256),
+    (5, 33, 136),
+    (8, 32, 1664),
+    (9, 31, 800),
+    (16, 70, 512),
+    (17, 65, 96),
+    (32, 64, 776),
+    (33, 50, 264),
+    (64, 100, 640),
+]
+
+
+@pytest.mark.parametrize(("tokens", "n", "k"), SHAPES)
+def test_product(tokens: int, n: int, k: int) -> None:
+    assert error(tokens, n, k) < 1.0
+
+
+@pytest.mark.parametrize("order", host.ORDERS)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_any_order_of_lanes_and_blocks(tokens: int, order: int) -> None:
+    assert error(tokens, 66, 1032, "f16", order=order) < 1.0
+    assert error(tokens, 66, 1032, "f16", splits=2, order=order) < 1.0
+    assert error(tokens, 66, 1032, "f16", splits=2, cluster=True, order=order) < 1.0
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_splits(splits: int, cluster: bool) -> None:
+    for tokens in (2, 12, 24):
+        assert error(tokens, 37, 1312, splits=splits, cluster=cluster, extras=True, activation="silu") < 1.0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_epilogue(kind: str, activation: str) -> None:
+    assert error(6, 48, 320, kind, activation, extras=True) < 1.0
+    assert error(6, 48, 320, kind, activation) < 1.0
