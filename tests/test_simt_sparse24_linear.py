@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from simt import host
+from test_cuda_build import stated_resources
 
 PAIRS = np.array([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)])
 ACTIVATIONS = {
@@ -18,8 +19,8 @@ ACTIVATIONS = {
 
 
 def weight(rng: np.random.Generator, n: int, k: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """values [n, K/2], metadata uint16 [n, K/16] and the dense float64 [n, k] of a random 2:4 weight, K = k rounded up to
-    a multiple of 32."""
+    """values [n, K/2], metadata uint16 [n, K/16] and the dense float64 [n, k] of a random 2:4 weight, where K is k
+    rounded up to a multiple of 32."""
     groups = -(-k // 32) * 8
     pairs = PAIRS[rng.integers(6, size=(n, groups))]
     columns = pairs + 4 * np.arange(groups)[:, None]
@@ -105,3 +106,72 @@ def test_splits(splits: int, cluster: bool) -> None:
 def test_epilogue(kind: str, activation: str) -> None:
     assert error(6, 48, 320, kind, activation, extras=True) < 1.0
     assert error(6, 48, 320, kind, activation) < 1.0
+
+
+def test_shared_memory_is_what_the_head_of_the_kernel_says() -> None:
+    stated = stated_resources("sparse24_linear")
+    held = host.Output(4, np.int32)
+    host.build("sparse24_linear").run("sparse24_shared_bytes", held)
+    assert {f"sparse24_linear_kernel<T, {2**i}>": size for i, size in enumerate(held.memory)} == {
+        name: shared for name, (_, shared) in stated.items() if "linear_kernel" in name
+    }
+
+
+# The real kernel, broken: what must see it is either the machine's rules or the numbers.
+MUTANTS = {
+    "no barrier before a stage is used": (
+        "ptx::syncthreads();\n    fetch(stage_of",
+        "fetch(stage_of",
+        "no barrier|has not been|nobody has written",
+    ),
+    "one stage waited for too few": ("kStages - 2>();", "kStages - 1>();", "has not been waited for"),
+    "no barrier between the last stage and the sums": (
+        "cp_async_wait<0>();\n  ptx::syncthreads();",
+        "cp_async_wait<0>();",
+        "no barrier|has not been",
+    ),
+    "no barrier between the sums and their reader": (
+        "sums[tile][token_tile][i];\n  ptx::syncthreads();",
+        "sums[tile][token_tile][i];",
+        "no barrier|nobody has written",
+    ),
+    "row tail not clipped": (
+        "first_row + row < args.n ? first_row + row : args.n - 1",
+        "first_row + row",
+        "reads .* bytes outside all memory|past its end",
+    ),
+    "columns past the container": ("if (column + at >= args.padded_k) break;", "", "is none of 4, 8, 9, C, D, E"),
+    "columns of x past its end": (
+        "token < args.tokens && at < args.k;",
+        "token < args.tokens;",
+        "outside all memory|past",
+    ),
+    "tokens past the last": ("token < args.tokens && at < args.k;", "at < args.k;", "outside all memory|past"),
+    "selectors exchanged": ("mma_sp_m16n8k32<T, 0>", "mma_sp_m16n8k32<T, 1>", None),
+    "metadata halves exchanged": ("t % 2 == 0 ? 0x5410u : 0x7632u", "t % 2 == 1 ? 0x5410u : 0x7632u", None),
+    "swizzle of the values forgotten": (
+        "(row * Plan::kValueChunks + (chunk ^ (row & 7))) * 16);\n      }",
+        "(row * Plan::kValueChunks + chunk) * 16);\n      }",
+        None,
+    ),
+    "cluster leaves too early": (
+        "sum);\n  }\n  ptx::cluster_sync();",
+        "sum);\n  }",
+        "is the last of its block to exit|has exited",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_kernel_fails(name: str) -> None:
+    old, new, message = MUTANTS[name]
+    half = "choose<Float16>(args, static_cast<unsigned>(splits), cluster != 0);"  # saves half of the compilation
+    changes = {("sparse24_linear.cuh", old): new, ("sparse24_linear.cpp", half): ""}
+    library = host.build("sparse24_linear", changes)
+    cluster = "cluster" in name
+    arguments = dict(tokens=13, n=50, k=1384, splits=2 if cluster else 1, cluster=cluster, library=library)
+    if message is None:
+        assert not error(**arguments) < 100
+    else:
+        with pytest.raises(host.SimtError, match=message):
+            error(**arguments)

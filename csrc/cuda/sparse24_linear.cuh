@@ -33,9 +33,13 @@
 // Rows past n repeat the last one and are not stored. Steps past K are skipped, for their metadata would be no legal
 // nibbles; columns of x past k and tokens past the last are zero.
 //
-//   tokens up to                8       16       32       64
-//   shared memory, bytes    79872    87040    87040    76800     (resources of the launch; tests/test_cuda_build.py)
-//   registers, at most         96       96      128      168
+// Resources (tests/test_cuda_build.py compares; the shared memory is the launch's):
+//
+//   sparse24_linear_kernel<T, 1>     96 registers    79872 bytes of shared memory    up to 8 tokens
+//   sparse24_linear_kernel<T, 2>     96 registers    87040 bytes of shared memory    up to 16
+//   sparse24_linear_kernel<T, 4>    128 registers    87040 bytes of shared memory    up to 32
+//   sparse24_linear_kernel<T, 8>    168 registers    76800 bytes of shared memory    up to 64
+//   sparse24_reduce_kernel<T>        40 registers        0 bytes of shared memory
 #pragma once
 
 #include <cmath>
@@ -55,7 +59,7 @@ struct Sparse24LinearArgs {
   uint16_t* y;
   float* partial;  // [splits, tokens, n]; null where the splits are one or form a cluster
   int64_t n;
-  int64_t x_stride, mul_stride;  // elements from token to token
+  int64_t x_stride;  // elements from token to token
   int32_t tokens, k, padded_k;
   int32_t split_columns;  // of a block, a multiple of the stage's
   Activation activation;
@@ -101,7 +105,7 @@ PYFAST_DEVICE void sparse24_finish(const Sparse24LinearArgs& args, int token, in
     case Activation::none:
       break;
   }
-  if (args.mul != nullptr) sum *= ptx::to_float(T{args.mul[token * args.mul_stride + row]});
+  if (args.mul != nullptr) sum *= ptx::to_float(T{args.mul[token * args.n + row]});
   args.y[token * args.n + row] = ptx::from_float<T>(sum).bits;
 }
 

@@ -43,12 +43,19 @@ SIMT_EXPORT sparse24_linear(const uint16_t* x, const uint16_t* values, const uin
                             int64_t activation, int64_t splits, int64_t cluster, int64_t bfloat16) {
   Sparse24LinearArgs args{};
   args.x = x, args.values = values, args.metadata = metadata, args.bias = bias, args.mul = mul, args.y = y;
-  args.n = n, args.x_stride = k, args.mul_stride = n;
+  args.n = n, args.x_stride = k;
   args.tokens = static_cast<int32_t>(tokens), args.k = static_cast<int32_t>(k);
   args.padded_k = static_cast<int32_t>(padded_k), args.activation = static_cast<Activation>(activation);
   args.wide_metadata = padded_k % 128 == 0;
-  if (bfloat16)
+  if (bfloat16) {
     choose<BFloat16>(args, static_cast<unsigned>(splits), cluster != 0);
-  else
+  } else {
     choose<Float16>(args, static_cast<unsigned>(splits), cluster != 0);
+  }
+}
+
+// Shared memory of a launch, by token tiles: bytes[0 … 3] for 1, 2, 4 and 8.
+SIMT_EXPORT sparse24_shared_bytes(int32_t* bytes) {
+  bytes[0] = Sparse24Plan<1>::kSharedBytes, bytes[1] = Sparse24Plan<2>::kSharedBytes;
+  bytes[2] = Sparse24Plan<4>::kSharedBytes, bytes[3] = Sparse24Plan<8>::kSharedBytes;
 }
