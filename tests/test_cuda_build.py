@@ -117,10 +117,10 @@ def bitmap_case(n: int, k: int, size: int, density: float) -> tuple[np.ndarray, 
     values, words, offsets = [], [], [0]
     for top in range(0, n, 16):
         for left in range(0, k, 64):
-            for block in range(16):
+            for row in range(top, top + 16):
                 word = 0
                 for bit in range(64):
-                    row, column = top + 8 * (block % 2) + bit // 8, left + 8 * (block // 2) + bit % 8
+                    column = left + bit
                     if row < n and column < k and dense[row, column] != 0:
                         word |= 1 << bit
                         values.append(dense[row, column])
