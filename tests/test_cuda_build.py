@@ -26,20 +26,8 @@ TARGETS = ("80", "90", "120")
 # One lane after the other, through the functions that the kernels call. Only the warp's scan is replaced.
 HARNESS = r"""
 #include "bitmap_convert.cuh"
-#include "sparse24_convert.cuh"
 
 using namespace pyfast::cuda;
-
-template <class U>
-void sparse24(const U* values, const uint8_t* metadata, U* out, int64_t n, int64_t k, int64_t padded,
-              bool packed) {
-  const Sparse24Weight<U> weight{values, metadata, padded};
-  const Dense<U> dense{out, n, k, packed};
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t chunk = 0; chunk * kPackColumns<U> < k; ++chunk)
-      store_pack(dense, row, chunk * kPackColumns<U>,
-                 sparse24_expand(sparse24_values(weight, row, chunk), sparse24_nibbles(weight, row, chunk)));
-}
 
 template <class U>
 void bitmap(const U* values, const uint32_t* bitmaps, const int64_t* offsets, U* out, int64_t n, int64_t k,
@@ -62,14 +50,6 @@ void bitmap(const U* values, const uint32_t* bitmaps, const int64_t* offsets, U*
 }
 
 extern "C" {
-void sparse24_2(const uint16_t* v, const uint8_t* m, uint16_t* o, int64_t n, int64_t k, int64_t p,
-                bool packed) {
-  sparse24(v, m, o, n, k, p, packed);
-}
-void sparse24_4(const uint32_t* v, const uint8_t* m, uint32_t* o, int64_t n, int64_t k, int64_t p,
-                bool packed) {
-  sparse24(v, m, o, n, k, p, packed);
-}
 void bitmap_2(const uint16_t* v, const uint32_t* b, const int64_t* at, uint16_t* o, int64_t n, int64_t k,
               int64_t s, bool packed) {
   bitmap(v, b, at, o, n, k, s, packed);
@@ -173,18 +153,6 @@ def address(array: np.ndarray) -> ctypes.c_void_p:
 
 def integers(*values: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("multiple", [16, 32])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_sparse24_indices_on_the_host(host: ctypes.CDLL, n: int, k: int, multiple: int, size: int) -> None:
-    values, metadata, dense = sparse24_case(n, k, size, multiple)
-    out = Guarded(n, k, size)
-    call = getattr(host, f"sparse24_{size}")
-    packed = ctypes.c_bool(k * size % 16 == 0)
-    call(address(values), address(metadata), out.pointer, *integers(n, k, 2 * values.shape[1]), packed)
-    np.testing.assert_array_equal(out.result, dense)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from simt import host
 from test_cuda_build import stated_resources
 
@@ -182,3 +183,32 @@ def test_a_broken_kernel_fails(name: str) -> None:
     else:
         with pytest.raises(host.SimtError, match=message):
             error(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "n", "k"), [*SHAPES, (7, 1000, 4097), (16, 4096, 4096), (48, 640, 14336)])
+def test_on_the_gpu(tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    values, metadata, dense = weight(np.random.default_rng(n + k), n, k, kind)
+    packed = (
+        torch.from_numpy(values.view(np.int16)).cuda().view(dtype),
+        torch.from_numpy(metadata.view(np.int16)).cuda(),
+    )
+    x, mul = torch.randn(tokens, k, device="cuda", dtype=dtype), torch.randn(tokens, n, device="cuda", dtype=dtype)
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    call = torch.ops.pyfast.sparse24_linear_few
+    y = call(x, *packed, bias, epilogue.ACTIVATIONS.index("silu"), mul)
+    sums = x.double() @ torch.from_numpy(dense).cuda().T + bias.double()
+    truth = torch.nn.functional.silu(sums) * mul.double()
+    rounding = 2.0 ** (-9 if dtype == torch.bfloat16 else -12)
+    assert (y.double() - truth).norm() < 1.1 * rounding * truth.norm()
+    assert torch.equal(y, call(x, *packed, bias, 4, mul)), "not deterministic"
+    torch.library.opcheck(call, (x, *packed, None, 0, None))
+
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        replayed = call(x, *packed, bias, 4, mul)
+    captured.replay()
+    assert torch.equal(replayed, y)
