@@ -53,7 +53,7 @@ def linear_facts() -> list[dict]:
     cases = [("sparse24_linear", 0.5)] + [("bitmap_linear", s) for s in (0.5, 0.7, 0.8, 0.9)]
     for op, sparsity in cases:
         for variant in _host.variants():
-            if variant == "serial" or (op == "sparse24_linear" and variant == "avx512_narrow"):
+            if variant == "serial" or (op == "sparse24_linear" and variant == "avx512_lookup"):
                 continue
             row = {"op": op, "sparsity": sparsity, "variant": variant}
             for name, shape in (("hot", HOT), ("cold", COLD)):
@@ -71,7 +71,7 @@ def loss_facts() -> list[dict]:
     facts = []
     student, teacher = (np.random.default_rng(i).standard_normal((16, 16000), dtype=np.float32) * 3 for i in (0, 1))
     for variant in _host.variants():
-        if variant != "avx512_narrow":
+        if variant != "avx512_lookup":
             seconds = median_s(lambda: _host.distill_kl(student, teacher, 4.0, variant=variant), 9)  # noqa: B023
             facts.append({"op": "distill_kl", "variant": variant, "gwords_s": student.size / seconds / 1e9})
     return facts

@@ -35,13 +35,17 @@ constexpr Variant kVariants[] = {
     {"serial", pyfast::Isa::serial},
     {"avx2", pyfast::Isa::avx2},
     {"avx512", pyfast::Isa::avx512},
-    {"avx512_narrow", pyfast::Isa::avx512},
+    {"avx512_lookup", pyfast::Isa::avx512},
 };
+
+bool runs(const Variant& v) {
+  return pyfast::isa_supported(v.needs) && (std::string("avx512_lookup") != v.name || pyfast::has_vbmi2());
+}
 
 pyfast::Isa checked(const std::string& variant) {
   std::string accepted;
   for (const Variant& v : kVariants) {
-    if (!pyfast::isa_supported(v.needs)) continue;
+    if (!runs(v)) continue;
     if (variant == v.name) return v.needs;
     accepted += accepted.empty() ? v.name : std::string(", ") + v.name;
   }
@@ -51,7 +55,7 @@ pyfast::Isa checked(const std::string& variant) {
 std::vector<std::string> variants() {
   std::vector<std::string> names;
   for (const Variant& v : kVariants)
-    if (pyfast::isa_supported(v.needs)) names.emplace_back(v.name);
+    if (runs(v)) names.emplace_back(v.name);
   return names;
 }
 
@@ -141,6 +145,14 @@ py::tuple topk_distill(const py::array& student, const py::array& ids, const py:
   return py::make_tuple(value, grad);
 }
 
+pyfast::Epilogue epilogue(py::array& y, py::ssize_t n) {
+  pyfast::Epilogue e{};
+  e.y = y.mutable_data();
+  e.y_stride = e.n = n;
+  e.dtype = dtype_of(y, "y");
+  return e;
+}
+
 py::array sparse24_linear(const py::array& activations, const py::array& values, const py::array& words,
                           const std::string& variant) {
   const auto x = exactly<float>(activations, "x: accepted: float32");
@@ -156,10 +168,9 @@ py::array sparse24_linear(const py::array& activations, const py::array& values,
   args.x = x.data();
   args.values = v.data();
   args.metadata = metadata.data();
-  args.y = y.mutable_data();
   args.tokens = tokens;
   args.k = args.x_stride = k;
-  args.y_stride = n;
+  args.out = epilogue(y, n);
   table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, n);
   return y;
 }
@@ -168,9 +179,9 @@ const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   const pyfast::Isa isa = checked(variant);
 #if defined(__x86_64__)
   if (isa == pyfast::Isa::avx512)
-    return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Narrow;
+    return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Lookup;
 #endif
-  return pyfast::bitmap_linear_table(isa, 1.0, 1);
+  return pyfast::bitmap_linear_table(isa, 1.0);
 }
 
 py::array bitmap_linear(const py::array& activations, const py::array& values, const py::array& words,
@@ -185,7 +196,7 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   const py::ssize_t tokens = x.shape(0), k = x.shape(1);
   const py::ssize_t tile_rows = (n + pyfast::kTileRows - 1) / pyfast::kTileRows;
   const py::ssize_t tiles = tile_rows * (k / pyfast::kTileColumns);
-  require(bitmaps.ndim() == 2 && bitmaps.shape(0) == tiles && bitmaps.shape(1) == pyfast::kTileWords,
+  require(bitmaps.ndim() == 2 && bitmaps.shape(0) == tiles && bitmaps.shape(1) == pyfast::kTileRows,
           "bitmaps: accepted: [tiles, 16]");
   require(offsets.ndim() == 1 && offsets.shape(0) == tiles + 1 && v.ndim() == 1 && offsets.at(tiles) == v.shape(0),
           "offsets: accepted: [tiles + 1], the last one the number of values");
@@ -193,7 +204,7 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   int64_t stored = 0;
   for (py::ssize_t tile = 0; tile < tiles; ++tile) {
     require(offsets.data()[tile] == stored, "offsets: do not agree with the bits of the bitmaps");
-    for (int word = 0; word < pyfast::kTileWords; ++word) stored += __builtin_popcountll(*bits++);
+    for (int word = 0; word < pyfast::kTileRows; ++word) stored += __builtin_popcountll(*bits++);
   }
   require(offsets.data()[tiles] == stored, "offsets: do not agree with the bits of the bitmaps");
   py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
@@ -202,11 +213,9 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   args.values = v.data();
   args.bitmaps = bitmaps.data();
   args.offsets = offsets.data();
-  args.y = y.mutable_data();
   args.tokens = tokens;
-  args.n = n;
   args.k = args.x_stride = k;
-  args.y_stride = n;
+  args.out = epilogue(y, n);
   args.nnz = v.shape(0);
   table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, tile_rows);
   return y;
@@ -217,8 +226,6 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
 PYBIND11_MODULE(_host, m) {
   m.doc() = "CPU kernels of pyfast for NumPy arrays; every variant by name, single-threaded, no torch.";
   m.def("variants", &variants, "Names of the variants that this processor can run.");
-  m.def("has_slow_expand", &pyfast::has_slow_expand,
-        "Whether bitmap_linear prefers avx512_narrow here, below a quarter of the elements or for several tokens.");
   m.def("distill_kl", &distill_kl, py::arg("student"), py::arg("teacher"), py::arg("temperature") = 1.0,
         py::arg("teacher_temperature") = py::none(), py::arg("variant") = "serial", py::arg("grad") = true,
         py::arg("divergence") = "forward_kl", py::arg("mix") = 0.5,

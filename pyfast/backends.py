@@ -45,6 +45,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "shard_distill": ("reference",),
     "sparse24_linear": ("native", "cuda", "reference"),
     "bitmap_linear": ("native", "cuda", "reference"),
+    "indexed_linear": ("native", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
     "bitmap_convert": ("native", "cuda", "reference"),
 }

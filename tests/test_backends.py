@@ -18,7 +18,7 @@ import pyfast
 from pyfast import _native, backends
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("serial", "avx2", "avx512", "avx512_narrow")
+VARIANTS = ("serial", "avx2", "avx512", "avx512_lookup")
 
 
 def python(code: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -140,7 +140,7 @@ def test_isa_switches_and_restores() -> None:
     assert backends.active_isa() == before
 
 
-@pytest.mark.parametrize("name", ["sse9", "", "AVX2", "avx512_narrow"])
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2", "avx512_lookup"])
 def test_unknown_isa_is_refused(name: str) -> None:
     before = backends.active_isa()
     with pytest.raises(ValueError, match=r"accepted: serial, avx2, avx512"), backends.isa(name):

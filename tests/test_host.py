@@ -60,7 +60,7 @@ def kl_and_grad(student: np.ndarray, teacher: np.ndarray, ts: float, tt: float) 
 
 def test_variants() -> None:
     assert VARIANTS[0] == "serial"
-    assert ["serial", "avx2", "avx512", "avx512_narrow"][: len(VARIANTS)] == VARIANTS
+    assert ["serial", "avx2", "avx512", "avx512_lookup"][: len(VARIANTS)] == VARIANTS
     assert isinstance(_host.has_slow_expand(), bool)
     try:
         with open("/proc/cpuinfo") as file:
@@ -70,7 +70,7 @@ def test_variants() -> None:
     avx2 = {"avx2", "fma", "f16c", "bmi2"} <= flags
     avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
     assert ("avx2" in VARIANTS) == avx2
-    assert ("avx512" in VARIANTS) == ("avx512_narrow" in VARIANTS) == avx512
+    assert ("avx512" in VARIANTS) == ("avx512_lookup" in VARIANTS) == avx512
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,12 +182,11 @@ def bitmap_case(n: int, k: int, density: float, dtype: str) -> tuple[np.ndarray,
     dense = stored(np.where(rng.random((n, k)) < density, rng.standard_normal((n, k)), 0), dtype)
     padded = np.zeros((-(-n // 16) * 16, k), dense.dtype)
     padded[:n] = dense
-    # tile row, block row, row, tile column, block column, column -> tile, word (two block rows a column), bit
-    blocks = padded.reshape(-1, 2, 8, k // 64, 8, 8).transpose(0, 3, 4, 1, 2, 5).reshape(-1, 16, 64)
-    kept = blocks != 0
+    tiles = padded.reshape(-1, 16, k // 64, 64).transpose(0, 2, 1, 3).reshape(-1, 16, 64)
+    kept = tiles != 0
     bitmaps = np.packbits(kept, axis=-1, bitorder="little").view("<u8").reshape(-1, 16)
     offsets = np.concatenate([[0], kept.sum((1, 2)).cumsum()]).astype(np.int64)
-    return blocks[kept], bitmaps, offsets, wide(dense)
+    return tiles[kept], bitmaps, offsets, wide(dense)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -210,9 +209,7 @@ def test_nan_stays_in_its_row(variant: str) -> None:
     values, metadata, _ = sparse24_case(40, 128, "float32")
     flat, bitmaps, offsets, _ = bitmap_case(40, 128, 0.5, "float32")
     values[17, 3] = NAN
-    first = np.flatnonzero(bitmaps[2, 0:2])[0]  # rows 16 to 31, columns 0 to 63: the first word that stores anything
-    bit = int(bitmaps[2, first])
-    row = 16 + 8 * int(first) + ((bit & -bit).bit_length() - 1) // 8
+    row = 16 + int(np.flatnonzero(bitmaps[2])[0])  # rows 16 to 31, columns 0 to 63: the first that stores anything
     flat[offsets[2]] = NAN
     for y, marked in (
         (_host.sparse24_linear(x, values, metadata, variant=variant), 17),
@@ -230,7 +227,7 @@ def test_nan_stays_in_its_row(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS[:3])
 def test_variant_is_what_the_isa_runs(variant: str) -> None:
-    """The ops of torch give bit for bit what the variant of that name gives; avx512_narrow where its time has come."""
+    """The ops of torch give bit for bit what the variant of that name gives; avx512_lookup where its time has come."""
     import torch
 
     import pyfast
@@ -254,7 +251,7 @@ def test_variant_is_what_the_isa_runs(variant: str) -> None:
             parts = (torch.from_numpy(a) for a in (flat, bitmaps.view(np.int64), offsets))
             y = pyfast.sparse_linear(torch.from_numpy(x), pyfast.BitmapWeight(*parts, (n, k))).numpy()
             narrow = variant == "avx512" and density < 0.25 and _host.has_slow_expand()
-            expected = _host.bitmap_linear(x, flat, bitmaps, offsets, n, "avx512_narrow" if narrow else variant)
+            expected = _host.bitmap_linear(x, flat, bitmaps, offsets, n, "avx512_lookup" if narrow else variant)
             assert np.array_equal(y, expected)
 
 

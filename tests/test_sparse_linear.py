@@ -152,9 +152,9 @@ def test_opcheck(format, tokens, dtype):
     bias = torch.randn(20).to(dtype).requires_grad_()
     values = weight.values.requires_grad_()
     if format == "2:4":
-        torch.library.opcheck(torch.ops.pyfast.sparse24_linear, (x, values, weight.metadata, bias))
+        torch.library.opcheck(torch.ops.pyfast.sparse24_linear, (x, values, weight.metadata, None, bias, 0, None))
     else:
-        arguments = (x, values, weight.bitmaps, weight.offsets, bias, 20)
+        arguments = (x, values, weight.bitmaps, weight.offsets, None, bias, 20, 0, None)
         torch.library.opcheck(torch.ops.pyfast.bitmap_linear, arguments)
 
 
@@ -227,7 +227,7 @@ def test_the_ops_refuse_tensors_that_do_not_fit(case):
     tensors = bitmap.tensors()
     with pytest.raises(RuntimeError, match=case):
         if case == "metadata":
-            torch.ops.pyfast.sparse24_linear(X, two_four.values, two_four.metadata[:, :1], None)
+            torch.ops.pyfast.sparse24_linear(X, two_four.values, two_four.metadata[:, :1], None, None, 0, None)
         else:
             tensors[case] = tensors[case][:-1]
-            torch.ops.pyfast.bitmap_linear(X, *tensors.values(), None, 20)
+            torch.ops.pyfast.bitmap_linear(X, *tensors.values(), None, None, 20, 0, None)

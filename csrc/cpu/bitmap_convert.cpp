@@ -15,7 +15,7 @@ int64_t tile_rows(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
 void check_bitmap(const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k) {
   const int64_t tiles = tile_rows(n) * ((k + kTileColumns - 1) / kTileColumns);
   STD_TORCH_CHECK(bitmaps.scalar_type() == ScalarType::Long && bitmaps.dim() == 2 && bitmaps.size(0) == tiles &&
-                      bitmaps.size(1) == kTileWords && bitmaps.is_contiguous(),
+                      bitmaps.size(1) == kTileRows && bitmaps.is_contiguous(),
                   "bitmaps: must be contiguous int64 [tiles, 16] for the given shape");
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.size(0) == tiles + 1 &&
                       offsets.is_contiguous(),
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense) {
   const int64_t n = d.size(0), k = d.size(1);
   const BitmapConvertArgs args = convert_args(n, k, d.stride(0));
   const int64_t tiles = tile_rows(n) * args.tiles;
-  Tensor bitmaps = torch::stable::new_empty(dense, {tiles, kTileWords}, ScalarType::Long);
+  Tensor bitmaps = torch::stable::new_empty(dense, {tiles, kTileRows}, ScalarType::Long);
   Tensor offsets = torch::stable::new_empty(dense, {tiles + 1}, ScalarType::Long);
   auto* bits = reinterpret_cast<uint64_t*>(bitmaps.mutable_data_ptr<int64_t>());
   int64_t* at = offsets.mutable_data_ptr<int64_t>();

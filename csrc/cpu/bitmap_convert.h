@@ -17,42 +17,29 @@ struct BitmapConvertArgs {
   int64_t tiles;         // tiles in a row of tiles: ceil(k / 64)
 };
 
-// The block of word `word` of tile (tile_row, tile): its place in the dense matrix, clipped to n × k.
-struct BitmapBlock {
-  int64_t row, column;
-  int rows, columns;
-
-  BitmapBlock(const BitmapConvertArgs& a, int64_t tile_row, int64_t tile, int word)
-      : row(tile_row * kTileRows + 8 * (word % 2)), column(tile * kTileColumns + 8 * (word / 2)) {
-    rows = static_cast<int>(a.n - row < 8 ? (a.n - row < 0 ? 0 : a.n - row) : 8);
-    columns = static_cast<int>(a.k - column < 8 ? (a.k - column < 0 ? 0 : a.k - column) : 8);
-  }
-};
-
 // Bitmaps of tile rows [begin, end) and the number of stored values of each tile into counts.
 template <class U>
 void bitmap_scan(const BitmapConvertArgs& a, const U* dense, uint64_t* bitmaps, int64_t* counts, int64_t begin,
                  int64_t end) {
   for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
     for (int64_t tile = 0; tile < a.tiles; ++tile) {
+      const int64_t at = tile_row * a.tiles + tile, left = a.k - tile * kTileColumns;
+      const int columns = left < kTileColumns ? static_cast<int>(left) : kTileColumns;
       int64_t count = 0;
-      for (int word = 0; word < kTileWords; ++word) {
-        const BitmapBlock block(a, tile_row, tile, word);
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t row = tile_row * kTileRows + r;
         uint64_t bits = 0;
-        for (int r = 0; r < block.rows; ++r) {
-          const U* p = dense + (block.row + r) * a.dense_stride + block.column;
-          uint64_t of_row = 0;
-          if (block.columns == 8) {
-            for (int c = 0; c < 8; ++c) of_row |= static_cast<uint64_t>(p[c] != 0) << c;
-          } else {
-            for (int c = 0; c < block.columns; ++c) of_row |= static_cast<uint64_t>(p[c] != 0) << c;
-          }
-          bits |= of_row << (8 * r);
+        if (row < a.n) {
+          const U* p = dense + row * a.dense_stride + tile * kTileColumns;
+          int c = 0;
+          for (; c + 8 <= columns; c += 8)
+            for (int i = 0; i < 8; ++i) bits |= static_cast<uint64_t>(p[c + i] != 0) << (c + i);
+          for (; c < columns; ++c) bits |= static_cast<uint64_t>(p[c] != 0) << c;
         }
-        bitmaps[(tile_row * a.tiles + tile) * kTileWords + word] = bits;
+        bitmaps[at * kTileRows + r] = bits;
         count += __builtin_popcountll(bits);
       }
-      counts[tile_row * a.tiles + tile] = count;
+      counts[at] = count;
     }
   }
 }
@@ -65,12 +52,9 @@ void for_each_stored(const BitmapConvertArgs& a, const uint64_t* bitmaps, const 
   for (int64_t at = begin * a.tiles; at < end * a.tiles; ++at) {
     const int64_t row = at / a.tiles * kTileRows, column = at % a.tiles * kTileColumns;
     int64_t position = offsets[at];
-    for (int word = 0; word < kTileWords; ++word) {
-      for (uint64_t bits = bitmaps[at * kTileWords + word]; bits != 0; bits &= bits - 1) {
-        const int bit = __builtin_ctzll(bits);
-        visit(row + 8 * (word % 2) + bit / 8, column + 8 * (word / 2) + bit % 8, position++);
-      }
-    }
+    for (int r = 0; r < kTileRows; ++r)
+      for (uint64_t bits = bitmaps[at * kTileRows + r]; bits != 0; bits &= bits - 1)
+        visit(row + r, column + __builtin_ctzll(bits), position++);
   }
 }
 

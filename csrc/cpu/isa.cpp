@@ -63,10 +63,10 @@ Isa active_isa() {
 
 void set_active_isa(const char* name) { chosen.store(parse("isa", name), std::memory_order_relaxed); }
 
-bool has_slow_expand() {
+bool has_vbmi2() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd");
+  return isa_supported(Isa::avx512) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 #else
   return false;
 #endif

@@ -21,7 +21,7 @@ Isa active_isa();
 // Replaces the ISA in use for the whole process. Throws std::invalid_argument like active_isa().
 void set_active_isa(const char* name);
 
-// True where a 512-bit vexpandps takes longer than two 256-bit table look-ups (AMD; see docs/kernels.md).
-bool has_slow_expand();
+// True where AVX-512 has VBMI and VBMI2 too (Ice Lake and later, Zen 4 and later).
+bool has_vbmi2();
 
 }  // namespace pyfast

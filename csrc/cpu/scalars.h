@@ -18,6 +18,11 @@ enum class Dtype { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline constexpr int kDtypeCount = 3;
 
+// What the values of a sparse weight are stored as: one of Dtype, or 8-bit integers with a scale a row.
+enum class Stored { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+
+inline constexpr int kStoredCount = 4;
+
 // Unnamed, so that no copy compiled for a newer ISA can be linked into an older one's code.
 namespace {
 
@@ -25,6 +30,7 @@ inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float from_bits(uint32_t u) { return __builtin_bit_cast(float, u); }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return static_cast<float>(x); }
 inline float widen(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;

@@ -1,8 +1,8 @@
-// sparse24_linear: y = x Wᵀ + bias with W in 2:4 form, for few tokens.
+// sparse24_linear: y = f(x Wᵀ + bias) with W in 2:4 form, for few tokens.
 //
 //   values   [n, k/2]   the two kept weights of each group of four columns, in column order
 //   metadata [n, k/16]  a nibble a group: low two bits the first kept column, high two the second
-//   x        [tokens, k] float32 (the caller widens and pads with zeros); y [tokens, n] in the weights' dtype
+//   x        [tokens, k] float32 (the caller widens and pads with zeros); y [tokens, n] as epilogue.h says
 //
 // k is a multiple of 32: the container pads. Sums run in float32, one partial sum a lane.
 // Traffic is that of the weights, read once for every 4 tokens: k/2 values and k/8 bytes of metadata a row.
@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "epilogue.h"
 #include "isa.h"
 #include "scalars.h"
 
@@ -20,18 +21,16 @@ struct Sparse24LinearArgs {
   const float* x;
   const void* values;
   const uint16_t* metadata;
-  const float* bias;  // null: none
-  void* y;
   int64_t tokens, k;
-  int64_t x_stride, y_stride;
+  int64_t x_stride;
+  Epilogue out;
 };
 
 // Output columns (rows of W) [begin, end) for all tokens.
 using Sparse24LinearKernel = void (*)(const Sparse24LinearArgs& args, int64_t begin, int64_t end);
 
 struct Sparse24LinearTable {
-  Sparse24LinearKernel linear[kDtypeCount];
-  int64_t few_tokens;  // above so many, decompressing a panel and calling the dense library is faster (measured)
+  Sparse24LinearKernel linear[kStoredCount];
 };
 
 extern const Sparse24LinearTable kSparse24LinearSerial;

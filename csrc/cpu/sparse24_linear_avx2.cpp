@@ -34,8 +34,7 @@ struct Lookup {
 namespace pyfast {
 
 const Sparse24LinearTable kSparse24LinearAvx2 = {
-    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>},
-    32,
+    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>, sparse24_linear<int8_t>},
 };
 
 }  // namespace pyfast

@@ -44,12 +44,9 @@ void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    const float bias = a.bias == nullptr ? 0.0f : a.bias[row + r];
+  for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t)
-      narrow(reduce_add(sum[r][t]) + bias, static_cast<T*>(a.y) + (token + t) * a.y_stride + row + r);
-  }
+    for (int t = 0; t < tokens; ++t) write_output(a.out, row + r, token + t, reduce_add(sum[r][t]));
 }
 
 template <class T, int tokens>

@@ -16,8 +16,7 @@ void sparse24_linear(const Sparse24LinearArgs& a, int64_t begin, int64_t end) {
         const int64_t kept = (metadata[j / 8] >> (2 * (j % 8))) & 3;
         sum += widen(values[j]) * x[j / 2 * 4 + kept];
       }
-      const float bias = a.bias == nullptr ? 0.0f : a.bias[row];
-      narrow(sum + bias, static_cast<T*>(a.y) + token * a.y_stride + row);
+      write_output(a.out, row, token, sum);
     }
   }
 }
@@ -25,8 +24,7 @@ void sparse24_linear(const Sparse24LinearArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 const Sparse24LinearTable kSparse24LinearSerial = {
-    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>},
-    8,
+    {sparse24_linear<float>, sparse24_linear<bf16>, sparse24_linear<f16>, sparse24_linear<int8_t>},
 };
 
 }  // namespace pyfast

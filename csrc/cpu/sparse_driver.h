@@ -1,27 +1,51 @@
-// What sparse24_linear and bitmap_linear share on the CPU: activations widened to float32 and padded with zeros, the
-// bias widened, the output allocated, and the way to the dense library where many tokens make that the faster one.
+// What the sparse linear ops share on the CPU: checks, activations widened to float32 and padded with zeros, what
+// happens to a sum (epilogue.h), and the way to the dense library where that is the faster one.
 #pragma once
 
 #include <algorithm>
 #include <functional>
 #include <optional>
 
+#include "epilogue.h"
+#include "isa.h"
 #include "torch_glue.h"
 
 namespace pyfast {
 
-// Activations as the kernels read them: [tokens, k_padded] float32, contiguous.
+// dtype of a sparse weight's values: one of the three, or int8.
+Stored stored_as(const Tensor& values);
+
+// What follows a sum, as the ops get it.
+struct LinearOptions {
+  const std::optional<Tensor>& scales;  // [n] float32; for int8 values, and for them alone
+  const std::optional<Tensor>& bias;    // [n] in x's dtype
+  int64_t activation;                   // an Activation
+  const std::optional<Tensor>& mul;     // [tokens, n] in x's dtype
+};
+
+// x [tokens, k] against a weight of n rows whose values are stored so.
+void check_linear(const Tensor& x, Stored stored, int64_t n, const LinearOptions& options);
+
+// A fresh y [tokens, n] and the epilogue that fills it; keeps alive what the epilogue points to.
+struct LinearOutput {
+  LinearOutput(const Tensor& x, int64_t n, const LinearOptions& options);
+
+  Tensor y;
+  Epilogue epilogue{};
+
+ private:
+  std::optional<Tensor> bias_, scales_, mul_;
+};
+
+// Activations as the kernels for few tokens read them: [tokens, k_padded] float32, contiguous.
 Tensor widen_activations(const Tensor& x, int64_t k_padded);
 
-// The bias as float32, where there is one.
-std::optional<Tensor> widen_bias(const std::optional<Tensor>& bias);
+// Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured).
+int64_t few_tokens();
 
-// x [tokens, k] against a weight of n rows: checks shared by both formats.
-void check_linear(const Tensor& x, const Tensor& values, int64_t n, const std::optional<Tensor>& bias);
-
-// y = x Wᵀ + bias through aten::linear, a panel of rows at a time: decompress(dense, begin) writes the dense rows of W
-// from begin on, as many as `dense` [rows, k] has. One panel is made and used again: it stays in the cache.
-Tensor linear_by_panels(const Tensor& x, int64_t n, const std::optional<Tensor>& bias,
+// y = f(x Wᵀ + bias) · mul through aten::linear, a panel of rows at a time: decompress(dense, begin) writes the dense
+// rows of W from begin on, as many as `dense` [rows, k] has. One panel is made and used again: it stays in the cache.
+Tensor linear_by_panels(const Tensor& x, int64_t n, const LinearOptions& options,
                         const std::function<void(Tensor&, int64_t)>& decompress);
 
 // Writes the rows of a weight from `begin` on into dense [rows, k]. n: the rows of the weight; begin a multiple of 16

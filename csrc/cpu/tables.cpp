@@ -1,6 +1,7 @@
 // Which table of kernels an ISA means, for every op.
 #include "bitmap_linear.h"
 #include "distill_kl.h"
+#include "indexed_linear.h"
 #include "sparse24_linear.h"
 #include "topk_distill.h"
 
@@ -23,13 +24,16 @@ const Sparse24LinearTable& sparse24_linear_table(Isa isa) {
   return pick(isa, kSparse24LinearSerial, kSparse24LinearAvx2, kSparse24LinearAvx512);
 }
 
-// On Zen 4 vexpandps decodes fast enough to keep memory busy at one token down to a quarter of the elements; below
-// that, and where several tokens make the kernel wait for decoding instead, the table look-ups are faster
-// (docs/kernels.md).
-const BitmapLinearTable& bitmap_linear_table(Isa isa, double density, int64_t tokens) {
-  static const bool slow_expand = has_slow_expand();
-  const bool narrow = slow_expand && (density < 0.25 || tokens > 1);
-  return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, narrow ? kBitmapLinearAvx512Narrow : kBitmapLinearAvx512);
+// The look-up does a row of 64 columns in one step where no more than 16 are stored; above a quarter or so many rows
+// take two, and the expansion is as fast (docs/kernels.md).
+const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
+  static const bool lookup = has_vbmi2();
+  return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2,
+              lookup && density < 0.3 ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512);
+}
+
+const IndexedLinearTable& indexed_linear_table(Isa isa) {
+  return pick(isa, kIndexedLinearSerial, kIndexedLinearAvx2, kIndexedLinearAvx512);
 }
 
 const TopkDistillTable& topk_distill_table(Isa isa) {
@@ -38,7 +42,8 @@ const TopkDistillTable& topk_distill_table(Isa isa) {
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
-const BitmapLinearTable& bitmap_linear_table(Isa, double, int64_t) { return kBitmapLinearSerial; }
+const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
+const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
 #endif
 

@@ -97,6 +97,9 @@ inline __m128i narrow_f16(__m256 a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NE
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load(const bf16* p) { return {widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 inline Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a.v)); }

@@ -82,6 +82,18 @@ inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const bf16* p) { return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 
+inline Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
+// The lanes of the mask, 0 elsewhere; nothing is read outside it.
+inline Vec load_first(const float* p, __mmask16 m) { return {_mm512_maskz_loadu_ps(m, p)}; }
+inline Vec load_first(const bf16* p, __mmask16 m) { return {widen_bf16(_mm256_maskz_loadu_epi16(m, p))}; }
+inline Vec load_first(const f16* p, __mmask16 m) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p))}; }
+inline Vec load_first(const int8_t* p, __mmask16 m) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p)))};
+}
+
 inline Vec load_partial(const float* p, int64_t n, float fill) {
   return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
 }

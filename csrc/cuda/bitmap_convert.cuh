@@ -1,22 +1,15 @@
 // bitmap_convert on the GPU: the bitmap form back to dense rows.
 //
-//   bitmaps [tiles, 16]  64 bits for each 8×8 block of a tile of 16 rows × 64 columns; word 2·c + h is the block of
-//                        columns 8c … 8c+7 and rows 8h … 8h+7, bit 8·row + column
-//   values  [stored]     U, in the order of tiles, words and bits
+//   bitmaps [tiles, 16]  64 bits for each row of a tile of 16 rows × 64 columns, bit c for column c
+//   values  [stored]     U, in the order of tiles, rows and columns
 //   offsets [tiles + 1]  where the values of each tile begin
 //   dense   [n, k]
 //
 // Moves stored·sizeof(U) + n·k/8 bytes in and n·k·sizeof(U) out, nothing twice: bound by memory.
 //
-// One warp does one tile. A lane owns 32 bits, which are four rows of a block, counts them, and a scan over the warp
-// tells each lane where its values begin. The tile's values pass through shared memory, so that they are read side
-// by side and found in any order. Lanes that write one row stand side by side in memory:
-//
-//            c = 0       c = 1            c = 7
-//   h = 0   lane 0      lane 4     …     lane 28     rows 0–3
-//           lane 1      lane 5     …     lane 29     rows 4–7
-//   h = 1   lane 2      lane 6     …     lane 30     rows 8–11
-//           lane 3      lane 7     …     lane 31     rows 12–15
+// One warp does one tile. A lane owns 32 bits, half a row, counts them, and a scan over the warp tells each lane where
+// its values begin. The tile's values pass through shared memory, so that they are read side by side and found in any
+// order.
 //
 // Damaged tables give wrong values but no access outside the tensors.
 #pragma once
@@ -39,7 +32,7 @@ struct BitmapWeight {
   uint32_t tiles_a_row;  // ceil(columns / 64)
 };
 
-// Where in the dense matrix the bits of a lane lie: four rows from `row` on, eight columns from `column` on.
+// Where in the dense matrix the bits of a lane lie: 32 columns of `row` from `column` on.
 struct BitmapPlace {
   int64_t row, column;
 };
@@ -47,7 +40,7 @@ struct BitmapPlace {
 PYFAST_HOST_DEVICE BitmapPlace bitmap_place(uint32_t tile, uint32_t tiles_a_row, int lane) {
   const int64_t tile_row = tile / tiles_a_row;
   const int64_t tile_column = tile % tiles_a_row;
-  return {tile_row * kTileRows + lane % 4 * 4, tile_column * kTileColumns + lane / 4 * 8};
+  return {tile_row * kTileRows + lane / 2, tile_column * kTileColumns + lane % 2 * 32};
 }
 
 // Values of the tile that may be read: `count` of them, unless the tables point outside the tensor.
@@ -56,23 +49,20 @@ PYFAST_HOST_DEVICE int bitmap_readable(int64_t begin, int count, int64_t stored)
   return stored - begin < count ? static_cast<int>(stored - begin) : count;
 }
 
-// Writes a lane's four rows. `tile_values` are the tile's values, the lane's begin at `next`.
+// Writes a lane's half row. `tile_values` are the tile's values, the lane's begin at `next`.
 template <class U>
 PYFAST_HOST_DEVICE void bitmap_expand(const Dense<U>& dense, const BitmapPlace& place, uint32_t bits,
                                       const U* tile_values, int next) {
   PYFAST_UNROLL
-  for (int row = 0; row < 4; ++row) {
+  for (int first = 0; first < 32; first += kPackColumns<U>) {
+    Pack<U> pack;
     PYFAST_UNROLL
-    for (int half = 0; half < 8; half += kPackColumns<U>) {
-      Pack<U> pack;
-      PYFAST_UNROLL
-      for (int column = 0; column < kPackColumns<U>; ++column) {
-        const bool present = bits >> (8 * row + half + column) & 1u;
-        pack.element[column] = present ? tile_values[next] : U{0};
-        next += present;
-      }
-      store_pack(dense, place.row + row, place.column + half, pack);
+    for (int column = 0; column < kPackColumns<U>; ++column) {
+      const bool present = bits >> (first + column) & 1u;
+      pack.element[column] = present ? tile_values[next] : U{0};
+      next += present;
     }
+    store_pack(dense, place.row, place.column + first, pack);
   }
 }
 

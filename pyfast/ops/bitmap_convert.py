@@ -13,7 +13,7 @@ from torch import Tensor
 from pyfast import backends
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import bitmap_convert as reference
-from pyfast.reference.bitmap_convert import TILE_COLUMNS, TILE_ROWS, TILE_WORDS
+from pyfast.reference.bitmap_convert import TILE_COLUMNS, TILE_ROWS
 from pyfast.reference.sparse24_convert import padded
 
 define("bitmap_compress(Tensor dense) -> (Tensor values, Tensor bitmaps, Tensor offsets)")
@@ -53,7 +53,7 @@ def _fake_compress(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     stored = torch.library.get_ctx().new_dynamic_size()
     return (
         dense.new_empty(stored),
-        dense.new_empty((tiles, TILE_WORDS), dtype=torch.int64),
+        dense.new_empty((tiles, TILE_ROWS), dtype=torch.int64),
         dense.new_empty(tiles + 1, dtype=torch.int64),
     )
 

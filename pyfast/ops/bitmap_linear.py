@@ -16,46 +16,74 @@ from pyfast import backends
 from pyfast.ops import bitmap_convert
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import bitmap_linear as reference
+from pyfast.reference.epilogue import epilogue
+from pyfast.reference.sparse24_linear import scaled
 
 
 def bitmap_linear(
-    x: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, bias: Tensor | None, n: int, backend: str | None
+    x: Tensor,
+    values: Tensor,
+    bitmaps: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    activation: int,
+    mul: Tensor | None,
+    backend: str | None,
 ) -> Tensor:
-    """x [tokens, k] to [tokens, n]; differentiable in x, values and bias at the fixed pattern."""
+    """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]. Without activation and mul it is differentiable in x, values
+    and bias at the fixed pattern."""
     if backends.select("bitmap_linear", x.device.type, x.dtype, backend) == "reference":
-        return reference.bitmap_linear(x, values, bitmaps, bias, n)
-    return torch.ops.pyfast.bitmap_linear(x, values, bitmaps, offsets, bias, n)
+        return reference.bitmap_linear(x, values, bitmaps, scales, bias, n, activation, mul)
+    return torch.ops.pyfast.bitmap_linear(x, values, bitmaps, offsets, scales, bias, n, activation, mul)
 
 
-define("bitmap_linear(Tensor x, Tensor values, Tensor bitmaps, Tensor offsets, Tensor? bias, int n) -> Tensor")
+define(
+    "bitmap_linear(Tensor x, Tensor values, Tensor bitmaps, Tensor offsets, Tensor? scales, Tensor? bias, int n, "
+    "int activation, Tensor? mul) -> Tensor"
+)
 
 
 @torch.library.register_fake("pyfast::bitmap_linear", lib=LIBRARY)
-def _fake(x: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _fake(x: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, scales, bias, n: int, activation, mul) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
 @torch.library.impl(LIBRARY, "bitmap_linear", "CUDA")
-def _cuda(x: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    return linear(x, bitmap_convert.decompress(values, bitmaps, offsets, n, x.shape[1]), bias)
+def _cuda(
+    x: Tensor,
+    values: Tensor,
+    bitmaps: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    activation: int,
+    mul: Tensor | None,
+) -> Tensor:
+    dense = scaled(bitmap_convert.decompress(values, bitmaps, offsets, n, x.shape[1]), scales, x)
+    return epilogue(linear(x, dense, bias), activation, mul)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, bitmaps, offsets, _, n = inputs
-    ctx.n = n
-    ctx.save_for_backward(x, values, bitmaps, offsets)
+    x, values, bitmaps, offsets, scales, _, ctx.n, activation, mul = inputs
+    ctx.plain = activation == 0 and mul is None
+    ctx.save_for_backward(x, values, bitmaps, offsets, scales)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, bitmaps, offsets = ctx.saved_tensors
+    if not ctx.plain:
+        raise RuntimeError("bitmap_linear: the fused activation has no gradient; pyfast.sparse_linear goes around it")
+    x, values, bitmaps, offsets, scales = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ bitmap_convert.decompress(values, bitmaps, offsets, ctx.n, x.shape[1])
+        grad_x = grad @ scaled(bitmap_convert.decompress(values, bitmaps, offsets, ctx.n, x.shape[1]), scales, x)
     if ctx.needs_input_grad[1]:
         grad_values = bitmap_convert.gather(grad.T @ x, bitmaps, offsets, values.shape[0])
-    if ctx.needs_input_grad[4]:
+    if ctx.needs_input_grad[5]:
         grad_bias = grad.sum(0)
-    return grad_x, grad_values, None, None, grad_bias, None
+    return grad_x, grad_values, None, None, None, grad_bias, None, None, None
 
 
 torch.library.register_autograd("pyfast::bitmap_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

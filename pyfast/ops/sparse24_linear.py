@@ -1,7 +1,7 @@
 """sparse24_linear: the product with a 2:4 weight. :func:`pyfast.sparse_linear` is the public door.
 
-Kernels: ``csrc/cpu/sparse24_linear*``; on CUDA decompression and the dense product; truth:
-``pyfast/reference/sparse24_linear.py``.
+Kernels: ``csrc/cpu/sparse24_linear*``; on CUDA ``csrc/cuda/sparse24_linear*`` for few tokens, decompression and the
+dense product for many; truth: ``pyfast/reference/sparse24_linear.py``.
 """
 
 from __future__ import annotations
@@ -16,43 +16,85 @@ from pyfast import backends
 from pyfast.ops import sparse24_convert
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import sparse24_linear as reference
+from pyfast.reference.epilogue import epilogue
+from pyfast.reference.sparse24_linear import scaled
 
 
-def sparse24_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    """x [tokens, k] to [tokens, n]; differentiable in x, values and bias at the fixed pattern."""
+def sparse24_linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    mul: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]. Without activation and mul it is differentiable in x, values
+    and bias at the fixed pattern."""
     if backends.select("sparse24_linear", x.device.type, x.dtype, backend) == "reference":
-        return reference.sparse24_linear(x, values, metadata, bias)
-    return torch.ops.pyfast.sparse24_linear(x, values, metadata, bias)
+        return reference.sparse24_linear(x, values, metadata, scales, bias, activation, mul)
+    return torch.ops.pyfast.sparse24_linear(x, values, metadata, scales, bias, activation, mul)
 
 
-define("sparse24_linear(Tensor x, Tensor values, Tensor metadata, Tensor? bias) -> Tensor")
+define(
+    "sparse24_linear(Tensor x, Tensor values, Tensor metadata, Tensor? scales, Tensor? bias, int activation, "
+    "Tensor? mul) -> Tensor"
+)
 
 
 @torch.library.register_fake("pyfast::sparse24_linear", lib=LIBRARY)
-def _fake(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, values: Tensor, metadata: Tensor, scales, bias, activation, mul) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+# The part of sparse24_linear that the CUDA kernel serves: at most FEW_TOKENS tokens of 16 bits.
+FEW_TOKENS = 64
+define(
+    "sparse24_linear_few(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int activation, Tensor? mul) -> Tensor"
+)
+
+
+@torch.library.register_fake("pyfast::sparse24_linear_few", lib=LIBRARY)
+def _fake_few(x: Tensor, values: Tensor, metadata: Tensor, bias, activation, mul) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[0])
 
 
 @torch.library.impl(LIBRARY, "sparse24_linear", "CUDA")
-def _cuda(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
-    return linear(x, sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), bias)
+def _cuda(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    mul: Tensor | None,
+) -> Tensor:
+    if x.shape[0] <= FEW_TOKENS and values.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        bias, mul = (tensor if tensor is None else tensor.contiguous() for tensor in (bias, mul))
+        return torch.ops.pyfast.sparse24_linear_few(x, values, metadata, bias, activation, mul)
+    dense = scaled(sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), scales, x)
+    return epilogue(linear(x, dense, bias), activation, mul)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, values, metadata, _ = inputs
-    ctx.save_for_backward(x, values, metadata)
+    x, values, metadata, scales, _, activation, mul = inputs
+    ctx.plain = activation == 0 and mul is None
+    ctx.save_for_backward(x, values, metadata, scales)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, metadata = ctx.saved_tensors
+    if not ctx.plain:
+        raise RuntimeError("sparse24_linear: the fused activation has no gradient; pyfast.sparse_linear goes around it")
+    x, values, metadata, scales = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1])
+        grad_x = grad @ scaled(sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), scales, x)
     if ctx.needs_input_grad[1]:
         grad_values = sparse24_convert.gather(grad.T @ x, metadata)
-    if ctx.needs_input_grad[3]:
+    if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0)
-    return grad_x, grad_values, None, grad_bias
+    return grad_x, grad_values, None, None, grad_bias, None, None
 
 
 torch.library.register_autograd("pyfast::sparse24_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

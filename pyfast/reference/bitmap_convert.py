@@ -1,7 +1,7 @@
 """Bitmap weights to and from dense, in plain torch (docs/formats.md).
 
 Everything is a permutation of elements: dense [n, k] is padded to whole tiles of 16 × 64 and re-ordered as
-[tile, word, bit]; the stored elements of that order, one after another, are the values.
+[tile, row, column]; the stored elements of that order, one after another, are the values.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ from torch.nn.functional import pad
 
 from pyfast.reference.sparse24_convert import padded, stored
 
-TILE_ROWS, TILE_COLUMNS, TILE_WORDS = 16, 64, 16
+TILE_ROWS, TILE_COLUMNS = 16, 64
 
 
 def to_tiles(dense: Tensor) -> Tensor:
-    """[n, k] to [tiles, 16 words, 64 bits], zeros in the padding."""
+    """[n, k] to [tiles, 16 rows, 64 columns], zeros in the padding."""
     n, k = dense.shape
     whole = pad(dense, (0, padded(k, TILE_COLUMNS) - k, 0, padded(n, TILE_ROWS) - n))
-    #              tile row, half, row, tile, block of 8 columns, column
-    blocks = whole.reshape(whole.shape[0] // 16, 2, 8, whole.shape[1] // 64, 8, 8)
-    return blocks.permute(0, 3, 4, 1, 2, 5).reshape(-1, TILE_WORDS, 64)
+    tiles = whole.reshape(whole.shape[0] // TILE_ROWS, TILE_ROWS, whole.shape[1] // TILE_COLUMNS, TILE_COLUMNS)
+    return tiles.transpose(1, 2).reshape(-1, TILE_ROWS, TILE_COLUMNS)
 
 
 def from_tiles(tiles: Tensor, n: int, k: int) -> Tensor:
     """The inverse of :func:`to_tiles`."""
     rows, columns = padded(n, TILE_ROWS), padded(k, TILE_COLUMNS)
-    blocks = tiles.reshape(rows // 16, columns // 64, 8, 2, 8, 8).permute(0, 3, 4, 1, 2, 5)
-    return blocks.reshape(rows, columns)[:n, :k]
+    whole = tiles.reshape(rows // TILE_ROWS, columns // TILE_COLUMNS, TILE_ROWS, TILE_COLUMNS).transpose(1, 2)
+    return whole.reshape(rows, columns)[:n, :k]
 
 
 def bits_of(bitmaps: Tensor) -> Tensor:
-    """int64 [tiles, 16] to boolean [tiles, 16, 64]."""
+    """int64 [tiles, 16] to boolean [tiles, 16 rows, 64 columns]."""
     return (bitmaps.unsqueeze(-1) >> torch.arange(64, device=bitmaps.device)) & 1 == 1
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyfast.ops import bitmap_convert, sparse24_convert
-from pyfast.reference.bitmap_convert import TILE_COLUMNS, TILE_ROWS, TILE_WORDS
+from pyfast.reference.bitmap_convert import TILE_COLUMNS, TILE_ROWS
 from pyfast.reference.sparse24_convert import COLUMN_UNIT, padded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -170,9 +170,8 @@ class Sparse24Weight(SparseWeight):
 class BitmapWeight(SparseWeight):
     """An unstructured sparse weight: one bit an element and the stored values.
 
-    Tiles of 16 rows × 64 columns, each 16 words of 64 bits (8×8 blocks): ``bitmaps`` int64 ``[tiles, 16]``,
-    ``values`` flat in the order of tile, word, bit, ``offsets`` int64 ``[tiles + 1]`` into them. 1.06 bits an
-    element above the values.
+    Tiles of 16 rows × 64 columns, a word of 64 bits a row: ``bitmaps`` int64 ``[tiles, 16]``, ``values`` flat in the
+    order of tile, row, column, ``offsets`` int64 ``[tiles + 1]`` into them. 1.06 bits an element above the values.
     """
 
     format = "bitmap"
@@ -203,7 +202,7 @@ class BitmapWeight(SparseWeight):
         values, bitmaps, offsets = tensors["values"], tensors["bitmaps"], tensors["offsets"]
         tiles = bitmap_convert.tile_count(*shape)
         _check_tensor("values", values, DTYPES, None)
-        _check_tensor("bitmaps", bitmaps, (torch.int64,), (tiles, TILE_WORDS))
+        _check_tensor("bitmaps", bitmaps, (torch.int64,), (tiles, TILE_ROWS))
         _check_tensor("offsets", offsets, (torch.int64,), (tiles + 1,))
         counts = _popcount(bitmaps).sum(-1)
         if values.dim() != 1 or int(offsets[0]) != 0 or not torch.equal(offsets.diff(), counts):
@@ -275,20 +274,13 @@ def _bits_in_padding(bitmaps: Tensor, shape: tuple[int, int]) -> bool:
     n, k = shape
     if bitmaps.numel() == 0:
         return False
-    tiles = bitmaps.reshape(-1, padded(k, TILE_COLUMNS) // TILE_COLUMNS, TILE_WORDS)
+    tiles = bitmaps.reshape(-1, padded(k, TILE_COLUMNS) // TILE_COLUMNS, TILE_ROWS)
     rows, columns = n - (len(tiles) - 1) * TILE_ROWS, k - (tiles.shape[1] - 1) * TILE_COLUMNS
-    below, right = [], []  # for each word the bits beyond the last row, and beyond the last column
-    for word in range(TILE_WORDS):
-        inside = [[r + 8 * (word % 2) < rows, c + 8 * (word // 2) < columns] for r in range(8) for c in range(8)]
-        below.append(_int64(sum(1 << bit for bit, (row, _) in enumerate(inside) if not row)))
-        right.append(_int64(sum(1 << bit for bit, (_, column) in enumerate(inside) if not column)))
-    outside = (tiles[-1] & torch.tensor(below, device=bitmaps.device)).any()
-    return bool(outside | (tiles[:, -1] & torch.tensor(right, device=bitmaps.device)).any())
-
-
-def _int64(bits: int) -> int:
-    """64 bits as the signed integer that an int64 tensor holds."""
-    return bits - (1 << 64) if bits >> 63 else bits
+    below = tiles[-1, :, rows:] != 0
+    right = tiles[:, -1] >> (columns - 1) >> 1  # a shift by 64 is not defined
+    if columns < TILE_COLUMNS:
+        right = right & ((1 << (TILE_COLUMNS - columns)) - 1)  # int64 shifts its sign in
+    return bool(below.any() | ((right != 0) & (columns < TILE_COLUMNS)).any())
 
 
 def _popcount(words: Tensor) -> Tensor:

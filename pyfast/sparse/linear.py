@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pyfast.ops import indexed_linear  # noqa: F401
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight, format_class
@@ -46,9 +47,9 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, *
             raise ValueError(f"bias: got shape {list(bias.shape)}, accepted: [{n}]")
     rows = x.reshape(x.shape[:-1].numel(), k)
     if isinstance(weight, Sparse24Weight):
-        y = sparse24_linear(rows, weight.values, weight.metadata, bias, backend)
+        y = sparse24_linear(rows, weight.values, weight.metadata, None, bias, 0, None, backend)
     else:
-        y = bitmap_linear(rows, weight.values, weight.bitmaps, weight.offsets, bias, n, backend)
+        y = bitmap_linear(rows, weight.values, weight.bitmaps, weight.offsets, None, bias, n, 0, None, backend)
     return y.reshape(*x.shape[:-1], n)
 
 

@@ -1,0 +1,114 @@
+// The layout of indexed_linear from a container on the CPU: checks, threads, registration. The contract is in
+// indexed_convert.h.
+#include "indexed_convert.h"
+
+#include "sparse_driver.h"
+
+namespace pyfast {
+namespace {
+
+using Layout = std::tuple<Tensor, Tensor, Tensor>;  // values, columns, starts
+
+template <class Source>
+Layout build(const Tensor& like, const IndexedShape& s, const Source& source) {
+  const int64_t panels = (s.n + s.panel - 1) / s.panel, strips = (s.n + kTileRows - 1) / kTileRows;
+  const int64_t lists = panels * s.blocks * s.panel;
+  Tensor starts = torch::stable::new_empty(like, {lists + 1}, ScalarType::Int);
+  int32_t* at = starts.mutable_data_ptr<int32_t>();
+  std::fill(at, at + lists + 1, 0);
+  torch::stable::parallel_for(0, strips, 1,
+                              [&](int64_t begin, int64_t end) { count_lists(s, source, at + 1, begin, end); });
+  int64_t sum = 0;
+  for (int64_t i = 1; i <= lists; ++i) {
+    sum += at[i];
+    STD_TORCH_CHECK(sum <= INT32_MAX, "weight: more than 2^33 stored elements have no indexed layout");
+    at[i] = static_cast<int32_t>(sum);
+  }
+  Tensor values = torch::stable::new_empty(like, {sum * kIndexedUnit}, ScalarType::Float);
+  Tensor columns = torch::stable::new_empty(like, {sum * kIndexedUnit}, ScalarType::Byte);
+  advise_huge_pages(values);
+  advise_huge_pages(columns);
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    write_lists(s, source, at, values.mutable_data_ptr<float>(), columns.mutable_data_ptr<uint8_t>(), begin, end);
+  });
+  return {values, columns, starts};
+}
+
+IndexedShape shape_of(int64_t n, int64_t k, int64_t panel, int64_t block) {
+  STD_TORCH_CHECK(panel > 0 && panel % kTileRows == 0, "panel: accepted: a multiple of 16");
+  STD_TORCH_CHECK(block > 0 && block % kTileColumns == 0 && block <= 256, "block: accepted: 64, 128, 192 or 256");
+  STD_TORCH_CHECK(n >= 0 && k >= 0, "n, k: accepted: 0 or more");
+  return {n, k, panel, block, (k + block - 1) / block};
+}
+
+const float* scales_of(const std::optional<Tensor>& scales, const Tensor& values, int64_t n) {
+  STD_TORCH_CHECK((stored_as(values) == Stored::i8) == scales.has_value(), "scales: go with int8 values, only there");
+  if (!scales.has_value()) return nullptr;
+  STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->is_contiguous() && scales->dim() == 1 &&
+                      scales->size(0) == n,
+                  "scales: must be contiguous float32 [out_features]");
+  return scales->const_data_ptr<float>();
+}
+
+// body(pointer to the values as what they are)
+template <class Body>
+Layout with_values(const Tensor& values, const Body& body) {
+  switch (stored_as(values)) {
+    case Stored::f32:
+      return body(static_cast<const float*>(values.const_data_ptr()));
+    case Stored::bf16:
+      return body(static_cast<const bf16*>(values.const_data_ptr()));
+    case Stored::f16:
+      return body(static_cast<const f16*>(values.const_data_ptr()));
+    case Stored::i8:
+      return body(static_cast<const int8_t*>(values.const_data_ptr()));
+  }
+  STD_TORCH_CHECK(false, "values: unknown dtype");
+}
+
+Layout sparse24_to_indexed(const Tensor& values, const Tensor& metadata, const std::optional<Tensor>& scales, int64_t k,
+                           int64_t panel, int64_t block) {
+  STD_TORCH_CHECK(values.dim() == 2 && values.is_contiguous(), "values: must be contiguous [out_features, k / 2]");
+  const int64_t n = values.size(0), k_padded = 2 * values.size(1);
+  const IndexedShape shape = shape_of(n, k, panel, block);
+  STD_TORCH_CHECK(k <= k_padded && k > k_padded - 32, "k: does not agree with the weight");
+  STD_TORCH_CHECK(metadata.scalar_type() == ScalarType::Short && metadata.is_contiguous() && metadata.dim() == 2 &&
+                      metadata.size(0) == n && metadata.size(1) == k_padded / 16,
+                  "metadata: must be contiguous int16 [out_features, k / 16]");
+  const float* scale = scales_of(scales, values, n);
+  return with_values(values, [&](const auto* v) {
+    return build(values, shape,
+                 Sparse24Source<std::remove_cvref_t<decltype(*v)>>{
+                     v, static_cast<const uint16_t*>(metadata.const_data_ptr()), k_padded, scale});
+  });
+}
+
+Layout bitmap_to_indexed(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets,
+                         const std::optional<Tensor>& scales, int64_t n, int64_t k, int64_t panel, int64_t block) {
+  const IndexedShape shape = shape_of(n, k, panel, block);
+  const int64_t tiles = (k + kTileColumns - 1) / kTileColumns;
+  const int64_t all = tiles * ((n + kTileRows - 1) / kTileRows);
+  STD_TORCH_CHECK(bitmaps.scalar_type() == ScalarType::Long && bitmaps.is_contiguous() && bitmaps.dim() == 2 &&
+                      bitmaps.size(0) == all && bitmaps.size(1) == kTileRows,
+                  "bitmaps: must be contiguous int64 [tiles, 16] for the given shape");
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.is_contiguous() && offsets.dim() == 1 &&
+                      offsets.size(0) == all + 1,
+                  "offsets: must be contiguous int64 [tiles + 1]");
+  const int64_t* at = offsets.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous() && values.size(0) == at[all],
+                  "values: must be contiguous, with as many elements as the last offset says");
+  const float* scale = scales_of(scales, values, n);
+  return with_values(values, [&](const auto* v) {
+    return build(values, shape,
+                 BitmapSource<std::remove_cvref_t<decltype(*v)>>{
+                     v, reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>()), at, tiles, scale});
+  });
+}
+
+}  // namespace
+}  // namespace pyfast
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast, CPU, m) {
+  m.impl("sparse24_to_indexed", TORCH_BOX(&pyfast::sparse24_to_indexed));
+  m.impl("bitmap_to_indexed", TORCH_BOX(&pyfast::bitmap_to_indexed));
+}

@@ -1,0 +1,73 @@
+"""indexed_linear: the product driven by the stored values, for 2 tokens and more. :func:`pyfast.sparse_linear` is the
+public door; :mod:`pyfast.sparse.layouts` derives the layout from a container.
+
+Kernels: ``csrc/cpu/indexed_linear*``, ``csrc/cpu/indexed_convert*``; truth: ``pyfast/reference/indexed_linear.py``.
+For inference: it has no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyfast import backends
+from pyfast.ops._library import LIBRARY, define
+from pyfast.reference import indexed_linear as reference
+
+
+def indexed_linear(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    bias: Tensor | None,
+    n: int,
+    panel: int,
+    block: int,
+    activation: int,
+    mul: Tensor | None,
+    backend: str | None = None,
+) -> Tensor:
+    """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
+    if backends.select("indexed_linear", x.device.type, x.dtype, backend) == "reference":
+        return reference.indexed_linear(x, values, columns, starts, bias, n, panel, block, activation, mul)
+    return torch.ops.pyfast.indexed_linear(x, values, columns, starts, bias, n, panel, block, activation, mul)
+
+
+define(
+    "indexed_linear(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor? bias, int n, int panel, int block, "
+    "int activation, Tensor? mul) -> Tensor"
+)
+define(
+    "bitmap_to_indexed(Tensor values, Tensor bitmaps, Tensor offsets, Tensor? scales, int n, int k, int panel, "
+    "int block) -> (Tensor values, Tensor columns, Tensor starts)"
+)
+define(
+    "sparse24_to_indexed(Tensor values, Tensor metadata, Tensor? scales, int k, int panel, int block) "
+    "-> (Tensor values, Tensor columns, Tensor starts)"
+)
+
+
+@torch.library.register_fake("pyfast::indexed_linear", lib=LIBRARY)
+def _fake(x: Tensor, values, columns, starts, bias, n: int, panel: int, block: int, activation, mul) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+def _fake_layout(values: Tensor, n: int, k: int, panel: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    lists = -(-n // panel) * -(-k // block) * panel
+    return (
+        values.new_empty(entries, dtype=torch.float32),
+        values.new_empty(entries, dtype=torch.uint8),
+        values.new_empty(lists + 1, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("pyfast::bitmap_to_indexed", lib=LIBRARY)
+def _fake_bitmap(values: Tensor, bitmaps, offsets, scales, n: int, k: int, panel: int, block: int):
+    return _fake_layout(values, n, k, panel, block)
+
+
+@torch.library.register_fake("pyfast::sparse24_to_indexed", lib=LIBRARY)
+def _fake_sparse24(values: Tensor, metadata, scales, k: int, panel: int, block: int):
+    return _fake_layout(values, values.shape[0], k, panel, block)
