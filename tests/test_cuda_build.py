@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SHAPES = [(1, 1), (3, 5), (16, 16), (16, 64), (17, 65), (5, 24), (40, 136), (33, 129), (64, 192), (130, 260)]
-OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert")
+OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert", "distill_kl", "scale_rows")
 TARGETS = ("80", "90", "120")
 
 # One lane after the other, through the functions that the kernels call. Only the warp's scan is replaced.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,9 @@ def width_of(name: str) -> int:
     return max((int(part) for part in name.split("-") if part.isdigit()), default=0)
 
 
-ON_HOST = [name for name in CASES if name not in NOT_HERE and width_of(name) <= 1000]
+# float16 differs from bfloat16 in two conversions, and a third element type costs a third of the time to compile.
+ON_HOST = [name for name in CASES if name not in NOT_HERE and width_of(name) <= 1000 and "f16" not in name.split("-")]
+ON_HOST.remove("excluded-half")
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray:
@@ -280,10 +281,3 @@ class TestOnTheGpu:
         assert torch.equal(torch.ops.pyfast.scale_rows(grad, scale), want)
         torch.ops.pyfast.scale_rows_(grad, scale)
         assert torch.equal(grad, want)
-
-
-def test_header_states_the_resources() -> None:
-    """The head of the kernel says how many registers and bytes of shared memory it takes; nvcc is asked elsewhere."""
-    head = (Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "distill_kl.cuh").read_text().split("#pragma")[0]
-    for words in ("80 registers", "72 registers", "KB", "3E", "5E", "7E"):
-        assert words in head

@@ -1,5 +1,4 @@
-// distill_kl and scale_rows on the GPU: checks, layout, stream, launch, registration. What is computed is said in
-// distill_kl.cuh and scale_rows.cuh.
+// distill_kl on the GPU: checks, layout, stream, launch, registration. What is computed is said in distill_kl.cuh.
 #include "distill_kl.cuh"
 
 #include <optional>
@@ -7,8 +6,7 @@
 #include <tuple>
 
 #include "../divergence_names.h"
-#include "launch.h"
-#include "scale_rows.cuh"
+#include "rows_launch.h"
 
 namespace pyfast::cuda {
 namespace {
@@ -74,14 +72,6 @@ void check_logits(const Tensor& logits, const char* name) {
   (void)is_wide(logits, name);
 }
 
-// `values` is one number of that dtype for each row of `logits`.
-void check_per_row(const Tensor& values, const char* name, ScalarType dtype, const Tensor& logits) {
-  STD_TORCH_CHECK(values.is_cuda() && values.get_device_index() == logits.get_device_index(), name,
-                  ": must be on the device of the logits");
-  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == logits.size(0) && values.scalar_type() == dtype, name,
-                  ": must be ", dtype == ScalarType::Long ? "int64" : "float32", " with one value a row");
-}
-
 void check_inputs(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
                   const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_scale) {
   check_logits(student, "student");
@@ -104,22 +94,6 @@ void check_options(Divergence divergence, double mix, double student_temperature
   STD_TORCH_CHECK(!mixes || (mix > 0 && mix < 1), "mix: got ", mix, ", accepted: above 0 and below 1");
   STD_TORCH_CHECK(student_temperature > 0 && teacher_temperature > 0, "temperatures: accepted: above 0");
   STD_TORCH_CHECK(student_softcap >= 0 && teacher_softcap >= 0, "softcaps: accepted: above 0, or 0 for none");
-}
-
-// The words of a row next to each other; a copy only where they are not.
-Tensor words_together(const Tensor& logits) {
-  return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
-}
-
-// run(T{}) with the element type of the tensor.
-template <class Run>
-void with_element(const Tensor& tensor, const Run& run) {
-  if (tensor.scalar_type() == ScalarType::Float)
-    run(float{});
-  else if (tensor.scalar_type() == ScalarType::BFloat16)
-    run(BFloat16{});
-  else
-    run(Float16{});
 }
 
 std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
@@ -164,54 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tenso
   return {rows, ce_rows, grad};
 }
 
-void check_scale(const Tensor& grad, const Tensor& scale) {
-  STD_TORCH_CHECK(grad.is_cuda() && grad.dim() == 2, "grad: must be a CUDA tensor [rows, words]");
-  (void)is_wide(grad, "grad");
-  check_per_row(scale, "scale", ScalarType::Float, grad);
-  STD_TORCH_CHECK(grad.size(0) <= 2147483647, "grad: got ", grad.size(0), " rows, accepted: below 2^31");
-}
-
-void scale_into(const Tensor& grad, const Tensor& scale, Tensor& out) {
-  const int64_t count = grad.size(0), words = grad.size(1);
-  if (count == 0 || words == 0) return;
-  with_element(grad, [&](auto element) {
-    using T = decltype(element);
-    const int64_t pieces = ceil_div(words + 16 / static_cast<int64_t>(sizeof(T)) - 1, kScaleWords<T>);
-    STD_TORCH_CHECK(pieces <= kMaxBlocksY, "grad: got ", words,
-                    " words a row, accepted: ", (kMaxBlocksY - 1) * kScaleWords<T>);
-    const ScaleRowsArgs<T> args{static_cast<const T*>(grad.const_data_ptr()),
-                                scale.const_data_ptr<float>(),
-                                static_cast<T*>(out.mutable_data_ptr()),
-                                grad.stride(0),
-                                scale.stride(0),
-                                out.stride(0),
-                                words};
-    const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(pieces));
-    scale_rows_kernel<T><<<grid, kScaleThreads, 0, current_stream(grad)>>>(args);
-    check_launch("scale_rows");
-  });
-}
-
-Tensor scale_rows(const Tensor& grad, const Tensor& scale) {
-  check_scale(grad, scale);
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  Tensor out = torch::stable::new_empty(grad, {grad.size(0), grad.size(1)});
-  scale_into(words_together(grad), scale, out);
-  return out;
-}
-
-void scale_rows_(Tensor grad, const Tensor& scale) {
-  check_scale(grad, scale);
-  STD_TORCH_CHECK(grad.size(1) <= 1 || grad.stride(1) == 1, "grad: the words of a row must lie next to each other");
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  scale_into(grad, scale, grad);
-}
-
 }  // namespace
 }  // namespace pyfast::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) {
-  m.impl("distill_kl", TORCH_BOX(&pyfast::cuda::distill_kl));
-  m.impl("scale_rows", TORCH_BOX(&pyfast::cuda::scale_rows));
-  m.impl("scale_rows_", TORCH_BOX(&pyfast::cuda::scale_rows_));
-}
+STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) { m.impl("distill_kl", TORCH_BOX(&pyfast::cuda::distill_kl)); }

@@ -6,7 +6,33 @@
 //   last pass     gradient (slope − H mass) · scale, written; value, where it is not known  ──► join_group ──► rows[i]
 //
 // forward_kl needs no H, and that of reverse_kl is found with the statistics: they have no second pass.
-// @@NUMBERS@@
+//
+// Bytes. With E those of one logits tensor, what is moved is
+//
+//   Resident   3E    both rows read once and kept on chip, the gradient written; values alone 2E
+//   Streamed   5E    forward_kl and reverse_kl: two readings;  7E the others: three;  values alone 4E
+//
+// and of the streamed readings what L2 still holds costs no memory. Two or more blocks share a multiprocessor, and each
+// asks for its next row while it writes the gradient of the last one, so that memory rests only where all of them
+// reduce at once. Resident holds 262144 words of 16 bits on 8 blocks of an H100 (128 KB each; 64 KB at 128256 words, so
+// that three share a multiprocessor) and goes up to 470000; without clusters, what one block holds (distill_kl_plan.h).
+//
+// Floor on an H100 at 8192×128256 bfloat16, 3E = 6.3 GB: 2.1 ms at 3.0 TB/s. That leaves 59 instructions a word on 132
+// multiprocessors at 1.75 GHz. The code for sm_90 takes about 17 a word in the first pass (26 for reverse_kl) and in
+// the last 34 (forward_kl) to 37, so that forward_kl should reach 75 to 85 % of the bandwidth and reverse_kl 70 to 80
+// %. The others evaluate the slope twice, about 90 in all for tvd and mse and 130 to 165 for the mixtures: bound by
+// instructions, at 60 % and 35 to 45 % of the bandwidth. None of this was measured.
+//
+// Precision. float32, sums by trees over threads. Powers and logarithms of probabilities are the special function
+// unit's (ex2.approx, lg2.approx: 2^-22), which leaves a relative error of some 1e-6 in s and t and cancels nowhere:
+// differences of s and t are formed from x by multiplications (exp_log.h). x takes the logarithm of the ratio of the
+// two sums of the row, both carried in two parts and 1 exactly where one word has all of the mass, so that of its error
+// about 1e-8 to 1e-7 is left: at a KL of 1e-7 (|x| of 4e-4) the gradient of forward_kl keeps three to four digits.
+//
+// Resources (tests/test_cuda_build.py compares; the shared memory is the most that a launch asks for, beside 2 KB):
+//
+//   distill_kl_resident_kernel<T>    96 registers    230400 bytes of shared memory
+//   distill_kl_streamed_kernel<T>    96 registers     40960 bytes of shared memory
 #pragma once
 
 #include "common.cuh"

@@ -1,9 +1,8 @@
-// distill_kl of every element type, and its layout.
+// distill_kl of words of 32 and of 16 bits, and its layout.
 #include "distill_kl.h"
 
 DISTILL_KL(distill_kl_f32, float)
 DISTILL_KL(distill_kl_bf16, pyfast::cuda::BFloat16)
-DISTILL_KL(distill_kl_f16, pyfast::cuda::Float16)
 
 // out: blocks that hold a row, vectors a block, threads, bytes of shared memory.
 SIMT_EXPORT plan(int64_t words, int64_t word_bytes, int64_t shared_a_block, int64_t shared_a_multiprocessor,
