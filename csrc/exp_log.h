@@ -4,12 +4,7 @@
 // for an older one.
 #pragma once
 
-#if defined(__CUDACC__)
-#define PYFAST_INLINE __device__ __forceinline__
-#else
-// All 512-bit registers are the caller's to save: a call in a loop over vectors moves every one of them to memory.
-#define PYFAST_INLINE [[gnu::always_inline]] inline
-#endif
+#include "inline.h"
 
 namespace pyfast {
 namespace {
