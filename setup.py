@@ -44,7 +44,7 @@ def cpu_extensions() -> list[Extension]:
     variants = ("serial", "avx2", "avx512*")
     kernels = sources("csrc/cpu/isa.cpp", "csrc/cpu/tables.cpp", *(f"csrc/cpu/*_{isa}.cpp" for isa in variants))
     torch_side = [path for path in sources("csrc/cpu/*.cpp") if path not in kernels]
-    headers = sources("csrc/cpu/*.h")
+    headers = sources("csrc/*.h", "csrc/cpu/*.h")
     return [
         CppExtension(
             "pyfast._C",
@@ -88,7 +88,7 @@ def cuda_extensions() -> list[Extension]:
         return []
     gencode_flags(cuda_archs())  # a wrong list is refused before anything is compiled
     files = ["csrc/cuda/module.cpp", *sources("csrc/cuda/*.cu")]
-    headers = sources("csrc/cuda/*.cuh", "csrc/cuda/*.h")
+    headers = sources("csrc/*.h", "csrc/cuda/*.cuh", "csrc/cuda/*.h")
     return [Extension("pyfast._cuda", files, depends=headers, py_limited_api=True)]
 
 

@@ -38,7 +38,7 @@ class OpRow:
 
 # Priority order, an op. The conversions of the sparse weights have no CUDA form yet but for decompression.
 PRIORITY: dict[str, tuple[str, ...]] = {
-    "distill_kl": ("native", "triton", "reference"),
+    "distill_kl": ("native", "cuda", "triton", "reference"),
     "linear_distill": ("native", "triton", "reference"),
     "topk_distill": ("native", "triton", "reference"),
     "attention_distill": ("native", "triton", "reference"),

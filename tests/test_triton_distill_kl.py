@@ -11,39 +11,10 @@ from typing import Any
 import pytest
 import torch
 import triton_cases
-from triton_cases import BAD, CASES, WRONG_LABELS, Inputs, bits, gradient, plain
+from triton_cases import BAD, CASES, WRONG_LABELS, bits, gradient, plain, tolerances, truth
 from triton_programs import PLACES, check_compiled, saved_by
 
-from pyfast.reference import distill_kl as reference
-
 ROOT = Path(__file__).resolve().parent.parent
-
-# Relative tolerances of value and gradient close to convergence. A KL of 1e-7 is an |x| of 4.5e-4; float32 leaves an
-# error c of 3e-7 in the log-sum-exps, and so in every x. It moves a KL by c²/2, and the gradient t·x of the forward
-# one by t·c. tvd and mse are sums of |x| and x², which feel it in the value; and where |x| is below it, tvd takes the
-# wrong sign. A cap adds the rounding of tanh, 1e-6 a logit.
-NEAR = {"forward_kl": (1e-4, 5e-3), "tvd": (3e-3, 1e-1), "mse": (5e-3, 5e-3)}
-NEAR_KL = (1e-4, 1e-4)
-CAPPED = (1e-2, 1e-1)
-
-
-def tolerances(name: str) -> tuple[float, float]:
-    kind, _, rest = name.partition("-")
-    if kind == "near":
-        return {"11": (1e-2, 3e-1), "hot": NEAR["forward_kl"]}.get(rest) or NEAR.get(rest.split("-")[0], NEAR_KL)
-    return CAPPED if kind == "nearcap" else (2e-5, 2e-5)
-
-
-def truth(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, the cross-entropy's part and the gradient, by the formulas in float64."""
-    student = inputs.student.double().requires_grad_()
-    _, teacher, row_scale, *options, labels, ce_scale, _ = inputs.arguments()
-    ce_scale = None if ce_scale is None else ce_scale.double()
-    if labels is not None:
-        labels = labels.clamp(0, student.shape[1] - 1)
-    rows, ce_rows = reference.distill_kl(student, teacher.double(), row_scale.double(), *options, labels, ce_scale)
-    (grad,) = torch.autograd.grad(rows.sum(), student)
-    return rows.detach(), ce_rows, grad
 
 
 @pytest.fixture(scope="module", params=PLACES)

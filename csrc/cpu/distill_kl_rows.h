@@ -13,7 +13,9 @@
 // are added in pass 3, whatever the divergence. A softcap is applied first, into float32 rows in scratch.
 #pragma once
 
-#include "distill_kl_terms.h"
+#include "softmax_rows.h"
+#include "../distill_kl_terms.h"
+#include "distill_kl.h"
 
 namespace pyfast {
 namespace {

@@ -1,7 +1,8 @@
 """distill_kl: divergence between two tempered softmaxes over logits, fused with its gradient.
 
 Read top to bottom: the public functions, the choice of backend, the op with its fake and autograd. Kernels:
-``csrc/cpu/distill_kl*`` and ``triton_kernels/{distill_kl,scale_rows}.py``; truth: ``pyfast/reference/distill_kl.py``.
+``csrc/{cpu,cuda}/distill_kl*``, ``csrc/cuda/scale_rows.cuh`` and ``triton_kernels/{distill_kl,scale_rows}.py``; truth:
+``pyfast/reference/distill_kl.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfast import backends
+from pyfast import _native, backends
 from pyfast.ops import _arguments as arguments
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import distill_kl as reference
@@ -74,7 +75,7 @@ def distillation_loss(
         mask: boolean ``[...]``; tokens where it is False do not count. With ``labels``, both must hold.
         num_items: replaces the divisor of the mean (the count of all micro-batches in gradient accumulation).
         vocab_size: compare the first ``vocab_size`` words of both: for padded vocabularies that differ.
-        backend: None for the best, or ``"native"``, ``"triton"``, ``"reference"``.
+        backend: None for the best, or ``"native"``, ``"cuda"``, ``"triton"``, ``"reference"``.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or ``[...]`` for ``reduction="none"``. Where no token counts
@@ -153,6 +154,8 @@ class _Call(NamedTuple):
         """Rows, the cross-entropy's part of them, and the gradient of their sum (empty without ``with_grad``)."""
         row_scale, labels, ce_scale, _, _ = self.weights
         inputs = (self.student, self.teacher, row_scale, *self.objective, labels, ce_scale)
+        if self.backend == "triton":
+            return torch.ops.pyfast.distill_kl_triton(*inputs, with_grad)
         if self.backend != "reference":
             return torch.ops.pyfast.distill_kl(*inputs, with_grad)
         if torch.is_grad_enabled() or not with_grad:
@@ -175,17 +178,19 @@ def _prepare(student: Tensor, teacher: Tensor, options: arguments.LossOptions, f
 
 # The op. rows[i] = row_scale[i] · divergence + ce_scale[i] · cross-entropy; ce_rows is the second part alone, empty
 # without labels; grad is the finished gradient of rows.sum() to the student, [rows, V], empty where with_grad is False.
-define(
-    "distill_kl(Tensor student, Tensor teacher, Tensor row_scale, str divergence, float mix, "
-    "float student_temperature, float teacher_temperature, float student_softcap, float teacher_softcap, "
-    "Tensor? labels, Tensor? ce_scale, bool with_grad) -> (Tensor rows, Tensor ce_rows, Tensor grad)"
-)
+# distill_kl_triton is the same by Triton, beside pyfast._cuda; without that module distill_kl is by Triton too.
+OPS = ("distill_kl", "distill_kl_triton")
+for _op in OPS:
+    define(
+        f"{_op}(Tensor student, Tensor teacher, Tensor row_scale, str divergence, float mix, "
+        "float student_temperature, float teacher_temperature, float student_softcap, float teacher_softcap, "
+        "Tensor? labels, Tensor? ce_scale, bool with_grad) -> (Tensor rows, Tensor ce_rows, Tensor grad)"
+    )
 # grad[i, :] · scale[i]: into a new tensor, or in place, where rows of scale 1 are not touched.
 define("scale_rows(Tensor grad, Tensor scale) -> Tensor")
 define("scale_rows_(Tensor(a!) grad, Tensor scale) -> ()")
 
 
-@torch.library.register_fake("pyfast::distill_kl", lib=LIBRARY)
 def _fake(
     student: Tensor,
     teacher: Tensor,
@@ -216,25 +221,29 @@ def _fake_scale_rows_(grad: Tensor, scale: Tensor) -> None:
     pass
 
 
-@torch.library.impl(LIBRARY, "distill_kl", "CUDA")
 def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pyfast.triton_kernels.distill_kl import distill_kl
 
     return distill_kl(*inputs)
 
 
-@torch.library.impl(LIBRARY, "scale_rows", "CUDA")
 def _scale_rows_triton(grad: Tensor, scale: Tensor) -> Tensor:
     from pyfast.triton_kernels.scale_rows import scale_rows
 
     return scale_rows(grad, scale)
 
 
-@torch.library.impl(LIBRARY, "scale_rows_", "CUDA")
 def _scale_rows_in_place_triton(grad: Tensor, scale: Tensor) -> None:
     from pyfast.triton_kernels.scale_rows import scale_rows_
 
     scale_rows_(grad, scale)
+
+
+torch.library.impl(LIBRARY, "distill_kl_triton", "CUDA")(_triton)
+if _native.CUDA is None:
+    torch.library.impl(LIBRARY, "distill_kl", "CUDA")(_triton)
+    torch.library.impl(LIBRARY, "scale_rows", "CUDA")(_scale_rows_triton)
+    torch.library.impl(LIBRARY, "scale_rows_", "CUDA")(_scale_rows_in_place_triton)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -276,5 +285,7 @@ def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
     raise RuntimeError("pyfast.distillation_loss: double backward is not supported; use backend='reference'")
 
 
-torch.library.register_autograd("pyfast::distill_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _op in OPS:
+    torch.library.register_fake(f"pyfast::{_op}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"pyfast::{_op}", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("pyfast::scale_rows", _refuse_double_backward, lib=LIBRARY)
