@@ -48,15 +48,16 @@ def _fake(x: Tensor, values: Tensor, metadata: Tensor, scales, bias, activation,
     return x.new_empty(x.shape[0], values.shape[0])
 
 
-# The part of sparse24_linear that the CUDA kernel serves: at most FEW_TOKENS tokens of 16 bits.
+# The CUDA kernel: values of 16 bits, any number of tokens. Above FEW_TOKENS the arithmetic bounds the product, and the
+# dense library serves it.
 FEW_TOKENS = 64
 define(
-    "sparse24_linear_few(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int activation, Tensor? mul) -> Tensor"
+    "sparse24_linear_mma(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int activation, Tensor? mul) -> Tensor"
 )
 
 
-@torch.library.register_fake("pyfast::sparse24_linear_few", lib=LIBRARY)
-def _fake_few(x: Tensor, values: Tensor, metadata: Tensor, bias, activation, mul) -> Tensor:
+@torch.library.register_fake("pyfast::sparse24_linear_mma", lib=LIBRARY)
+def _fake_mma(x: Tensor, values: Tensor, metadata: Tensor, bias, activation, mul) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[0])
 
 
@@ -72,7 +73,7 @@ def _cuda(
 ) -> Tensor:
     if x.shape[0] <= FEW_TOKENS and values.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float16):
         bias, mul = (tensor if tensor is None else tensor.contiguous() for tensor in (bias, mul))
-        return torch.ops.pyfast.sparse24_linear_few(x, values, metadata, bias, activation, mul)
+        return torch.ops.pyfast.sparse24_linear_mma(x, values, metadata, bias, activation, mul)
     dense = scaled(sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), scales, x)
     return epilogue(linear(x, dense, bias), activation, mul)
 
