@@ -1,16 +1,27 @@
-"""Sparse weights: formats, masks, the product, whole models."""
+"""Sparse weights: formats, masks, the product and its plan, whole models."""
 
+from pyfast.sparse.calibration import calibrate
 from pyfast.sparse.convert import sparsify
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
-from pyfast.sparse.linear import SparseLinear, sparse_linear
+from pyfast.sparse.layouts import drop_layouts, layout_bytes, set_layouts
+from pyfast.sparse.linear import SparseLinear, prepare, sparse_linear
 from pyfast.sparse.masks import magnitude_mask
+from pyfast.sparse.planning import Plan, break_even, plan
 
 __all__ = [
     "BitmapWeight",
+    "Plan",
     "Sparse24Weight",
     "SparseLinear",
     "SparseWeight",
+    "break_even",
+    "calibrate",
+    "drop_layouts",
+    "layout_bytes",
     "magnitude_mask",
+    "plan",
+    "prepare",
+    "set_layouts",
     "sparse_linear",
     "sparsify",
 ]
