@@ -285,6 +285,21 @@ def test_other_backends_and_dtypes_are_left_alone(kind):
     assert held(layer) == {}
 
 
+def test_a_layout_that_cannot_be_made_is_not_tried_again(kind, monkeypatch):
+    tried = []
+
+    def fail(weight):
+        tried.append(weight)
+        raise RuntimeError("not enough memory: you tried to allocate 1 byte\nand more")
+
+    monkeypatch.setitem(layouts._MAKERS, kind, fail)
+    layer = module()
+    with pytest.warns(UserWarning, match=f"no {kind} layout .* not enough memory") as told:
+        for _ in range(3):
+            check(layer)
+    assert len(tried) == len(told) == 1 and held(layer) == {}
+
+
 def test_a_policy_forbids():
     weight = BitmapWeight.from_dense(weight_unstructured(512, 512, 0.5))
     x = torch.randn(64, 512)

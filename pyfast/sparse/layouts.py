@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,11 +204,12 @@ class Layouts:
         self._lock = threading.Lock()
         self._held: tuple[_Stamp, dict[str, Layout]] | None = None  # replaced as a whole
         self._changed = False
+        self._refused: set[str] = set()
         self.choices: dict[Any, str] = {}  # of planning.py
 
     def get(self, kind: str, weight: SparseWeight) -> Layout | None:
-        """The layout of this kind, made where it is not there. None at the first call after a change, and for tensors
-        whose changes cannot be seen (made in inference mode)."""
+        """The layout of this kind, made where it is not there. None at the first call after a change, for tensors
+        whose changes cannot be seen (made in inference mode), and, with a warning, where it cannot be made."""
         held = self._held
         if held is not None and kind in held[1] and held[0].matches(weight):
             return held[1][kind]
@@ -225,9 +227,19 @@ class Layouts:
                 if self._changed:
                     self._changed = False
                     return None
+            if kind in self._refused:
+                return None
             # Outside inference mode, so that what is kept can be used everywhere.
-            with torch.inference_mode(False), torch.no_grad():
-                layout = _MAKERS[kind](weight)
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    layout = _MAKERS[kind](weight)
+            except RuntimeError as error:  # out of memory, or a weight beyond what the layout can count
+                self._refused.add(kind)
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    f"pyfast: no {kind} layout of {weight!r}, it is read as it is stored: {reason}", stacklevel=2
+                )
+                return None
             self._held = held[0], {**held[1], kind: layout}
             return layout
 

@@ -20,6 +20,9 @@ from pyfast.sparse.masks import magnitude_mask
 from pyfast.sparse.planning import choose, plan
 
 _NUMBERS: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS) if i > 0}}
+_WEIGHTS = (Sparse24Weight, BitmapWeight)
+_BITMAP = torch.ops.pyfast.bitmap_linear.default
+_SPARSE24 = torch.ops.pyfast.sparse24_linear.default
 _LOCK = threading.Lock()
 
 
@@ -78,6 +81,7 @@ def _inferred(
         kernel = choose(weight, rows.shape[0])
         if kernel != "direct" and (layout := layouts.of(weight).get(kernel, weight)) is not None:
             return layout.linear(rows, bias, activation, mul)
+        return _native_direct(rows, weight, bias, activation, mul)
     return _direct(rows, weight, bias, activation, mul, backend)
 
 
@@ -105,8 +109,19 @@ def _direct(
     return bitmap_linear(rows, weight.values, weight.bitmaps, weight.offsets, None, bias, n, activation, mul, backend)
 
 
+def _native_direct(
+    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None
+) -> Tensor:
+    """The same by the native kernel, known to serve: the shortest way for one token."""
+    if isinstance(weight, Sparse24Weight):
+        return _SPARSE24(rows, weight.values, weight.metadata, None, bias, activation, mul)
+    assert isinstance(weight, BitmapWeight)
+    tensors = weight.values, weight.bitmaps, weight.offsets
+    return _BITMAP(rows, *tensors, None, bias, weight.shape[0], activation, mul)
+
+
 def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None) -> None:
-    if not isinstance(weight, Sparse24Weight | BitmapWeight):
+    if not isinstance(weight, _WEIGHTS):
         raise TypeError(f"weight: got {type(weight).__name__}, accepted: Sparse24Weight or BitmapWeight")
     n, k = weight.shape
     if not isinstance(x, Tensor):
@@ -121,7 +136,7 @@ def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str
     if bias is not None:
         if bias.dtype != x.dtype or bias.device != x.device:
             raise TypeError(f"bias: got {bias.dtype} on {bias.device}, accepted: {x.dtype} on {x.device}")
-        if tuple(bias.shape) != (n,):
+        if bias.shape != (n,):
             raise ValueError(f"bias: got shape {list(bias.shape)}, accepted: [{n}]")
     if activation not in _NUMBERS:
         raise ValueError(f"activation: got {activation!r}, accepted: None, {', '.join(map(repr, ACTIVATIONS[1:]))}")
