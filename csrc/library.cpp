@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/reuse.h"
+#include "cpu/sparse_driver.h"
 
 #ifndef PYFAST_VERSION
 #define PYFAST_VERSION "unknown"
@@ -73,11 +74,20 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfast::release_memory()); }
 
+PyObject* few_tokens(PyObject*, PyObject*) {
+  try {
+    return PyLong_FromLongLong(pyfast::few_tokens());
+  } catch (const std::invalid_argument& error) {
+    return raise(error);
+  }
+}
+
 PyMethodDef methods[] = {
     {"active_isa", active_isa, METH_NOARGS, "Name of the ISA in use."},
     {"set_active_isa", set_active_isa, METH_O, "Use this ISA from now on, in the whole process."},
     {"supported_isas", supported_isas, METH_NOARGS, "Names of the built ISAs that this processor runs."},
     {"build_info", build_info, METH_NOARGS, "Compiler, ISAs built, version, torch ABI target."},
+    {"few_tokens", few_tokens, METH_NOARGS, "Tokens up to which the sparse products read the weight as it is stored."},
     {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

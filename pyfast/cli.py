@@ -1,4 +1,4 @@
-"""The command line: ``pyfast info``, ``pyfast bench`` and ``pyfast prune``.
+"""The command line: ``pyfast info``, ``pyfast calibrate``, ``pyfast bench`` and ``pyfast prune``.
 
 Exit codes: 0 done; 1 a suite failed (the others' figures are kept); 2 the command was wrong.
 """
@@ -69,6 +69,25 @@ def info(
         print(json.dumps(facts, indent=1))
     else:
         _console().print(gathered.render(facts))
+
+
+@app.command()
+def calibrate(
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: torch's own choice].", show_default=False)
+    ] = None,
+) -> None:
+    """Measure, in a few seconds, what the sparse kernels' choices rest on, and keep it for this device."""
+    from pyfast.bench import constants
+    from pyfast.bench.progress import Progress
+
+    try:
+        with Progress() as progress:
+            found, path = constants.measure(threads, progress)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    _console().print(constants.render(found, path, threads))
 
 
 @app.command()

@@ -382,32 +382,45 @@ def test_bars_of_the_other_losses(on_avx512):
 
 
 def test_bars_of_the_sparse_suite(on_avx512):
+    def product(sparsity: float, same: float, shape: list[int], **fields):
+        fields = {"tokens": 16, "baseline_ms": 1.7, "baseline": "F.linear bfloat16", **fields}
+        return result(1.0, sparsity=sparsity, shape=shape, metrics={"speedup_same_dtype": same}, **fields)
+
+    square, flat = bars.SPARSE_SHAPES
     found = [
-        result(
-            1.0,
-            sparsity=0.5,
-            baseline_ms=1.7,
-            metrics={"speedup_same_dtype": 2.5},
-            baseline="F.linear bfloat16",
-        ),
-        result(1.0, sparsity=0.8, baseline_ms=3.4),
-        result(1.0, sparsity=0.5, format="2:4", baseline_ms=9.0, tokens=16),
-        result(1.0, sparsity=0.5, format="2:4", baseline_ms=9.0, dtype="bfloat16"),
+        product(0.5, 2.5, square),
+        product(0.5, 1.2, flat, note="kernel: indexed"),
+        product(0.8, 3.0, square),
+        product(0.8, 2.5, flat),
+        product(0.9, 9.0, square),  # one shape of two
+        product(0.5, 1.5, square, format="2:4"),
+        product(0.5, 1.4, flat, format="2:4"),
+        product(0.5, 0.1, [896, 4864]),  # a shape without a bar
+        product(0.5, 0.1, square, impl="pyfast[avx2]"),
+        product(0.5, 3.0, square, tokens=1, dtype="bfloat16"),
+        product(0.8, 2.6, square, tokens=1, impl="pyfast[avx2]"),
         result(1.0, op="from_dense", tokens=0, metrics={"mweights_per_s": 300.0}),
-        result(1.0, op="to_dense", tokens=0, format="2:4", metrics={"mweights_per_s": 90.0}),
+        result(1.0, op="to_indexed", tokens=0, format="2:4", metrics={"mweights_per_s": 190.0}),
     ]
     judged = bars.sparse(found, Options())
-    assert [(b.required, b.measured, b.met) for b in judged] == [
-        (1.6, 2.5, True),  # float32
-        (1.6, 1.7, True),  # any dtype
-        (3.5, None, None),
-        (3.5, 3.4, False),
-        (1.6, None, None),
-        (1.6, None, None),
-        (100.0, 90.0, False),
+    some = [b for b in judged if " 16 tokens" in b.name]
+    assert [(b.required, b.measured, b.met) for b in some] == [
+        (1.3, 1.2, False),
+        (2.4, 2.5, True),
+        (4.5, None, None),
+        (7.0, None, None),
+        (1.4, 1.4, True),
     ]
-    assert "F.linear bfloat16" in judged[1].note and "float32" in judged[0].name
-    assert judged[6].note == "slowest: to_dense 2:4"
+    assert "4864x896" in some[0].note and "indexed" in some[0].note and "1.70x the best of any dtype" in some[0].note
+    assert "not every shape" in some[2].note
+    assert [(b.measured, b.met) for b in judged[-5:]] == [
+        (1.7, True),  # bfloat16, against any dtype
+        (None, None),
+        (None, None),
+        (2.6, True),
+        (190.0, False),
+    ]
+    assert judged[-1].note == "slowest: to_indexed 2:4"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ inline Tensor rows_contiguous(const Tensor& t) {
 // the system holds up then delays the call by one chunk, not by its whole share. About 16 chunks a thread, none smaller
 // than `least`; one chunk, and no threads, where count is no larger. worker, from 0 to max_workers() - 1, is never that
 // of another chunk that runs at the same time: scratch goes by it.
+//
+// Waking a thread takes 5 to 10 us. `least` should stand for about as much work of one thread: two such chunks are then
+// done no later by two threads than by one, and anything smaller stays with the caller.
 inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
 template <class Body>

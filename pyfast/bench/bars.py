@@ -145,51 +145,90 @@ def _label(r: Result) -> str:
     return f"{'x'.join(map(str, r.shape))} {r.dtype}"
 
 
+SPARSE_SHAPES = (SPARSE_SHAPE, [4864, 896])
+SPARSE_COLUMNS = (("bitmap", 0.5), ("bitmap", 0.8), ("bitmap", 0.9), ("bitmap", 0.95), ("2:4", 0.5))
+# By tokens, in the order of the columns: against the best dense float32.
+SPARSE_SPEEDUPS = {
+    1: (1.75, 4.0, 5.0, 7.0, 1.75),
+    16: (1.3, 2.4, 4.5, 7.0, 1.4),
+    128: (1.0, 2.5, 4.0, 6.0, 1.0),
+    512: (1.0, 2.3, 3.5, 5.0, 1.0),
+}
+CONVERSION_MWEIGHTS_PER_S = 200.0
+
+
 def sparse(results: Iterable[Result], options: Options) -> list[Bar]:
-    """``sparse_linear`` of 4096x4096 float32 at one token against the best dense of any kind, once of float32 and
-    once of any dtype (a processor with bfloat16 instructions reads half the bytes of a dense bfloat16 weight), and
-    the rate of conversion."""
-    found = [r for r in results if r.suite == "sparse" and r.impl == "pyfast" and list(r.shape) == SPARSE_SHAPE]
+    """``sparse_linear`` in float32 at every number of tokens, for the worst of two shapes, against the best dense
+    float32; the note tells the same against the best dense of any dtype (a processor with bfloat16 instructions reads
+    half the bytes and multiplies twice as fast). Then bfloat16 and AVX2 at one token, and the rate of conversion."""
     why = undecided(options)
-    if why:
-        found = []
+    rows = [] if why else [r for r in results if r.suite == "sparse"]
+    products = [r for r in rows if r.op == "sparse_linear"]
+    return [*_sparse_float32(products, why), *_sparse_one_token(products, why), _conversion(rows, why)]
 
-    def one_token(format: str, sparsity: float) -> Callable[[Result], bool]:
-        return lambda r: (
-            r.op == "sparse_linear"
-            and r.tokens == 1
-            and r.dtype == "float32"
-            and r.format == format
-            and abs(r.sparsity - sparsity) < 0.005
-        )
 
-    bars = []
-    for format, sparsity, required in (("bitmap", 0.5, 1.6), ("bitmap", 0.8, 3.5), ("2:4", 0.5, 1.6)):
-        r = next(filter(one_token(format, sparsity), found), None)
-        name = f"sparse_linear 4096x4096 float32, 1 token, {format} at {sparsity:.0%}".replace("%", " %")
-        same = r.metrics.get("speedup_same_dtype") if r else None
-        bars.append(Bar.judge(f"{name}: against the best dense float32", required, same, note=_spread(r) if r else why))
-        note = f"against {r.baseline}; {_spread(r)}" if r else why
-        bars.append(
-            Bar.judge(f"{name}: against the best dense of any dtype", required, r.speedup if r else None, note=note)
-        )
+def _sparse_of(rows: list[Result], format: str, sparsity: float, **fields: object) -> list[Result]:
+    return [
+        r
+        for r in rows
+        if r.format == format
+        and abs(r.sparsity - sparsity) < 0.005
+        and all(getattr(r, name) == value for name, value in fields.items())
+    ]
 
+
+def _same_dtype(r: Result) -> float:
+    return r.metrics.get("speedup_same_dtype", 0.0)
+
+
+def _sparse_float32(products: list[Result], why: str) -> Iterator[Bar]:
+    for tokens, bars_of_row in SPARSE_SPEEDUPS.items():
+        for (format, sparsity), required in zip(SPARSE_COLUMNS, bars_of_row, strict=True):
+            found = _sparse_of(products, format, sparsity, tokens=tokens, dtype="float32", impl="pyfast")
+            found = [r for r in found if r.shape in SPARSE_SHAPES and "speedup_same_dtype" in r.metrics]
+            name = f"sparse_linear float32, {tokens} token{'s' if tokens > 1 else ''}, {format} at {sparsity:.0%}"
+            complete = len({tuple(r.shape) for r in found}) == len(SPARSE_SHAPES)
+            worst = min(found, key=_same_dtype) if complete else None
+            note = why or "not every shape was measured"
+            if worst is not None:
+                every = f"{worst.speedup:.2f}x the best of any dtype, {worst.baseline}; " if worst.speedup else ""
+                note = f"the worst: {_label(worst)}, {worst.note or 'kernel not told'}; {every}{_spread(worst)}"
+            measured = _same_dtype(worst) if worst is not None else None
+            yield Bar.judge(
+                f"{name}: against the best dense float32".replace("%:", " %:"), required, measured, note=note
+            )
+
+
+def _sparse_one_token(products: list[Result], why: str) -> Iterator[Bar]:
+    for what, fields, sparsity, required in (
+        ("bfloat16", {"dtype": "bfloat16", "impl": "pyfast"}, 0.5, 1.6),
+        ("bfloat16", {"dtype": "bfloat16", "impl": "pyfast"}, 0.8, 2.0),
+        ("float32 under AVX2", {"dtype": "float32", "impl": "pyfast[avx2]"}, 0.5, 1.4),
+        ("float32 under AVX2", {"dtype": "float32", "impl": "pyfast[avx2]"}, 0.8, 2.5),
+    ):
+        found = _sparse_of(products, "bitmap", sparsity, tokens=1, shape=SPARSE_SHAPE, **fields)
+        r = next(iter(found), None)
+        any_dtype = what == "bfloat16"
+        against = "the best dense of any dtype" if any_dtype else "the best dense float32"
+        measured = None if r is None else r.speedup if any_dtype else _same_dtype(r)
+        name = f"sparse_linear 4096x4096 {what}, 1 token, bitmap at {sparsity:.0%}: against {against}"
+        yield Bar.judge(name.replace("%:", " %:"), required, measured, note=_spread(r) if r else why)
+
+
+def _conversion(rows: list[Result], why: str) -> Bar:
     rates = {
         f"{r.op} {r.format}": r.metrics["mweights_per_s"]
-        for r in found
-        if r.op in ("from_dense", "to_dense") and "mweights_per_s" in r.metrics
+        for r in rows
+        if r.op in ("from_dense", "to_dense", "to_indexed") and "mweights_per_s" in r.metrics
     }
     slowest = min(rates, key=lambda name: rates[name]) if rates else None
-    bars.append(
-        Bar.judge(
-            "conversion 4096x4096 float32, the slowest of both formats and ways",
-            100.0,
-            rates[slowest] if slowest else None,
-            unit="Mweights/s",
-            note=f"slowest: {slowest}" if slowest else why,
-        )
+    return Bar.judge(
+        "conversion 4096x4096 float32, the slowest of every format and way",
+        CONVERSION_MWEIGHTS_PER_S,
+        rates[slowest] if slowest else None,
+        unit="Mweights/s",
+        note=f"slowest: {slowest}" if slowest else why,
     )
-    return bars
 
 
 def undecided(options: Options) -> str:

@@ -14,31 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pyfast.bench.timing import Timing, cold
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
-
-
-def f_linear(weight: torch.Tensor, tokens: int) -> Linear:
-    """``torch.nn.functional.linear`` with ``weight [N, K]``; the number of tokens does not matter to it."""
-    return lambda x: F.linear(x, weight)
-
-
-def mkl_prepacked(weight: torch.Tensor, tokens: int) -> Linear:
-    """MKL's packed float32 matmul for ``tokens`` rows of x. Raises RuntimeError or TypeError where it has
-    none."""
-    if weight.dtype is not torch.float32:
-        raise TypeError(f"weight: MKL packs float32 only, got {weight.dtype}")
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, tokens)
-    linear = torch.ops.mkl._mkl_linear
-    return lambda x: linear(x, packed, weight, None, tokens)
-
-
-def onednn_prepacked(weight: torch.Tensor, tokens: int) -> Linear:
-    """oneDNN's matmul over a weight reordered for ``tokens`` rows of x. Raises RuntimeError where the CPU has
-    no kernel for the dtype."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
-    linear = torch.ops.mkldnn._linear_pointwise
-    return lambda x: linear(x, packed, None, "none", [], "")
+from pyfast.sparse.dense import Linear, f_linear, mkl_prepacked, onednn_prepacked, runs
 
 
 def compiled_linear(weight: torch.Tensor, tokens: int) -> Linear:
@@ -89,17 +65,9 @@ def available(
 ) -> tuple[Baseline, ...]:
     """The baselines that run on this machine, found out by running each once on a small weight."""
     found = []
+    kinds = _KINDS_CUDA if device.startswith("cuda") else _KINDS_CPU
     for dtype in dtypes:
-        weight, x = (
-            torch.ones(32, 32, dtype=dtype, device=device),
-            torch.ones(2, 32, dtype=dtype, device=device),
-        )
-        for impl, make in _KINDS_CUDA if device.startswith("cuda") else _KINDS_CPU:
-            try:
-                make(weight, 2)(x)
-            except (RuntimeError, TypeError, NotImplementedError, AttributeError):
-                continue
-            found.append(Baseline(impl, dtype, make))
+        found += [Baseline(impl, dtype, make) for impl, make in kinds if runs(make, dtype, device)]
     return tuple(found)
 
 

@@ -39,8 +39,22 @@ def speedup_points(
     results: Sequence[Result], *, shape: Sequence[int], tokens: int, dtype: str, format: str = "bitmap"
 ) -> list[tuple[float, float]]:
     """Pairs of sparsity and speedup of pyfast's results for one shape, number of tokens and dtype, sorted."""
-    return sorted(
-        (r.sparsity, r.speedup)
+    found = _of_pyfast(results, shape, tokens, dtype, format)
+    return sorted((r.sparsity, r.speedup) for r in found if r.speedup is not None)
+
+
+def predicted_points(
+    results: Sequence[Result], *, shape: Sequence[int], tokens: int, dtype: str, format: str = "bitmap"
+) -> list[tuple[float, float]]:
+    """The same with the speedup that the cost model predicted, over the best dense of the same dtype."""
+    metric = "predicted_speedup_same_dtype"
+    found = _of_pyfast(results, shape, tokens, dtype, format)
+    return sorted((r.sparsity, r.metrics[metric]) for r in found if metric in r.metrics)
+
+
+def _of_pyfast(results: Sequence[Result], shape: Sequence[int], tokens: int, dtype: str, format: str) -> list[Result]:
+    return [
+        r
         for r in results
         if r.suite == "sparse"
         and r.op == "sparse_linear"
@@ -49,5 +63,4 @@ def speedup_points(
         and list(r.shape) == list(shape)
         and r.tokens == tokens
         and r.dtype == dtype
-        and r.speedup is not None
-    )
+    ]

@@ -57,7 +57,7 @@ def run(
     chosen = check(suites, options)
     progress = progress or Progress(quiet=True)
     outcome = Outcome(Report())
-    with _threads(options.threads), progress:
+    with threads(options.threads), progress:
         with progress.step("floors of this machine"):
             measured = floors.measure(options.device, options.quick)
         outcome.report.environment = environment.describe(options, measured)
@@ -105,7 +105,8 @@ def read(path: Path) -> Report:
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """torch with this many threads inside the ``with`` block; None leaves them."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyfast.bench.breakeven import break_even_text, speedup_points
+from pyfast.bench.breakeven import break_even_text, predicted_points, speedup_points
 from pyfast.bench.schema import Bar, Report, Result
 
 
@@ -106,6 +106,9 @@ def speedups(results: Iterable[Result], shape: list[int]) -> Table:
         points = [speedup_points(rows, shape=shape, tokens=count, dtype=dtype) for count in tokens]
         if any(len(p) > 1 for p in points):
             table.add_row("bitmap pays from", dtype, "", "", *map(break_even_text, points))
+            predicted = [predicted_points(rows, shape=shape, tokens=count, dtype=dtype) for count in tokens]
+            if any(len(p) > 1 for p in predicted):
+                table.add_row("by the cost model", f"{dtype} dense", "", "", *map(break_even_text, predicted))
     return table
 
 

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import threading
+from collections.abc import Callable
+from typing import Any
 
-from pyfast.ops import indexed_linear  # noqa: F401
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from pyfast import _native, backends
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
+from pyfast.reference.epilogue import ACTIVATIONS, epilogue
+from pyfast.sparse import layouts
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight, format_class
 from pyfast.sparse.masks import magnitude_mask
+from pyfast.sparse.planning import choose, plan
+
+_NUMBERS: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS) if i > 0}}
+_WEIGHTS = (Sparse24Weight, BitmapWeight)
+_BITMAP = torch.ops.pyfast.bitmap_linear.default
+_SPARSE24 = torch.ops.pyfast.sparse24_linear.default
+_LOCK = threading.Lock()
 
 
-def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """y = x Wᵀ + bias with a sparse weight.
+def sparse_linear(
+    x: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    mul: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = f(x Wᵀ + bias) · mul with a sparse weight.
 
-    Few tokens are served by kernels that read the compressed weight once; many are decompressed, a panel of rows at
-    a time, for the dense library. Differentiable in x, in the stored values (the pattern stays) and in the bias.
+    Differentiable in x, in the stored values (the pattern stays), in the bias and in mul. Where no gradient is wanted,
+    activation and mul are applied to the sums before they are stored, and the fastest kernel for the weight and the
+    number of tokens serves: :func:`pyfast.sparse.plan` says which, and what memory it keeps;
+    :func:`pyfast.sparse.set_layouts` forbids that memory.
 
     Args:
         x: ``[..., K]``, of the weight's dtype and device.
         weight: :class:`Sparse24Weight` or :class:`BitmapWeight` of shape (N, K).
         bias: ``[N]`` or None.
-        backend: None for the best, or ``"native"``, ``"cuda"``, ``"reference"``.
+        activation: None, ``"relu"``, ``"gelu"`` (by erf), ``"gelu_tanh"`` or ``"silu"``.
+        mul: ``[..., N]`` in x's dtype or None: the other branch of a gated MLP, as in silu(x Gᵀ) · (x Uᵀ).
+        backend: None for the best, or ``"native"``, ``"cuda"``, ``"reference"``: the kernels that read the weight as it
+            is stored.
 
     Returns:
         ``[..., N]`` in x's dtype; float32 sums.
@@ -29,28 +57,96 @@ def sparse_linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None, *
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, named in the message.
     """
-    if not isinstance(weight, Sparse24Weight | BitmapWeight):
+    _check(x, weight, bias, activation, mul)
+    n, k = weight.shape
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), k)
+    gate = mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], n)
+    number = _NUMBERS[activation]
+    if torch.is_grad_enabled() and _wants_gradient(x, weight.values, bias, mul):
+        y = epilogue(_direct(rows, weight, bias, 0, None, backend), number, gate)
+    else:
+        y = _inferred(rows, weight, bias, number, gate, backend)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _inferred(
+    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None, backend: str | None
+) -> Tensor:
+    """The product without gradients: by the layout of the plan, where the weight can keep one."""
+    if backend is None and _native.CPU is not None and not torch.compiler.is_compiling() and _ordinary(rows, weight):
+        kernel = choose(weight, rows.shape[0])
+        if kernel != "direct" and (layout := layouts.of(weight).get(kernel, weight)) is not None:
+            return layout.linear(rows, bias, activation, mul)
+        return _native_direct(rows, weight, bias, activation, mul)
+    return _direct(rows, weight, bias, activation, mul, backend)
+
+
+def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:
+    """Whether layouts can be had: tensors on the CPU, no subclasses, and nobody who watches the operators."""
+    values = weight.values
+    return (
+        values.device.type == "cpu"
+        and rows.dtype in backends.FAST_DTYPES
+        and rows.shape[0] > 0
+        and type(rows) is Tensor
+        and type(values) in (Tensor, nn.Parameter)
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def _direct(
+    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None, backend: str | None
+) -> Tensor:
+    """The product with the weight as it is stored."""
+    if isinstance(weight, Sparse24Weight):
+        return sparse24_linear(rows, weight.values, weight.metadata, None, bias, activation, mul, backend)
+    assert isinstance(weight, BitmapWeight)
+    n = weight.shape[0]
+    return bitmap_linear(rows, weight.values, weight.bitmaps, weight.offsets, None, bias, n, activation, mul, backend)
+
+
+def _native_direct(
+    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None
+) -> Tensor:
+    """The same by the native kernel, known to serve: the shortest way for one token."""
+    if isinstance(weight, Sparse24Weight):
+        return _SPARSE24(rows, weight.values, weight.metadata, None, bias, activation, mul)
+    assert isinstance(weight, BitmapWeight)
+    tensors = weight.values, weight.bitmaps, weight.offsets
+    return _BITMAP(rows, *tensors, None, bias, weight.shape[0], activation, mul)
+
+
+def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None) -> None:
+    if not isinstance(weight, _WEIGHTS):
         raise TypeError(f"weight: got {type(weight).__name__}, accepted: Sparse24Weight or BitmapWeight")
     n, k = weight.shape
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, accepted: a tensor [..., {k}]")
-    if x.dtype != weight.values.dtype:
+    values = weight.values
+    if x.dtype != values.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, accepted: that of the weight, {weight.dtype}")
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x: got shape {list(x.shape)}, accepted: [..., {k}]")
-    if x.device != weight.values.device:
+    if x.device != values.device:
         raise ValueError(f"x: got device {x.device}, accepted: that of the weight, {weight.device}")
     if bias is not None:
         if bias.dtype != x.dtype or bias.device != x.device:
             raise TypeError(f"bias: got {bias.dtype} on {bias.device}, accepted: {x.dtype} on {x.device}")
-        if tuple(bias.shape) != (n,):
+        if bias.shape != (n,):
             raise ValueError(f"bias: got shape {list(bias.shape)}, accepted: [{n}]")
-    rows = x.reshape(x.shape[:-1].numel(), k)
-    if isinstance(weight, Sparse24Weight):
-        y = sparse24_linear(rows, weight.values, weight.metadata, None, bias, 0, None, backend)
-    else:
-        y = bitmap_linear(rows, weight.values, weight.bitmaps, weight.offsets, None, bias, n, 0, None, backend)
-    return y.reshape(*x.shape[:-1], n)
+    if activation not in _NUMBERS:
+        raise ValueError(f"activation: got {activation!r}, accepted: None, {', '.join(map(repr, ACTIVATIONS[1:]))}")
+    if mul is not None:
+        if not isinstance(mul, Tensor):
+            raise TypeError(f"mul: got {type(mul).__name__}, accepted: a tensor [..., {n}]")
+        if mul.dtype != x.dtype or mul.device != x.device:
+            raise TypeError(f"mul: got {mul.dtype} on {mul.device}, accepted: {x.dtype} on {x.device}")
+        if mul.shape != (*x.shape[:-1], n):
+            raise ValueError(f"mul: got shape {list(mul.shape)}, accepted: {[*x.shape[:-1], n]}")
 
 
 class SparseLinear(nn.Module):
@@ -58,12 +154,18 @@ class SparseLinear(nn.Module):
 
     Made by :meth:`from_linear` or :func:`pyfast.sparsify`. state_dict, ``.to()``, optimizers and torch.compile see
     ordinary tensors.
+
+    Without gradients it may keep a second form of the weight in memory, made at the first call that wants it and never
+    saved: about 5 bytes a stored element for many tokens, or a dense copy where dense is faster.
+    :func:`pyfast.sparse.plan` tells, :func:`pyfast.sparse.set_layouts` forbids, :func:`pyfast.sparse.prepare` makes it
+    ahead of the first call.
     """
 
     values: nn.Parameter
     metadata: Tensor  # 2:4
     bitmaps: Tensor  # bitmap
     offsets: Tensor  # bitmap
+    bias: nn.Parameter | None
 
     def __init__(self, weight: SparseWeight, bias: Tensor | None = None):
         super().__init__()
@@ -74,7 +176,8 @@ class SparseLinear(nn.Module):
                 self.values = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
             else:
                 self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self._kept: SparseWeight | None = None  # the container over the tensors above, and its layouts
 
     @classmethod
     def from_linear(
@@ -102,15 +205,43 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> SparseWeight:
-        """The weight as a container over the module's own tensors."""
+        """The weight as a container over the module's own tensors; the same one until a tensor is replaced."""
+        if torch.compiler.is_compiling():
+            return self._container(self._parameters["values"], self._buffers)
+        if (kept := self._still_kept()) is not None:
+            return kept
+        with _LOCK:
+            if (kept := self._still_kept()) is None:
+                kept = self._kept = self._container(self._parameters["values"], self._buffers)
+            return kept
+
+    def _still_kept(self) -> SparseWeight | None:
+        # Straight from the dictionaries: attribute access to a module's tensors costs as much as a small product.
+        kept, buffers = self._kept, self._buffers
+        if kept is None or kept.values is not self._parameters["values"]:
+            return None
+        if isinstance(kept, Sparse24Weight):
+            return kept if kept.metadata is buffers["metadata"] else None
+        assert isinstance(kept, BitmapWeight)
+        same = kept.bitmaps is buffers["bitmaps"] and kept.offsets is buffers["offsets"]
+        return kept if same else None
+
+    def _container(self, values: Any, buffers: dict[str, Any]) -> SparseWeight:
         shape = (self.out_features, self.in_features)
         if self.weight_format == "2:4":
-            return Sparse24Weight(self.values, self.metadata, shape)
-        return BitmapWeight(self.values, self.bitmaps, self.offsets, shape)
+            return Sparse24Weight(values, buffers["metadata"], shape)
+        return BitmapWeight(values, buffers["bitmaps"], buffers["offsets"], shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in_features]`` to ``[..., out_features]``."""
-        return sparse_linear(x, self.weight, self.bias)
+        return sparse_linear(x, self.weight, self._parameters["bias"])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
+        self._kept = None  # .to() replaces the memory of a parameter and leaves its identity and version
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # copies and pickles start without layouts
 
     def extra_repr(self) -> str:
         stored = self.values.numel() / max(self.in_features * self.out_features, 1)
@@ -118,3 +249,16 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.weight_format!r}, stored={stored:.1%}"
         )
+
+
+def prepare(model: nn.Module, tokens: int | tuple[int, ...]) -> int:
+    """Makes the layouts that the sparse layers of a model will want at these numbers of tokens, so that the first
+    request need not wait for it; returns the bytes that all layouts of the model now hold."""
+    counts = (tokens,) if isinstance(tokens, int) else tokens
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            for count in counts:
+                kernel = plan(module.weight, count).kernel
+                if kernel != "direct":
+                    layouts.of(module.weight).get(kernel, module.weight)
+    return layouts.layout_bytes(model)

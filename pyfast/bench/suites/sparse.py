@@ -1,6 +1,7 @@
 """Suite ``sparse``: sparse weights beside the best dense linear, and the rate of conversion.
 
-The task is ``x @ W.T`` with x ``[tokens, K]`` and W ``[N, K]``. Weights are cold: each implementation
+The task is ``x @ W.T`` with x ``[tokens, K]`` and W ``[N, K]``; pyfast's is ``sparse_linear`` with the kernel of its
+plan, whose layout is made before the clock starts. Weights are cold: each implementation
 rotates over copies of its weight until they exceed four times the last-level cache. All implementations of
 a shape and number of tokens are timed in turn, dense ones of every dtype among them; the fastest dense one
 is the baseline of them all. The floor is the time to read the weight (as that format stores it) and x and
@@ -12,21 +13,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from pyfast.bench import bars, baselines, hardware
-from pyfast.bench.cases import DTYPES, keep_runnable, relative_error, time_case
+from pyfast.bench.cases import DTYPES, cpu_variants, is_pyfast, keep_runnable, relative_error, time_case, with_isa
 from pyfast.bench.floors import Floors, floor_ms
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Bar, Result
 from pyfast.bench.timing import Rotating, cold
+from pyfast.sparse import Plan, layouts, plan
 
 CONVERSION_SHAPE = (4096, 4096)
+_16_BIT_TOKENS = (1, 16)  # numbers of tokens at which bfloat16 is timed
+_CSR_TOKENS = (1, 16, 128)
 ROWS_CHECKED = 256
 _PATTERNS_2_OF_4 = torch.tensor(
     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool
@@ -40,9 +44,12 @@ class Variant:
     format: str
     sparsity: float
     dtype: str
+    isa: str | None = None  # None: what a user gets
 
     @property
     def impl(self) -> str:
+        if self.isa is not None:
+            return f"pyfast[{self.isa}]"
         return "torch CSR" if self.format == "csr" else "pyfast"
 
     @property
@@ -96,6 +103,19 @@ class Sparse:
     nonzeros: int
     first_rows: torch.Tensor
 
+    def plan(self, tokens: int) -> Plan | None:
+        """Who serves; None for a weight of torch's."""
+        if self.variant.format == "csr":
+            return None
+        return with_isa(self.variant.isa, lambda: plan(self.ring.items[0], tokens))()
+
+    def prepare(self, tokens: int) -> None:
+        """Makes the layouts of all copies, as :func:`pyfast.sparse.prepare` does for a model."""
+        found = self.plan(tokens)
+        if found is not None and found.kernel != "direct":
+            for weight in self.ring.items:
+                layouts.of(weight).get(found.kernel, weight)
+
     def linear(self) -> Callable[[torch.Tensor], torch.Tensor]:
         ring = self.ring
         if self.variant.format == "csr":
@@ -120,8 +140,11 @@ def _weights(shape: tuple[int, int], variants: tuple[Variant, ...], device: str,
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(*shape, generator=generator)
     llc_bytes, note = _affordable_cache(len(variants) + 5) if device == "cpu" else (0, "")
-    built = {}
+    built: dict[str, Sparse] = {}
     for v in variants:
+        if v.isa is not None:
+            built[v.name] = replace(built[replace(v, isa=None).name], variant=v)
+            continue
         pruned = prune(dense, v.format, v.sparsity).to(device, DTYPES[v.dtype])
         weight = build(pruned, v.format)
         nbytes = weight_bytes(weight)
@@ -162,7 +185,18 @@ class SparseCase:
 
     @property
     def names(self) -> list[str]:
-        return [b.name for b in self.baselines] + [v.name for v in self.variants]
+        return [b.name for b in self.baselines] + [v.name for v in self.timed]
+
+    @property
+    def timed(self) -> tuple[Variant, ...]:
+        """The variants that are timed at this number of tokens; cases of one shape share the weights of all."""
+        return tuple(
+            v
+            for v in self.variants
+            if (v.dtype == "float32" or self.tokens in _16_BIT_TOKENS)
+            and (v.isa is None or self.tokens == 1)
+            and (v.format != "csr" or self.tokens in _CSR_TOKENS)
+        )
 
     @property
     def baselines(self) -> tuple[baselines.Baseline, ...]:
@@ -186,9 +220,11 @@ class SparseCase:
             dtype = str(baseline.dtype).removeprefix("torch.")
             linear = baseline.cold(weights.dense.to(baseline.dtype), self.tokens, weights.llc_bytes)
             impls[baseline.name] = _bind(linear, x[dtype])
-        for name, sparse in weights.sparse.items():
-            impls[name] = _bind(sparse.linear(), x[sparse.variant.dtype])
-        return keep_runnable(impls, lambda name: name.startswith("pyfast"), self.say)
+        for variant in self.timed:
+            sparse = weights.sparse[variant.name]
+            sparse.prepare(self.tokens)
+            impls[variant.name] = with_isa(variant.isa, _bind(sparse.linear(), x[variant.dtype]))
+        return keep_runnable(impls, is_pyfast, self.say)
 
     def flops(self, nonzeros: int) -> int:
         return 2 * nonzeros * self.tokens
@@ -228,6 +264,8 @@ class ConversionCase:
         self.error = relative_error(weight.to_dense(), dense.double())
         if self.op == "to_dense":
             return {"pyfast": weight.to_dense}
+        if self.op == "to_indexed":
+            return {"pyfast": lambda: layouts.IndexedLayout.of(weight)}
         return {"pyfast": lambda: build(dense, self.format)}
 
 
@@ -237,18 +275,20 @@ def cases(options: Options) -> list[SparseCase]:
     f32, bf16 = "float32", "bfloat16"
     two_four = [Variant("2:4", 0.5, f32), Variant("2:4", 0.5, bf16)]
     few = [*two_four, *(Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9)), Variant("bitmap", 0.8, bf16)]
-    all_sparsities = [Variant("bitmap", s, d) for d in (f32, bf16) for s in (0.5, 0.7, 0.8, 0.9, 0.95)]
+    all_sparsities = [Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9, 0.95)]
+    all_sparsities += [Variant("bitmap", s, bf16) for s in (0.5, 0.8)]
     csr = [Variant("csr", s, f32) for s in (0.8, 0.95)]
-    tokens = (1, 16, 128)
+    avx2 = [Variant("bitmap", s, f32, "avx2") for s in (0.5, 0.8)] if "pyfast[avx2]" in cpu_variants() else []
+    tokens = (1, 4, 16, 128, 512)
     plan: list[tuple[tuple[int, int], list[Variant], tuple[int, ...]]]
     if options.quick:
         plan = [((4864, 896), few, (1, 16)), ((896, 4864), few, (1,))]
     else:
         plan = [
-            ((4096, 4096), [*two_four, *all_sparsities, *csr], tokens),
+            ((4096, 4096), [*two_four, *all_sparsities, *csr, *avx2], tokens),
             ((4864, 896), [*two_four, *all_sparsities], tokens),
-            ((896, 4864), few, tokens),
-            ((14336, 4096), few, tokens),
+            ((896, 4864), few, (1, 16, 128)),
+            ((14336, 4096), few, (1, 16, 128)),
         ]
     return [
         SparseCase(shape, count, tuple(variants), options.device, options.seed)
@@ -263,13 +303,14 @@ def conversions(options: Options) -> list[ConversionCase]:
     return [
         ConversionCase(op, format, shape, options.device, options.seed)
         for format in ("2:4", "bitmap")
-        for op in ("from_dense", "to_dense")
+        for op in ("from_dense", "to_dense", "to_indexed")
     ]
 
 
 def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Result], list[Bar]]:
     """Measure every case. ``speedup`` is against the best dense of any kind and dtype of the same case;
-    the metrics hold "speedup_same_dtype" and "weight_bytes"."""
+    the metrics hold "speedup_same_dtype" and "weight_bytes" and, from the plan, "predicted_ms",
+    "predicted_speedup_same_dtype" and "extra_bytes"."""
     results: list[Result] = []
     todo, more = cases(options), conversions(options)
     with progress.step("sparse", total=len(todo) + len(more)):
@@ -290,7 +331,7 @@ def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]
     impls = case.implementations()
     # One token of the shape that is judged gets the time that steady medians take; the rest shows the picture.
     judged = case.tokens == 1 and list(case.shape) == bars.SPARSE_SHAPE
-    budget_s = options.budget(3.0 if judged else 1.2 if case.tokens < 128 else 2.0)
+    budget_s = options.budget(2.5 if judged else 1.0 if case.tokens < 128 else 1.5)
     timings = time_case(impls, budget_s=budget_s, device=case.device, min_rounds=3 if case.tokens >= 128 else 5)
     weights = case.weights()
     dense = {b.name: b for b in case.baselines if b.name in timings}
@@ -319,6 +360,12 @@ def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]
         metrics = {"weight_bytes": float(stored)}
         if dtype in best_of:
             metrics["speedup_same_dtype"] = best_of[dtype] / timing.ms
+        chosen = sparse.plan(case.tokens) if sparse else None
+        if chosen is not None and chosen.ms is not None:
+            metrics |= {"predicted_ms": chosen.ms, "extra_bytes": float(chosen.extra_bytes)}
+            dense_ms = min(ms for name, ms in chosen.alternatives.items() if name in ("dense", "packed"))
+            metrics["predicted_speedup_same_dtype"] = dense_ms / chosen.ms
+        kernel = f"kernel: {chosen.kernel}" if chosen is not None else ""
         rows = sparse.first_rows if sparse else weights.dense[:ROWS_CHECKED].to(DTYPES[dtype])
         results.append(
             Result.timed(
@@ -332,7 +379,7 @@ def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]
                 floor_ms=floor_ms(nbytes, flops, floors, by="read", dtype=dtype),
                 error=_error(case.x().to(DTYPES[dtype]), rows, impls[name]()),
                 metrics=metrics,
-                note=weights.note,
+                note="; ".join(filter(None, (kernel, weights.note))),
                 **common,
             )
         )

@@ -1,0 +1,368 @@
+"""The constants of the cost model, measured on this device and kept on disk.
+
+``pyfast calibrate`` (or :func:`calibrate`) runs each kernel on weights of a few megabytes, in a few seconds. Nothing is
+ever timed inside a forward pass: without a calibration the built-in constants serve.
+
+The file is ``calibration.json`` in ``$XDG_CACHE_HOME/pyfast`` (``~/.cache/pyfast``); ``PYFAST_CACHE_DIR`` names another
+directory, or ``none`` to neither read nor write. It holds one entry a device: processor, threads and ISA. An entry
+counts only for the library that made it (version, native module, torch): after an upgrade it is passed over, with a
+warning, until the next calibration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pyfast import _native
+from pyfast._cpu import cpu_name, last_level_cache_bytes
+from pyfast._version import __version__
+from pyfast.ops.bitmap_linear import bitmap_linear
+from pyfast.ops.sparse24_linear import sparse24_linear
+from pyfast.sparse import dense
+from pyfast.sparse.cost_model import DENSE_TOKENS, DENSITIES, GROUPS, TILES, Constants, Rates, Row, built_in, entries
+from pyfast.sparse.cost_model import Work as _Work
+from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
+from pyfast.sparse.layouts import PACKED_TOKENS, IndexedLayout
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPE = (1024, 2048)
+_READ_AT_MOST = 512 << 20
+_AGREE = 1.15  # two times this near each other are believed
+_CALLS = (3, 30)
+_SECONDS_AT_MOST = 0.1  # of one measurement
+_UNSTEADY_AT_MOST = 0.1  # of all measurements
+
+Measure = Callable[[Callable[[], object]], float]  # seconds of a call
+
+
+def device(threads: int, isa: str | None) -> str:
+    """Which device an entry of the file is for."""
+    return f"{cpu_name()}, {threads} threads, {isa or 'no native kernels'}"
+
+
+@lru_cache(maxsize=1)
+def library() -> str:
+    """Which library made an entry: a kernel that changed makes its constants worthless."""
+    path = getattr(_native.CPU, "__file__", None)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else "none"
+    return f"pyfast {__version__}, native {digest}, torch {torch.__version__}"
+
+
+def cache_file() -> Path | None:
+    """Where calibrations are kept; None where ``PYFAST_CACHE_DIR`` is ``none`` or there is no home directory."""
+    named = os.environ.get("PYFAST_CACHE_DIR")
+    if named is not None:
+        return None if named in ("", "none") else Path(named) / "calibration.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(base) if base and os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "pyfast" / "calibration.json"
+
+
+@lru_cache(maxsize=64)
+def constants(threads: int, isa: str) -> Constants:
+    """The constants for this many threads and an ISA: those of the last calibration, else the built-in ones. Read from
+    the file once a process."""
+    if (threads, isa) in _measured:
+        return _measured[threads, isa]
+    path = cache_file()
+    entry = {} if path is None else _read(path).get(device(threads, isa), {})
+    if entry:
+        if entry.get("library") == library():
+            try:
+                return from_json(entry["constants"])
+            except (KeyError, TypeError, ValueError) as error:
+                _warn(f"{path}: the entry of this device is damaged ({error}); `pyfast calibrate` writes it anew")
+        else:
+            _warn("the calibration of this device was made with another library; `pyfast calibrate` renews it")
+    return built_in(isa, threads, packs=dense.runs(dense.onednn_prepacked, torch.float32))
+
+
+_generation = 0
+_measured: dict[tuple[int, str], Constants] = {}  # in this process
+
+
+def generation() -> int:
+    """Rises where the constants may have changed: whoever remembers a choice goes by it."""
+    return _generation
+
+
+def forget() -> None:
+    """Lets the file be read again, and forgets what this process has measured."""
+    global _generation
+    _measured.clear()
+    constants.cache_clear()
+    _generation += 1
+
+
+def save(found: Constants, threads: int, isa: str) -> Path | None:
+    """Adds a calibration to the file, which is there whole or not at all, and uses it from now on in this process.
+    None, with a warning, where it cannot be written."""
+    global _generation
+    constants.cache_clear()
+    _generation += 1
+    _measured[threads, isa] = found
+    path = cache_file()
+    if path is None:
+        return None
+    entries = _read(path)
+    entries[device(threads, isa)] = {"library": library(), "constants": to_json(found)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"schema": SCHEMA, "devices": entries}, file, indent=1)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        _warn(f"{path}: cannot be written ({error.strerror}); the calibration ends with this process")
+        return None
+    return path
+
+
+def kept_in(threads: int, isa: str) -> Path | None:
+    """The file that holds a calibration of this device by this library; None where none does."""
+    path = cache_file()
+    entry = {} if path is None else _read(path).get(device(threads, isa), {})
+    return path if entry.get("library") == library() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The entries of the file, by device; nothing, with a warning, where it is not one."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["schema"] != SCHEMA:
+            return {}
+        entries = whole["devices"]
+        if not (isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())):
+            raise TypeError("devices")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        _warn(f"{path}: cannot be read ({error.strerror})")
+        return {}
+    except (ValueError, KeyError, TypeError):
+        _warn(f"{path}: is damaged and is ignored; `pyfast calibrate` writes it anew")
+        return {}
+    return entries
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def to_json(found: Constants) -> dict[str, Any]:
+    """The constants as plain values."""
+    return asdict(found)
+
+
+def from_json(plain: dict[str, Any]) -> Constants:
+    """The constants that :func:`to_json` wrote. KeyError, TypeError or ValueError for anything else."""
+    rates = {
+        dtype: Rates(
+            bitmap=tuple(_row(row, len(DENSITIES)) for row in _sized(one["bitmap"], len(GROUPS))),
+            sparse24=_row(one["sparse24"], len(GROUPS)),
+            bitmap_decompress=_number(one["bitmap_decompress"]),
+            sparse24_decompress=_number(one["sparse24_decompress"]),
+            dense=_row(one["dense"], len(DENSE_TOKENS)),
+            packed=_row(one["packed"], len(DENSE_TOKENS)) if one["packed"] else (),
+        )
+        for dtype, one in plain["rates"].items()
+    }
+    if "float32" not in rates:
+        raise ValueError("rates of float32 are missing")
+    return Constants(
+        source="calibrated",
+        read_gbps=_number(plain["read_gbps"]),
+        call_us=_number(plain["call_us"]),
+        entry=_row(plain["entry"], len(TILES)),
+        list_start=_row(plain["list_start"], len(TILES)),
+        turn=_number(plain["turn"]),
+        rates=rates,
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no time")
+    return float(value)
+
+
+def _sized(values: Any, size: int) -> list[Any]:
+    if not isinstance(values, list | tuple) or len(values) != size:
+        raise ValueError(f"{size} values were expected")
+    return list(values)
+
+
+def _row(values: Any, size: int) -> Row:
+    return tuple(_number(value) for value in _sized(values, size))
+
+
+class Clock:
+    """Seconds of a call: the shortest of a few, believed when the next shortest is near it. Another program that takes
+    a processor makes threads wait for each other, and times tenfold."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._unsteady: list[bool] = []
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        call()
+        start = self._now()
+        times: list[float] = []
+        steady = False
+        while not steady and len(times) < _CALLS[1]:
+            before = self._now()
+            call()
+            times.append(self._now() - before)
+            best = sorted(times)[:2]
+            steady = len(times) >= _CALLS[0] and best[1] <= _AGREE * best[0]
+            if len(times) >= _CALLS[0] and self._now() - start > _SECONDS_AT_MOST:
+                break
+        self._unsteady.append(not steady)
+        return min(times)
+
+    def busy(self) -> bool:
+        """Whether too many times were not confirmed."""
+        return sum(self._unsteady) > _UNSTEADY_AT_MOST * len(self._unsteady)
+
+
+def calibrate(
+    *, measure: Measure | None = None, say: Callable[[str], None] = lambda what: None, shape: tuple[int, int] = SHAPE
+) -> Constants:
+    """Measures the constants with torch's present number of threads and the ISA in use, saves them and gives them back.
+
+    Args:
+        measure: gives the seconds of a call; None for a :class:`Clock`.
+        say: is told what is measured.
+        shape: (N, K) of the weights; K a multiple of 32.
+
+    Raises:
+        RuntimeError: there are no native kernels, or the machine is too busy: nothing is saved then.
+    """
+    if _native.CPU is None:
+        raise RuntimeError(f"calibrate: {_native.CPU_REASON}")
+    generator = torch.Generator().manual_seed(0)
+    clock = Clock()
+    measure = measure or clock
+    with torch.inference_mode():
+        say("memory and calls")
+        read_gbps, call_us = _read_gbps(measure), _call_us(measure)
+        say("the indexed kernel")
+        entry, list_start, turn = _indexed(measure, shape, generator)
+        rates = {}
+        for name, dtype in DTYPES.items():
+            say(name)
+            rates[name] = _rates(measure, shape, dtype, generator)
+    if clock.busy():
+        raise RuntimeError(
+            "calibrate: the machine is busy with something else and times do not repeat; try again later"
+        )
+    found = Constants("calibrated", read_gbps, call_us, entry, list_start, turn, rates)
+    save(found, torch.get_num_threads(), _native.CPU.active_isa())
+    return found
+
+
+def _read_gbps(measure: Measure) -> float:
+    nbytes = min(4 * last_level_cache_bytes(), _READ_AT_MOST)
+    matrix = torch.ones(nbytes // 4 // 4096, 4096)
+    vector = torch.ones(4096)
+    return matrix.nbytes / measure(lambda: torch.mv(matrix, vector)) / 1e9
+
+
+def _call_us(measure: Measure) -> float:
+    weight = BitmapWeight.from_dense(torch.ones(16, 64))
+    x = torch.ones(1, 64)
+    return 1e6 * measure(lambda: _direct(x, weight))
+
+
+def _direct(x: Tensor, weight: SparseWeight) -> Tensor:
+    if isinstance(weight, Sparse24Weight):
+        return sparse24_linear(x, weight.values, weight.metadata, None, None, 0, None, "native")
+    tensors = weight.tensors()
+    n = weight.shape[0]
+    return bitmap_linear(x, weight.values, tensors["bitmaps"], tensors["offsets"], None, None, n, 0, None, "native")
+
+
+def _random_bitmap(
+    shape: tuple[int, int], density: float, dtype: torch.dtype, generator: torch.Generator
+) -> SparseWeight:
+    kept = torch.rand(shape, generator=generator) < density
+    return BitmapWeight.from_dense(torch.where(kept, 1.0, 0.0).to(dtype))
+
+
+def _two_four(shape: tuple[int, int], dtype: torch.dtype) -> SparseWeight:
+    """Two of every four kept, which two by turns."""
+    n, k = shape
+    kept = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1]], dtype=dtype)
+    return Sparse24Weight.from_dense(kept.repeat(n // 4 + 1, k // 4 + 1)[:n, :k].contiguous())
+
+
+def _rates(measure: Measure, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Rates:
+    n, k = shape
+    ps = 1e12 / (n * k)
+    bitmaps = [_random_bitmap(shape, density, dtype, generator) for density in DENSITIES]
+    two_four = _two_four(shape, dtype)
+    x = {tokens: torch.ones(tokens, k, dtype=dtype) for tokens in sorted({*GROUPS, *DENSE_TOKENS})}
+
+    def products(multiply: Callable[[Tensor], object], tokens: tuple[int, ...]) -> Row:
+        return tuple(ps * measure(lambda count=count: multiply(x[count])) for count in tokens)  # type: ignore[misc]
+
+    by_density = [products(lambda x, w=weight: _direct(x, w), GROUPS) for weight in bitmaps]  # type: ignore[misc]
+    whole = two_four.to_dense()
+    packed: Row = ()
+    if dense.runs(dense.onednn_prepacked, dtype):
+        packed = products(dense.onednn_prepacked(whole, PACKED_TOKENS), DENSE_TOKENS)
+    return Rates(
+        bitmap=tuple(zip(*by_density, strict=True)),
+        sparse24=products(lambda x: _direct(x, two_four), GROUPS),
+        bitmap_decompress=ps * measure(bitmaps[DENSITIES.index(0.5)].to_dense),
+        sparse24_decompress=ps * measure(two_four.to_dense),
+        dense=products(lambda x: linear(x, whole), DENSE_TOKENS),
+        packed=packed,
+    )
+
+
+def _indexed(measure: Measure, shape: tuple[int, int], generator: torch.Generator) -> tuple[Row, Row, float]:
+    """Times of an entry, of a list and of an activation turned: from a weight of short lists, one of long ones, and one
+    of a few rows without entries, where turning is all that is done."""
+    n, k = shape
+    wide = 8 * k
+    empty = IndexedLayout.of(_random_bitmap((16, wide), 0.0, torch.float32, generator))
+    x = torch.ones(TILES[-1], wide)
+    turn = 1e12 * measure(lambda: empty.linear(x, None, 0, None)) / x.numel()
+    found = []
+    short, long = 0.02, 0.5
+    weights = [_random_bitmap(shape, density, torch.float32, generator) for density in (short, long)]
+    layouts = [IndexedLayout.of(weight) for weight in weights]
+    counts = [entries(_Work("bitmap", n, k, weight.values.numel(), "float32", 1, 1, 0)) for weight in weights]
+    for tile in TILES:
+        x = torch.ones(tile, k)
+        a, b = (1e12 * measure(lambda: one.linear(x, None, 0, None)) - turn * tile * (n + k) for one in layouts)  # noqa: B023
+        (e0, l0), (e1, l1) = counts
+        # e·entry + l·list = time, for both weights; neither below nothing where the clock disagrees with the model
+        entry = min(max((b * l0 - a * l1) / (e1 * l0 - e0 * l1), 0.0), b / e1)
+        found.append((max(entry, 0.0), max((a - e0 * entry) / l0, 0.0)))
+    entry_row, list_row = zip(*found, strict=True)
+    return tuple(entry_row), tuple(list_row), turn

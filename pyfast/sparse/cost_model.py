@@ -1,0 +1,297 @@
+"""What a product with a sparse weight is expected to take, by each kernel that can serve it.
+
+    time = max(bytes / bandwidth, operations · time of one) + the cost of a call
+
+Bytes are those of the weight as the kernel reads it, of the activations and of the outputs; weights are taken to be
+cold, as they are in a model that exceeds the caches. The operations are those the kernel does:
+
+    direct    positions of the matrix, zeros too, once for every 4, 2 or 1 tokens; above ``few_tokens`` the weight is
+              decompressed, position by position, and multiplied by ``F.linear``
+    indexed   entries once for every 64, 32, 16 or 8 tokens; lists (a row's part of a block) as often; activations and
+              outputs turned once
+    dense     positions, at a cost that depends on the number of tokens: ``F.linear`` packs its weight at every call
+    packed    positions likewise, packed in advance
+
+The constants come from :mod:`pyfast.sparse.calibration` where ``pyfast calibrate`` has been run on this device, else
+from :func:`built_in`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pyfast.sparse.layouts import block_columns
+
+KERNELS = ("direct", "indexed", "dense", "packed")
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+GROUPS = (1, 2, 4)  # tokens that the direct kernels take at once
+TILES = (8, 16, 32, 64)  # tokens that the indexed kernel takes at once
+DENSITIES = (0.05, 0.2, 0.5, 0.9)  # of the bitmaps whose positions were timed
+DENSE_TOKENS = (1, 2, 4, 16, 64, 256)
+UNIT = 4  # entries a list of the indexed layout is a multiple of
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Times of one operation for weights of one dtype, in picoseconds, all threads at work.
+
+    Attributes:
+        bitmap: of a position, a row for each of ``GROUPS``, in it one for each of ``DENSITIES``.
+        sparse24: of a position, for each of ``GROUPS``.
+        bitmap_decompress, sparse24_decompress: of a position.
+        dense: of a position with all tokens, for each of ``DENSE_TOKENS``.
+        packed: the same; empty where no library packs this dtype.
+    """
+
+    bitmap: tuple[Row, ...]
+    sparse24: Row
+    bitmap_decompress: float
+    sparse24_decompress: float
+    dense: Row
+    packed: Row = ()
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the cost model knows of a device.
+
+    Attributes:
+        source: ``"built-in"`` or ``"calibrated"``.
+        read_gbps: bandwidth of reading memory, 10⁹ bytes a second.
+        call_us: the cost of one call, microseconds.
+        entry, list_start: of an entry and of a list of the indexed layout, for each of ``TILES``, picoseconds.
+        turn: of an activation or an output of the indexed kernel, picoseconds.
+        rates: by the name of the dtype.
+    """
+
+    source: str
+    read_gbps: float
+    call_us: float
+    entry: Row
+    list_start: Row
+    turn: float
+    rates: dict[str, Rates] = field(default_factory=dict)
+
+    def of(self, dtype: str) -> Rates:
+        """The rates of a dtype; those of float32 where it has none of its own."""
+        return self.rates.get(dtype, self.rates["float32"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """A product: a weight of shape (n, k) that stores ``stored`` elements, and a number of tokens."""
+
+    format: str
+    n: int
+    k: int
+    stored: int
+    dtype: str
+    tokens: int
+    threads: int
+    few_tokens: int
+
+    @property
+    def density(self) -> float:
+        """Stored elements over all."""
+        return self.stored / max(self.n * self.k, 1)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def container_bytes(self) -> int:
+        """Bytes of the weight as it is stored."""
+        positions = self.n * self.k
+        if self.format == "2:4":
+            return positions // 2 * self.itemsize + positions // 8
+        return self.stored * self.itemsize + positions // 8 + positions // 128
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weight; of integers, in float32."""
+        return self.n * self.k * (4 if self.dtype == "int8" else self.itemsize)
+
+
+def entries(work: Work) -> tuple[float, float]:
+    """Expected entries and lists of the indexed layout: a list is padded to a multiple of four entries."""
+    block = block_columns(work.density)
+    lists = work.n * -(-work.k // block)
+    return work.stored + lists * (UNIT - 1) / 2 * min(1.0, work.density * block), float(lists)
+
+
+def layout_bytes(work: Work, kernel: str) -> int:
+    """Bytes in memory beside the container."""
+    if kernel == "direct":
+        return 0
+    if kernel == "indexed":
+        count, lists = entries(work)
+        return round(5 * count + 4 * lists)
+    return work.dense_bytes
+
+
+def predict(constants: Constants, work: Work) -> dict[str, float]:
+    """Milliseconds of each kernel that can serve the product."""
+    rates = constants.of(work.dtype)
+    positions = work.n * work.k
+    vectors = work.tokens * (work.n + work.k) * (4 if work.dtype == "int8" else work.itemsize)
+
+    def ms(weight_bytes: float, picoseconds: float) -> float:
+        memory = (weight_bytes + vectors) / (constants.read_gbps * 1e6)
+        return max(memory, picoseconds * 1e-9) + constants.call_us * 1e-3
+
+    count, lists = entries(work)
+    found = {
+        "direct": ms(work.container_bytes, _direct(rates, work) * positions),
+        "indexed": ms(
+            5 * count + 4 * lists,
+            sum(
+                passes * (count * constants.entry[i] + lists * constants.list_start[i])
+                for i, passes in _passes(work.tokens, TILES)
+            )
+            + work.tokens * (work.n + work.k) * constants.turn,
+        ),
+    }
+    if work.dtype == "int8":
+        return found
+    found["dense"] = ms(work.dense_bytes, _by_tokens(rates.dense, work.tokens) * positions)
+    if rates.packed:
+        found["packed"] = ms(work.dense_bytes, _by_tokens(rates.packed, work.tokens) * positions)
+    return found
+
+
+def _direct(rates: Rates, work: Work) -> float:
+    """Picoseconds of a position."""
+    two_four = work.format == "2:4"
+    if work.tokens > work.few_tokens and work.dtype != "int8":
+        decompress = rates.sparse24_decompress if two_four else rates.bitmap_decompress
+        return decompress + _by_tokens(rates.dense, work.tokens)
+    total, left = 0.0, work.tokens
+    for i in reversed(range(len(GROUPS))):
+        one = rates.sparse24[i] if two_four else interpolate(DENSITIES, rates.bitmap[i], work.density)
+        total += left // GROUPS[i] * one
+        left %= GROUPS[i]
+    return total
+
+
+def _passes(tokens: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
+    """The tile that the kernel takes, the smallest that holds the tokens or the widest, and how often."""
+    i = next((i for i, tile in enumerate(tiles) if tile >= tokens), len(tiles) - 1)
+    return [(i, -(-tokens // tiles[i]))]
+
+
+def _by_tokens(row: Row, tokens: int) -> float:
+    if tokens <= DENSE_TOKENS[-1]:
+        return interpolate(DENSE_TOKENS, row, tokens)
+    return row[-1] * tokens / DENSE_TOKENS[-1]
+
+
+def interpolate(points: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The value at ``at``, linear between the points, that of the nearest point outside."""
+    right = bisect_right(points, at)
+    if right == 0:
+        return values[0]
+    if right == len(points):
+        return values[-1]
+    x0, x1, y0, y1 = points[right - 1], points[right], values[right - 1], values[right]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+
+
+def break_even(
+    constants: Constants, shape: tuple[int, int], tokens: int, dtype: str, threads: int, few_tokens: int
+) -> float | None:
+    """The smallest sparsity, in steps of 1 %, from which on the best sparse kernel for a bitmap weight is expected to
+    be as fast as the best dense one; None where not even 99 % is enough."""
+    n, k = shape
+    found = None
+    for percent in range(99, -1, -1):
+        stored = round((1 - percent / 100) * n * k)
+        expected = predict(constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens))
+        dense = min(ms for kernel, ms in expected.items() if kernel in ("dense", "packed"))
+        if min(expected["direct"], expected["indexed"]) > dense:
+            break
+        found = percent / 100
+    return found
+
+
+@dataclass(frozen=True)
+class _Cycles:
+    """Cycles of one thread. Heuristics from the instructions of each kernel, not from any one processor."""
+
+    bitmap: tuple[Row, ...]  # a position, as Rates.bitmap
+    sparse24: Row
+    decompress: float
+    entry: Row
+    flops: int  # a cycle, of a good dense library
+
+
+_CYCLES = {
+    "serial": _Cycles(
+        ((0.5, 1.0, 2.0, 4.0), (0.6, 1.5, 3.0, 5.0), (1.0, 2.0, 5.0, 8.0)),
+        (2.0, 2.5, 4.0),
+        4.0,
+        (8.0, 16.0, 32.0, 64.0),
+        32,
+    ),
+    "avx2": _Cycles(
+        ((0.35, 0.35, 0.4, 0.4), (0.5, 0.5, 0.6, 0.6), (0.9, 0.9, 1.0, 1.0)),
+        (0.4, 0.5, 0.8),
+        0.6,
+        (1.5, 3.0, 6.0, 12.0),
+        32,
+    ),
+    "avx512": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
+        ((0.12, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
+        (0.15, 0.25, 0.4),
+        0.5,
+        (1.2, 1.6, 2.8, 5.5),
+        64,
+    ),
+}
+_GHZ = 3.0
+_READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
+_DENSE_EFFICIENCY = 0.7
+_PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
+_16_BIT_DENSE = {"bfloat16": 1.0, "float16": 8.0}  # time of a dense product over that of float32
+
+
+def built_in(isa: str, threads: int, packs: bool = True) -> Constants:
+    """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 10 GB/s a thread.
+
+    Good enough to order kernels that are far apart; where two are near each other, :func:`pyfast.sparse.plan` takes the
+    one that needs no memory. ``packs``: whether torch comes with a library that packs weights.
+    """
+    cycles = _CYCLES[isa]
+    ps = 1e3 / _GHZ / threads  # of one cycle
+    flops = cycles.flops * _DENSE_EFFICIENCY
+
+    def dense(slower: float, pack: float) -> Row:
+        return tuple(ps * slower * (2 * t / flops + (pack if t > 1 else 0.0)) for t in DENSE_TOKENS)
+
+    def rates(slower: float, packed: bool) -> Rates:
+        return Rates(
+            bitmap=tuple(tuple(ps * c for c in row) for row in cycles.bitmap),
+            sparse24=tuple(ps * c for c in cycles.sparse24),
+            bitmap_decompress=ps * cycles.decompress,
+            sparse24_decompress=ps * cycles.decompress,
+            dense=dense(slower, _PACK_CYCLES),
+            packed=dense(slower, 0.0) if packed else (),
+        )
+
+    plain = rates(1.0, packs)
+    sixteen = {dtype: rates(slower, packs and dtype == "bfloat16") for dtype, slower in _16_BIT_DENSE.items()}
+    return Constants(
+        source="built-in",
+        read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
+        call_us=10.0,
+        entry=tuple(ps * c for c in cycles.entry),
+        list_start=tuple(ps * 3 * c for c in cycles.entry),
+        turn=ps * 1.0,
+        rates={"float32": plain, **sixteen},
+    )

@@ -1,0 +1,206 @@
+"""indexed_linear and its layout: every ISA, panel, block and number of tokens against float64; uneven rows on one, two
+and three threads; bad tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_cases import DTYPES, TOLERANCE, awkward, same_bits, weight_24, weight_unstructured
+
+from pyfast import BitmapWeight, Sparse24Weight, backends
+from pyfast.ops.indexed_linear import indexed_linear
+from pyfast.reference import indexed_linear as reference
+from pyfast.reference.epilogue import ACTIVATIONS, epilogue
+from pyfast.sparse.layouts import IndexedLayout, block_columns, panel_rows
+
+OPS = torch.ops.pyfast
+
+
+def layout(dense, format="bitmap", panel=32, block=128):
+    """values, columns, starts of a dense matrix."""
+    n, k = dense.shape
+    if format == "2:4":
+        weight = Sparse24Weight.from_dense(dense)
+        return OPS.sparse24_to_indexed(weight.values, weight.metadata, None, k, panel, block)
+    weight = BitmapWeight.from_dense(dense)
+    return OPS.bitmap_to_indexed(weight.values, weight.bitmaps, weight.offsets, None, n, k, panel, block)
+
+
+def check(x, dense, made, panel, block, bias=None):
+    y = indexed_linear(x, *made, bias, dense.shape[0], panel, block, 0, None)
+    true = x.double() @ dense.double().T + (0 if bias is None else bias.double())
+    assert y.shape == true.shape and y.dtype == x.dtype
+    scale = x.double().abs() @ dense.double().abs().T + (0 if bias is None else bias.double().abs())
+    assert float((y.double() - true).norm()) <= TOLERANCE[x.dtype] * float(scale.norm().clamp(min=1e-30))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    format=st.sampled_from(["bitmap", "2:4"]),
+    n=st.integers(1, 150),
+    k=st.integers(1, 600),
+    tokens=st.integers(0, 140),
+    sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    panel=st.sampled_from([16, 32, 48, 256]),
+    block=st.sampled_from([64, 128, 192, 256]),
+    variant=st.sampled_from(backends.isas_supported() or ["serial"]),
+)
+def test_any_shape(format, n, k, tokens, sparsity, dtype, panel, block, variant):
+    dense = weight_24(n, k, dtype) if format == "2:4" else weight_unstructured(n, k, sparsity, dtype)
+    made = layout(dense, format, panel, block)
+    with backends.isa(variant):
+        check(torch.randn(tokens, k).to(dtype), dense, made, panel, block, torch.randn(n).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", ["bitmap", "2:4"])
+def test_the_layout_holds_the_weight_bit_for_bit(format, dtype):
+    dense = weight_24(70, 200, dtype) if format == "2:4" else weight_unstructured(70, 200, 0.7, dtype)
+    made = layout(dense, format, 32, 128)
+    assert same_bits(reference.decompress(*made, 70, 200, 32, 128).to(dtype), dense)
+    lengths = 4 * made[2].diff()
+    assert lengths.min() >= 0 and int(lengths.sum()) == made[0].numel() == made[1].numel()
+
+
+def test_a_list_is_in_the_order_of_its_columns():
+    """Neighbouring entries read neighbouring activations."""
+    values, columns, starts = layout(weight_unstructured(16, 128, 0.5), panel=16)
+    for row in range(16):
+        part = columns[4 * starts[row] : 4 * starts[row + 1]]
+        kept = part[values[4 * starts[row] : 4 * starts[row + 1]] != 0].int()
+        assert (kept.diff() > 0).all()
+
+
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue(isa, dtype, activation):
+    dense, x = weight_unstructured(40, 100, 0.6, dtype), torch.randn(9, 100).to(dtype)
+    bias, mul = torch.randn(40).to(dtype), torch.randn(9, 80).to(dtype)[:, ::2]
+    y = indexed_linear(x, *layout(dense), bias, 40, 32, 128, activation, mul)
+    true = epilogue(x.double() @ dense.double().T + bias.double(), activation, mul.double())
+    assert relative_error(y, true) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20, 33, 70])
+def test_nan_and_infinity_stay_in_their_token_and_their_row(isa, tokens):
+    dense = weight_unstructured(48, 130, 0.5)
+    x = torch.randn(tokens, 130)
+    clean = indexed_linear(x, *layout(dense), None, 48, 32, 128, 0, None)
+    dirty = x.clone()
+    dirty[tokens - 1] = float("nan")
+    y = indexed_linear(dirty, *layout(dense), None, 48, 32, 128, 0, None)
+    stored = (dense != 0).any(1)
+    assert torch.equal(y[: tokens - 1], clean[: tokens - 1]) and y[tokens - 1, stored].isnan().all()
+    for bad in (float("nan"), float("inf")):
+        dense[17, int(dense[17].nonzero()[0])] = bad
+        y = indexed_linear(x, *layout(dense), None, 48, 32, 128, 0, None)
+        others = torch.arange(48) != 17
+        assert torch.equal(y[:, others], clean[:, others]) and not torch.isfinite(y[:, 17]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_awkward_values(isa, dtype):
+    """Full and empty rows, −0.0, NaN, infinities, subnormals: as the dense product where that is finite."""
+    dense = awkward(40, 300, dtype)
+    x = torch.rand(20, 300).to(dtype) + 1
+    y = indexed_linear(x, *layout(dense, panel=16, block=256), None, 40, 16, 256, 0, None)
+    true = x.double() @ dense.double().T
+    finite = torch.isfinite(true)
+    assert torch.equal(torch.isfinite(y), finite)
+    assert torch.equal(y.isnan(), true.isnan())
+    assert relative_error(y[finite], true[finite]) < 3 * TOLERANCE[dtype]
+
+
+def uneven(case, n=300, k=700):
+    dense = torch.zeros(n, k)
+    if case == "one full row":
+        dense[n // 2] = torch.randn(k)
+    elif case == "first half empty":
+        dense[n // 2 :] = weight_unstructured(n - n // 2, k, 0.5)
+    elif case == "one element":
+        dense[n - 1, k - 1] = 2.0
+    elif case == "one full column":
+        dense[:, 3] = torch.randn(n)
+    return dense
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", ["one full row", "first half empty", "one element", "one full column", "empty"])
+def test_uneven_rows_on_any_number_of_threads(case, threads):
+    """Work is handed out in small pieces to whoever is free, so rows may differ as they like."""
+    dense = uneven(case)
+    weight = BitmapWeight.from_dense(dense)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for tokens in (1, 4, 16, 130):
+            x = torch.randn(tokens, 700)
+            true = x.double() @ dense.double().T
+            direct = OPS.bitmap_linear(x, weight.values, weight.bitmaps, weight.offsets, None, None, 300, 0, None)
+            indexed = IndexedLayout.of(weight).linear(x, None, 0, None)
+            for y in (direct, indexed):
+                assert torch.equal(y[:, (dense == 0).all(1)], torch.zeros(tokens, int((dense == 0).all(1).sum())))
+                assert float((y.double() - true).norm()) <= 2e-6 * float(true.norm())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    dense = weight_unstructured(40, 150, 0.6, dtype)
+    weight, two_four = BitmapWeight.from_dense(dense), Sparse24Weight.from_dense(weight_24(40, 150, dtype))
+    x, bias, mul = torch.randn(5, 150).to(dtype), torch.randn(40).to(dtype), torch.randn(5, 40).to(dtype)
+    torch.library.opcheck(OPS.indexed_linear, (x, *layout(dense), bias, 40, 32, 128, 4, mul))
+    arguments = (weight.values, weight.bitmaps, weight.offsets, None, 40, 150, 32, 128)
+    torch.library.opcheck(OPS.bitmap_to_indexed, arguments)
+    torch.library.opcheck(OPS.sparse24_to_indexed, (two_four.values, two_four.metadata, None, 150, 32, 128))
+
+
+def test_reference_agrees():
+    dense, x = weight_unstructured(33, 130, 0.6), torch.randn(5, 130)
+    y = indexed_linear(x, *layout(dense), None, 33, 32, 128, 0, None, "reference")
+    assert relative_error(y, x.double() @ dense.double().T) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x", {"x": torch.randn(150)}),
+        ("x", {"x": torch.randn(3, 150).double()}),
+        ("columns", {"values": torch.zeros(8)}),
+        ("values", {"values": torch.zeros(8), "columns": torch.zeros(8, dtype=torch.uint8)}),
+        ("values", {"values": torch.zeros(0, dtype=torch.float64)}),
+        ("columns", {"columns": torch.zeros(4, dtype=torch.uint8)}),
+        ("starts", {"starts": torch.zeros(5, dtype=torch.int32)}),
+        ("starts", {"starts": torch.zeros(129, dtype=torch.int64)}),
+        ("bias", {"bias": torch.randn(39)}),
+        ("panel, block", {"panel": 0}),
+        ("panel, block", {"block": 512}),
+        ("activation", {"activation": 5}),
+        ("mul", {"mul": torch.randn(3, 39)}),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, change):
+    made = dict(zip(("values", "columns", "starts"), layout(weight_unstructured(40, 150, 0.6)), strict=True))
+    rest = {"bias": None, "n": 40, "panel": 32, "block": 128, "activation": 0, "mul": None}
+    arguments = {"x": torch.randn(3, 150), **made, **rest, **change}
+    with pytest.raises(RuntimeError, match=name):
+        OPS.indexed_linear(*arguments.values())
+
+
+@pytest.mark.parametrize(("panel", "block"), [(0, 128), (24, 128), (32, 0), (32, 100), (32, 320)])
+def test_panels_and_blocks_that_cannot_be_are_refused(panel, block):
+    with pytest.raises(RuntimeError, match="panel" if block == 128 else "block"):
+        layout(weight_unstructured(40, 150, 0.6), "bitmap", panel, block)
+    with pytest.raises(RuntimeError, match="panel" if block == 128 else "block"):
+        layout(weight_24(40, 150), "2:4", panel, block)
+
+
+def test_panels_shrink_so_that_threads_share_evenly():
+    assert panel_rows(14336, 2) == 256 and panel_rows(4096, 2) == 128 and panel_rows(100, 8) == 32
+    assert all(panel_rows(n, 3) % 16 == 0 for n in range(1, 20000, 97))
+    assert block_columns(0.5) == 128 and block_columns(0.1) == 256
