@@ -41,7 +41,7 @@ PYFAST_HOST_DEVICE void store_whole(U* to, const Pack<U>& pack) {
   PYFAST_UNROLL
   for (int i = 0; i < kPackColumns<U>; ++i)
     words[i / kElements] |= static_cast<uint32_t>(pack.element[i]) << (i % kElements * 16);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(PYFAST_SIMT)
   ptx::store_global_v4(to, words[0], words[1], words[2], words[3]);
 #else
   __builtin_memcpy(to, words, sizeof(words));

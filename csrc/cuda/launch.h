@@ -28,10 +28,12 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+// Turns an error of the CUDA runtime into an exception.
+inline void check(cudaError_t error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
 }
+
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 // A contiguous CUDA tensor of that many dimensions, on the device of `values`.
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& values) {

@@ -60,7 +60,7 @@ PYFAST_HOST_DEVICE Pack<U> sparse24_expand(const Sparse24Chunk<U>& chunk, unsign
   return pack;
 }
 
-#if defined(__CUDACC__)
+#if defined(PYFAST_KERNELS)
 
 inline constexpr int kSparse24Threads = 256;
 inline constexpr int kRowsAThread = 4;
