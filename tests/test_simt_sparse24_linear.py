@@ -9,11 +9,14 @@ import pytest
 from simt import host
 from test_cuda_build import stated_resources
 
+from pyfast.reference import epilogue
+
 PAIRS = np.array([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)])
 ACTIVATIONS = {
     "none": lambda v: v,
     "relu": lambda v: np.maximum(v, 0),
     "gelu": lambda v: 0.5 * v * (1 + np.vectorize(math.erf)(v / math.sqrt(2))),
+    "gelu_tanh": lambda v: 0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
     "silu": lambda v: v / (1 + np.exp(-v)),
 }
 
@@ -63,6 +66,10 @@ def error(
     )
     rounding = 2.0 ** (-9 if kind == "bf16" else -12)
     return np.linalg.norm(host.float_from_bits(y.array, kind) - truth) / np.linalg.norm(truth) / rounding
+
+
+def test_the_activations_have_the_numbers_of_the_ops() -> None:
+    assert tuple(ACTIVATIONS) == epilogue.ACTIVATIONS
 
 
 # Odd rows, columns in and out of the units (8 of x, 32 of the container, 128 of wide metadata, the stage), every number

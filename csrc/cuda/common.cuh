@@ -8,6 +8,8 @@
 
 #if defined(__CUDACC__)
 #define PYFAST_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(PYFAST_SIMT)
+#define PYFAST_HOST_DEVICE PYFAST_DEVICE
 #else
 #define PYFAST_HOST_DEVICE inline
 #endif

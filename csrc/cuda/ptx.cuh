@@ -15,7 +15,7 @@
 #define PYFAST_DEVICE __device__ __forceinline__
 #define PYFAST_KERNELS 1
 #elif defined(PYFAST_SIMT)
-#define PYFAST_DEVICE inline
+#define PYFAST_DEVICE inline __attribute__((always_inline))
 #define PYFAST_KERNELS 1
 #endif
 

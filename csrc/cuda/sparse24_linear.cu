@@ -6,9 +6,8 @@
 #include <array>
 #include <mutex>
 #include <optional>
-#include <string>
 
-#include "launch.h"
+#include "linear_launch.h"
 
 namespace pyfast::cuda {
 namespace {
@@ -16,14 +15,6 @@ namespace {
 constexpr int64_t kFewTokens = 64;
 constexpr int64_t kMaxSplits = 8;         // the largest cluster that every device grants
 constexpr int64_t kMaxColumns = 1 << 30;  // counted in 32 bits on the device
-constexpr std::array<const char*, 4> kActivations = {"none", "relu", "gelu", "silu"};
-
-Activation activation_of(const std::string& name) {
-  for (size_t i = 0; i < kActivations.size(); ++i)
-    if (name == kActivations[i]) return static_cast<Activation>(i);
-  STD_TORCH_CHECK(false, "activation: got '", name, "', accepted: none, relu, gelu or silu");
-  return Activation::none;
-}
 
 // What a launch must know of the device and of the code that runs on it.
 struct Prepared {
@@ -104,32 +95,18 @@ void choose(const Tensor& x, const Sparse24LinearArgs& args) {
     launch<T, 8>(x, args);
 }
 
-// Rows at multiples of 16 bytes, as the kernel wants them: a copy, padded with zeros, where they are not.
-Tensor aligned_rows(const Tensor& x) {
-  const int64_t tail = x.size(1) % 8;
-  const Tensor rows = x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
-  if (tail != 0) return torch::stable::pad(rows, {0, 8 - tail});
-  const bool aligned = is_aligned(rows.const_data_ptr(), 16) && (rows.size(0) == 1 || rows.stride(0) % 8 == 0);
-  return aligned ? rows : torch::stable::clone(torch::stable::contiguous(rows));
-}
-
 const uint16_t* bits_of(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.const_data_ptr()); }
 
 // x [tokens, k], values [n, K/2], metadata int16 [n, K/16], bias [n], mul [tokens, n] -> [tokens, n].
 Tensor sparse24_linear_few(const Tensor& x, const Tensor& values, const Tensor& metadata,
-                           const std::optional<Tensor>& bias, const std::optional<Tensor>& mul,
-                           std::string activation) {
+                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& mul) {
   check_tensor(values, "values", 2, values);
   check_tensor(metadata, "metadata", 2, values);
   const ScalarType dtype = values.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "values: dtype must be bfloat16 or float16");
-  const int64_t n = values.size(0), padded_k = 2 * values.size(1);
-  STD_TORCH_CHECK(
-      x.is_cuda() && x.get_device_index() == values.get_device_index() && x.dim() == 2 && x.scalar_type() == dtype,
-      "x: must be [tokens, in_features] of the dtype and device of values");
-  const int64_t tokens = x.size(0), k = x.size(1);
-  STD_TORCH_CHECK(tokens <= kFewTokens, "x: has ", tokens, " tokens, at most ", kFewTokens);
+  check_x(x, values, kFewTokens);
+  const int64_t n = values.size(0), padded_k = 2 * values.size(1), tokens = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(padded_k % 32 == 0 && k <= padded_k && k > padded_k - 32 && padded_k <= kMaxColumns, "x: has ", k,
                   " columns, the weight ", padded_k, " (k rounded up to a multiple of 32)");
   STD_TORCH_CHECK(
@@ -137,28 +114,16 @@ Tensor sparse24_linear_few(const Tensor& x, const Tensor& values, const Tensor& 
       "metadata: must be int16 [n, columns of values / 8]");
   STD_TORCH_CHECK(is_aligned(values.const_data_ptr(), 16) && is_aligned(metadata.const_data_ptr(), 4),
                   "values and metadata: must start at multiples of 16 and 4 bytes");
-  Sparse24LinearArgs args{};
-  if (bias.has_value()) {
-    check_tensor(*bias, "bias", 1, values);
-    STD_TORCH_CHECK(bias->scalar_type() == dtype && bias->size(0) == n, "bias: must be [", n, "] in the dtype of x");
-    args.bias = bits_of(*bias);
-  }
-  if (mul.has_value()) {
-    check_tensor(*mul, "mul", 2, values);
-    STD_TORCH_CHECK(mul->scalar_type() == dtype && mul->size(0) == tokens && mul->size(1) == n, "mul: must be [",
-                    tokens, ", ", n, "] in the dtype of x");
-    args.mul = bits_of(*mul);
-  }
-  args.activation = activation_of(activation);
 
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
   Tensor y = torch::stable::new_empty(x, {tokens, n});
+  Sparse24LinearArgs args{};
+  args.out = make_epilogue(y, bias, activation, mul);
   if (tokens == 0 || n == 0) return y;
   const Tensor rows = aligned_rows(x);
   args.x = bits_of(rows);
   args.values = bits_of(values);
   args.metadata = bits_of(metadata);
-  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
   args.n = n;
   args.x_stride = rows.stride(0);
   args.tokens = static_cast<int32_t>(tokens);

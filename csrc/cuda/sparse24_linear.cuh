@@ -1,10 +1,9 @@
-// sparse24_linear on tensor cores: y = activation(x Wᵀ + bias) · mul with W in 2:4 form, for 1 to 64 tokens.
+// sparse24_linear on tensor cores: y = f(x Wᵀ + bias) · mul with W in 2:4 form, for 1 to 64 tokens.
 //
 //   x         [tokens, k]       16 bits, rows at multiples of 16 bytes (k a multiple of 8)
 //   values    [n, K/2]          16 bits, K = k rounded up to a multiple of 32 (the container pads)
 //   metadata  [n, K/16]         uint16, a nibble for each group of four columns (docs/formats.md)
-//   bias [n], mul [tokens, n]   16 bits, may be absent
-//   y         [tokens, n]       sums and epilogue in float32, rounded once
+//   y         [tokens, n]       sums in float32, then epilogue.cuh
 //
 // Bytes. The weights, n·K·9/8, are read from memory once; nothing else counts at few tokens. Every block reads x again,
 // from L2: that is 16/9·tokens/rows of the weights' bytes for blocks of `rows` rows, so the block is 32 rows tall up to
@@ -42,28 +41,22 @@
 //   sparse24_reduce_kernel<T>        40 registers        0 bytes of shared memory
 #pragma once
 
-#include <cmath>
-
 #include "common.cuh"
+#include "epilogue.cuh"
 
 namespace pyfast::cuda {
-
-enum class Activation : int32_t { none, relu, gelu, silu };
 
 struct Sparse24LinearArgs {
   const uint16_t* x;
   const uint16_t* values;
   const uint16_t* metadata;
-  const uint16_t* bias;  // null: none
-  const uint16_t* mul;   // null: none
-  uint16_t* y;
+  Epilogue out;
   float* partial;  // [splits, tokens, n]; null where the splits are one or form a cluster
   int64_t n;
   int64_t x_stride;  // elements from token to token
   int32_t tokens, k, padded_k;
   int32_t split_columns;  // of a block, a multiple of the stage's
-  Activation activation;
-  bool wide_metadata;  // its rows lie at multiples of 16 bytes
+  bool wide_metadata;     // its rows lie at multiples of 16 bytes
 };
 
 template <int TokenTiles>
@@ -87,27 +80,6 @@ struct Sparse24Plan {
 };
 
 #if defined(PYFAST_KERNELS)
-
-// The last step of one element: bias, activation, multiplier, rounding.
-template <class T>
-PYFAST_DEVICE void sparse24_finish(const Sparse24LinearArgs& args, int token, int64_t row, float sum) {
-  if (args.bias != nullptr) sum += ptx::to_float(T{args.bias[row]});
-  switch (args.activation) {
-    case Activation::relu:
-      sum = sum < 0.0f ? 0.0f : sum;  // NaN stays
-      break;
-    case Activation::gelu:
-      sum = 0.5f * sum * (1.0f + erff(sum * 0.70710678f));
-      break;
-    case Activation::silu:
-      sum = sum / (1.0f + expf(-sum));
-      break;
-    case Activation::none:
-      break;
-  }
-  if (args.mul != nullptr) sum *= ptx::to_float(T{args.mul[token * args.n + row]});
-  args.y[token * args.n + row] = ptx::from_float<T>(sum).bits;
-}
 
 // Begins the copies of the stage whose first column is `column` into `stage`.
 template <int TokenTiles>
@@ -233,7 +205,7 @@ __global__ void __launch_bounds__(Sparse24Plan<TokenTiles>::kThreads)
     if (!alone && args.partial == nullptr)
       total[0] = sum;
     else if (row < args.n && alone)
-      sparse24_finish<T>(args, token, row, sum);
+      write_output<T>(args.out, token, row, sum);
     else if (row < args.n)
       args.partial[(static_cast<int64_t>(blockIdx.x) * args.tokens + token) * args.n + row] = sum;
   }
@@ -246,7 +218,7 @@ __global__ void __launch_bounds__(Sparse24Plan<TokenTiles>::kThreads)
     float sum = 0.0f;
     for (int rank = 0; rank < ranks; ++rank)
       sum += ptx::ld_cluster(totals + token * Plan::kSumStride + in_tile, static_cast<uint32_t>(rank));
-    if (first_row + in_tile < args.n) sparse24_finish<T>(args, token, first_row + in_tile, sum);
+    if (first_row + in_tile < args.n) write_output<T>(args.out, token, first_row + in_tile, sum);
   }
   ptx::cluster_sync();
 #endif
@@ -261,7 +233,7 @@ __global__ void __launch_bounds__(256) sparse24_reduce_kernel(const Sparse24Line
   float sum = 0.0f;
   for (int split = 0; split < splits; ++split)
     sum += args.partial[(static_cast<int64_t>(split) * args.tokens + token) * args.n + row];
-  sparse24_finish<T>(args, token, row, sum);
+  write_output<T>(args.out, token, row, sum);
 }
 
 #endif

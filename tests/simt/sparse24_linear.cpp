@@ -42,10 +42,11 @@ SIMT_EXPORT sparse24_linear(const uint16_t* x, const uint16_t* values, const uin
                             const uint16_t* mul, uint16_t* y, int64_t tokens, int64_t n, int64_t k, int64_t padded_k,
                             int64_t activation, int64_t splits, int64_t cluster, int64_t bfloat16) {
   Sparse24LinearArgs args{};
-  args.x = x, args.values = values, args.metadata = metadata, args.bias = bias, args.mul = mul, args.y = y;
+  args.x = x, args.values = values, args.metadata = metadata;
+  args.out = {bias, mul, y, n, static_cast<Activation>(activation)};
   args.n = n, args.x_stride = k;
   args.tokens = static_cast<int32_t>(tokens), args.k = static_cast<int32_t>(k);
-  args.padded_k = static_cast<int32_t>(padded_k), args.activation = static_cast<Activation>(activation);
+  args.padded_k = static_cast<int32_t>(padded_k);
   args.wide_metadata = padded_k % 128 == 0;
   if (bfloat16) {
     choose<BFloat16>(args, static_cast<unsigned>(splits), cluster != 0);
