@@ -119,9 +119,7 @@ PYFAST_DEVICE int highest_bit(uint32_t word) {
 }
 
 // shf.r.wrap: the 64 bits high:low shifted right by 0 to 31, their lower half.
-PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) {
-  return __funnelshift_r(low, high, by);
-}
+PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) { return __funnelshift_r(low, high, by); }
 
 // prmt: nibble i of selector names the byte (0–3 of a, 4–7 of b) that becomes byte i.
 PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
@@ -175,6 +173,11 @@ PYFAST_DEVICE void store_global_v4(void* to, uint32_t a, uint32_t b, uint32_t c,
 
 // red.add.f32: adds to global or shared memory; the order among threads is open.
 PYFAST_DEVICE void atomic_add(float* to, float value) { atomicAdd(to, value); }
+
+// red.min.u64: the smaller of what is there and value, in global memory.
+PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value) {
+  atomicMin(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
 
 // atom.acq_rel.gpu.inc.u32: takes the next number below count; the last one leaves 0. What the taker wrote to global
 // memory before, and its block before their last barrier, is seen by the block of each later taker after its next one.

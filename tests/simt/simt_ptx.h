@@ -91,6 +91,9 @@ PYFAST_DEVICE void store_global_v4(void* to, uint32_t a, uint32_t b, uint32_t c,
   simt::store(to, &words, sizeof(words), where);
 }
 PYFAST_DEVICE void atomic_add(float* to, float value, Where where = Where::current()) { simt::add(to, value, where); }
+PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value, Where where = Where::current()) {
+  simt::minimum(to, value, where);
+}
 PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count, Where where = Where::current()) {
   return simt::ticket(counter, count, where);
 }
