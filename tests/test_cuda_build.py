@@ -1,12 +1,11 @@
-"""The CUDA kernels without a GPU: their indices proved on the host, and nvcc compiles them without a spill.
+"""nvcc compiles the CUDA kernels without a warning and a spill, and with a GPU the conversions run on it.
 
-With a GPU the same cases run on it. The truth is built here from the formats' definitions, one element after
-the other.
+Without one, tests/test_simt_*.py execute the kernels on the host. The truth is built here from the formats'
+definitions, one element after the other.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -20,46 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SHAPES = [(1, 1), (3, 5), (16, 16), (16, 64), (17, 65), (5, 24), (40, 136), (33, 129), (64, 192), (130, 260)]
-OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert", "distill_kl", "scale_rows")
+OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert", "bitmap_linear", "distill_kl", "scale_rows")
 TARGETS = ("80", "90", "120")
-
-# One lane after the other, through the functions that the kernels call. Only the warp's scan is replaced.
-HARNESS = r"""
-#include "bitmap_convert.cuh"
-
-using namespace pyfast::cuda;
-
-template <class U>
-void bitmap(const U* values, const uint32_t* bitmaps, const int64_t* offsets, U* out, int64_t n, int64_t k,
-            int64_t stored, bool packed) {
-  const Dense<U> dense{out, n, k, packed};
-  const uint32_t tiles_a_row = static_cast<uint32_t>((k + kTileColumns - 1) / kTileColumns);
-  const uint32_t tiles = static_cast<uint32_t>((n + kTileRows - 1) / kTileRows) * tiles_a_row;
-  for (uint32_t tile = 0; tile < tiles; ++tile) {
-    U staged[kTileElements] = {};
-    int count = 0, next = 0;
-    for (int lane = 0; lane < 32; ++lane) count += __builtin_popcount(bitmaps[tile * 32 + lane]);
-    const int readable = bitmap_readable(offsets[tile], count, stored);
-    for (int i = 0; i < readable; ++i) staged[i] = values[offsets[tile] + i];
-    for (int lane = 0; lane < 32; ++lane) {
-      const uint32_t bits = bitmaps[tile * 32 + lane];
-      bitmap_expand(dense, bitmap_place(tile, tiles_a_row, lane), bits, staged, next);
-      next += __builtin_popcount(bits);
-    }
-  }
-}
-
-extern "C" {
-void bitmap_2(const uint16_t* v, const uint32_t* b, const int64_t* at, uint16_t* o, int64_t n, int64_t k,
-              int64_t s, bool packed) {
-  bitmap(v, b, at, o, n, k, s, packed);
-}
-void bitmap_4(const uint32_t* v, const uint32_t* b, const int64_t* at, uint32_t* o, int64_t n, int64_t k,
-              int64_t s, bool packed) {
-  bitmap(v, b, at, o, n, k, s, packed);
-}
-}
-"""
 
 
 def random_bits(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> np.ndarray:
@@ -108,76 +69,6 @@ def bitmap_case(n: int, k: int, size: int, density: float) -> tuple[np.ndarray, 
             offsets.append(len(values))
     bitmaps = np.array(words, dtype=np.uint64).reshape(-1, 16).view(np.int64)
     return np.array(values, dtype=f"u{size}"), bitmaps, np.array(offsets, dtype=np.int64), dense
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("host")
-    (folder / "harness.cpp").write_text(HARNESS)
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{SOURCES}"]
-    command = [compiler, *flags, str(folder / "harness.cpp"), "-o", str(folder / "harness.so")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "harness.so"))
-
-
-class Guarded:
-    """An output [n, k] of foreign elements between two margins that must stay as they are."""
-
-    MARGIN = 64
-
-    def __init__(self, n: int, k: int, size: int) -> None:
-        self.shape = n, k
-        room = np.zeros(n * k + 2 * self.MARGIN + 16, dtype=f"u{size}")
-        start = -room.ctypes.data % 16 // size
-        self.all = room[start : start + n * k + 2 * self.MARGIN]
-        self.all[:] = 0x5A5A
-
-    @property
-    def pointer(self) -> ctypes.c_void_p:
-        return address(self.all[self.MARGIN :])
-
-    @property
-    def result(self) -> np.ndarray:
-        assert (self.all[: self.MARGIN] == 0x5A5A).all(), "wrote before the output"
-        assert (self.all[-self.MARGIN :] == 0x5A5A).all(), "wrote past the output"
-        return self.all[self.MARGIN : -self.MARGIN].reshape(self.shape)
-
-
-def address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def integers(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_bitmap_indices_on_the_host(host: ctypes.CDLL, n: int, k: int, density: float, size: int) -> None:
-    values, bitmaps, offsets, dense = bitmap_case(n, k, size, density)
-    out = Guarded(n, k, size)
-    call = getattr(host, f"bitmap_{size}")
-    packed = ctypes.c_bool(k * size % 16 == 0)
-    call(address(values), address(bitmaps), address(offsets), out.pointer, *integers(n, k, len(values)), packed)
-    np.testing.assert_array_equal(out.result, dense)
-
-
-@pytest.mark.parametrize("damage", [-(2**40), -1, 10**6, 2**62])
-def test_bitmap_offsets_that_point_elsewhere_are_not_followed(host: ctypes.CDLL, damage: int) -> None:
-    values, bitmaps, offsets, dense = bitmap_case(40, 136, 2, 0.5)
-    offsets = offsets.copy()
-    offsets[4] = damage
-    out = Guarded(40, 136, 2)
-    sizes = integers(40, 136, len(values))
-    host.bitmap_2(address(values), address(bitmaps), address(offsets), out.pointer, *sizes, ctypes.c_bool(True))
-    expected = dense.copy()
-    expected[16:32, 64:128] = 0  # tile 4 of three a row
-    np.testing.assert_array_equal(out.result, expected)
 
 
 def nvcc() -> str:

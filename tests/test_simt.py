@@ -80,7 +80,7 @@ def test_barriers_atomics_and_tickets(library: host.Library, order: int) -> None
 
 def test_shuffles_votes_and_numbers(library: host.Library) -> None:
     words = np.random.default_rng(2).integers(0, 2**32, 32, dtype=np.uint32)
-    out = host.Output((5, 32), np.uint32)
+    out = host.Output((8, 32), np.uint32)
     library.run("warp_scan", words, out)
     odd = words & 1
     inclusive = np.cumsum(odd)
@@ -91,6 +91,10 @@ def test_shuffles_votes_and_numbers(library: host.Library) -> None:
     np.testing.assert_array_equal(out.array[2], (words & 0xFFFF) | (following & 0xFFFF0000))
     np.testing.assert_array_equal(out.array[3], 3 + population + 10)
     np.testing.assert_array_equal(out.array[4], 2 * population)
+    np.testing.assert_array_equal(out.array[5], [int(word | 1).bit_length() - 1 for word in words])
+    both = following.astype(np.uint64) << 32 | words
+    np.testing.assert_array_equal(out.array[6], (both >> np.arange(32, dtype=np.uint64)).astype(np.uint32))
+    np.testing.assert_array_equal(out.array[7].view(np.uint16).reshape(8, 8), words.view(np.uint16).reshape(8, 8).T)
 
 
 def run_rows(library: host.Library, order: int = 0, rows: int = 7) -> bool:

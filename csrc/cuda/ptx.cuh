@@ -111,6 +111,16 @@ PYFAST_DEVICE bool all(bool predicate, uint32_t mask = kFullWarp) { return __all
 PYFAST_DEVICE int popc(uint32_t word) { return __popc(word); }
 PYFAST_DEVICE int popcll(uint64_t word) { return __popcll(word); }
 
+// bfind: the place of the highest set bit; word is not 0.
+PYFAST_DEVICE int highest_bit(uint32_t word) {
+  int place;
+  asm("bfind.u32 %0, %1;" : "=r"(place) : "r"(word));
+  return place;
+}
+
+// shf.r.wrap: the 64 bits high:low shifted right by 0 to 31, their lower half.
+PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) { return __funnelshift_r(low, high, by); }
+
 // prmt: nibble i of selector names the byte (0–3 of a, 4–7 of b) that becomes byte i.
 PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
@@ -163,6 +173,11 @@ PYFAST_DEVICE void store_global_v4(void* to, uint32_t a, uint32_t b, uint32_t c,
 
 // red.add.f32: adds to global or shared memory; the order among threads is open.
 PYFAST_DEVICE void atomic_add(float* to, float value) { atomicAdd(to, value); }
+
+// red.min.u64: the smaller of what is there and value, in global memory.
+PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value) {
+  atomicMin(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
 
 // atom.acq_rel.gpu.inc.u32: takes the next number below count; the last one leaves 0. What the taker wrote to global
 // memory before, and its block before their last barrier, is seen by the block of each later taker after its next one.
@@ -230,6 +245,14 @@ PYFAST_DEVICE void ldmatrix(uint32_t (&words)[Count], const void* row) {
     PYFAST_LDMATRIX("x1", "{%0}", "%1", "=r"(words[0]));
   }
 #undef PYFAST_LDMATRIX
+}
+
+// [warp] movmatrix: transposes an 8×8 matrix of 16-bit elements that the warp holds.
+//   word     elements 2t and 2t + 1 of row g        result   elements 2t and 2t + 1 of column g
+PYFAST_DEVICE uint32_t transpose_matrix(uint32_t word) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+  return transposed;
 }
 
 // [warp] mma.m16n8k16: d[16, 8] = a[16, 16]·b[16, 8] + c[16, 8]; T is BFloat16 or Float16, sums are float32. d may be

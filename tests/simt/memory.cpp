@@ -201,6 +201,11 @@ void add(float* to, float value, Where where) {
   *to += value;
 }
 
+void minimum(uint64_t* to, uint64_t value, Where where) {
+  touch(reinterpret_cast<uintptr_t>(to), sizeof(uint64_t), Use::atomic, true, where);
+  if (value < *to) *to = value;
+}
+
 uint32_t ticket(uint32_t* counter, uint32_t count, Where where) {
   touch(reinterpret_cast<uintptr_t>(counter), sizeof(uint32_t), Use::atomic, true, where);
   const Lane& lane = *engine.lane;

@@ -98,6 +98,9 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   out[64 + lane] = swapped;
   out[96 + lane] = static_cast<uint32_t>(2.0f * pair.x + pair.y + ptx::to_float(half));
   out[128 + lane] = static_cast<uint32_t>(ptx::popcll(static_cast<uint64_t>(word) << 32 | word));
+  out[160 + lane] = static_cast<uint32_t>(ptx::highest_bit(word | 1u));
+  out[192 + lane] = ptx::funnel_right(word, next, static_cast<uint32_t>(lane));
+  out[224 + lane] = ptx::transpose_matrix(word);
 }
 
 // Copies 32·4 words with cp.async<4> in `Stages` stages, so that loads and the reversal of each row overlap.

@@ -69,6 +69,7 @@ void copy_wait(unsigned pending);
 void load(void* to, const void* from, size_t bytes, Where where);  // a vector load: all bytes, aligned
 void store(void* to, const void* from, size_t bytes, Where where);
 void add(float* to, float value, Where where);
+void minimum(uint64_t* to, uint64_t value, Where where);
 uint32_t ticket(uint32_t* counter, uint32_t count, Where where);
 uint32_t cluster_rank();
 uint32_t cluster_size();

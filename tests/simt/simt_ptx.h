@@ -57,6 +57,10 @@ PYFAST_DEVICE bool all(bool predicate, uint32_t mask = kFullWarp, Where where = 
 }
 PYFAST_DEVICE int popc(uint32_t word) { return __builtin_popcount(word); }
 PYFAST_DEVICE int popcll(uint64_t word) { return __builtin_popcountll(word); }
+PYFAST_DEVICE int highest_bit(uint32_t word) { return 31 - __builtin_clz(word); }
+PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (by & 31u));
+}
 PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t word = 0;
@@ -87,6 +91,9 @@ PYFAST_DEVICE void store_global_v4(void* to, uint32_t a, uint32_t b, uint32_t c,
   simt::store(to, &words, sizeof(words), where);
 }
 PYFAST_DEVICE void atomic_add(float* to, float value, Where where = Where::current()) { simt::add(to, value, where); }
+PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value, Where where = Where::current()) {
+  simt::minimum(to, value, where);
+}
 PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count, Where where = Where::current()) {
   return simt::ticket(counter, count, where);
 }
@@ -107,6 +114,14 @@ template <int Count, bool Transposed = false>
 PYFAST_DEVICE void ldmatrix(uint32_t (&words)[Count], const void* row, Where where = Where::current()) {
   static_assert(Count == 1 || Count == 2 || Count == 4);
   simt::load_matrices(words, Count, Transposed, row, where);
+}
+PYFAST_DEVICE uint32_t transpose_matrix(uint32_t word, Where where = Where::current()) {
+  const simt::Dim3 index = simt::thread_index(), size = simt::block_size();
+  const int lane = static_cast<int>((index.x + size.x * (index.y + size.y * index.z)) % 32), g = lane / 4, t = lane % 4;
+  uint32_t column = 0;
+  for (int half = 0; half < 2; ++half)
+    column |= (shfl(word, 4 * (2 * t + half) + g / 2, kFullWarp, where) >> g % 2 * 16 & 0xffffu) << 16 * half;
+  return column;
 }
 template <class T>
 PYFAST_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
