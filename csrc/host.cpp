@@ -145,11 +145,11 @@ py::tuple topk_distill(const py::array& student, const py::array& ids, const py:
   return py::make_tuple(value, grad);
 }
 
-pyfast::Epilogue epilogue(py::array& y, py::ssize_t n) {
+pyfast::Epilogue epilogue(py::array& y, py::ssize_t n, pyfast::Dtype dtype) {
   pyfast::Epilogue e{};
   e.y = y.mutable_data();
   e.y_stride = e.n = n;
-  e.dtype = dtype_of(y, "y");
+  e.dtype = dtype;
   return e;
 }
 
@@ -163,6 +163,7 @@ py::array sparse24_linear(const py::array& activations, const py::array& values,
   const py::ssize_t tokens = x.shape(0), n = v.shape(0), k = 2 * v.shape(1);
   require(k % 32 == 0 && x.shape(1) == k && metadata.shape(0) == n && metadata.shape(1) == k / 16,
           "x, values, metadata: accepted: [tokens, k], [n, k/2], [n, k/16] with k a multiple of 32");
+  const pyfast::Dtype dtype = dtype_of(v, "values");
   py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
   pyfast::Sparse24LinearArgs args{};
   args.x = x.data();
@@ -170,8 +171,8 @@ py::array sparse24_linear(const py::array& activations, const py::array& values,
   args.metadata = metadata.data();
   args.tokens = tokens;
   args.k = args.x_stride = k;
-  args.out = epilogue(y, n);
-  table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, n);
+  args.out = epilogue(y, n, dtype);
+  table.linear[static_cast<int>(dtype)](args, 0, n);
   return y;
 }
 
@@ -208,6 +209,7 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
     for (int word = 0; word < pyfast::kTileRows; ++word) stored += __builtin_popcountll(*bits++);
   }
   require(offsets.data()[tiles] == stored, "offsets: do not agree with the bits of the bitmaps");
+  const pyfast::Dtype dtype = dtype_of(v, "values");
   py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
   pyfast::BitmapLinearArgs args{};
   args.x = x.data();
@@ -216,9 +218,9 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   args.offsets = offsets.data();
   args.tokens = tokens;
   args.k = args.x_stride = k;
-  args.out = epilogue(y, n);
+  args.out = epilogue(y, n, dtype);
   args.nnz = v.shape(0);
-  table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, tile_rows);
+  table.linear[static_cast<int>(dtype)](args, 0, tile_rows);
   return y;
 }
 
