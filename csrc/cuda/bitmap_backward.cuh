@@ -21,8 +21,8 @@
 //
 // Resources (the shared memory of grad_x depends on the density, here at 50 %):
 //
-//   bitmap_grad_x_kernel<T, 1>         96 registers    39552 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        128 registers    44160 bytes of shared memory    up to 32
+//   bitmap_grad_x_kernel<T, 1>         80 registers    39552 bytes of shared memory    up to 8 tokens
+//   bitmap_grad_x_kernel<T, 4>        160 registers    44160 bytes of shared memory    up to 32
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
