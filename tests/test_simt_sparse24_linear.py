@@ -1,4 +1,4 @@
-"""sparse24_linear's CUDA kernel for few tokens, executed on the host and judged against float64."""
+"""sparse24_linear's CUDA kernel, executed on the host and judged against float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from simt import host
 from test_cuda_build import stated_resources
 
@@ -85,6 +86,8 @@ SHAPES = [
     (32, 64, 776),
     (33, 50, 264),
     (64, 100, 640),
+    (65, 130, 200),
+    (200, 140, 264),
 ]
 
 
@@ -104,7 +107,7 @@ def test_any_order_of_lanes_and_blocks(tokens: int, order: int) -> None:
 @pytest.mark.parametrize("cluster", [False, True])
 @pytest.mark.parametrize("splits", [2, 3, 8])
 def test_splits(splits: int, cluster: bool) -> None:
-    for tokens in (2, 12, 24):
+    for tokens in (2, 12, 24, 130):
         assert error(tokens, 37, 1312, splits=splits, cluster=cluster, extras=True, activation="silu") < 1.0
 
 
@@ -117,7 +120,7 @@ def test_epilogue(kind: str, activation: str) -> None:
 
 def test_shared_memory_is_what_the_head_of_the_kernel_says() -> None:
     stated = stated_resources("sparse24_linear")
-    held = host.Output(4, np.int32)
+    held = host.Output(5, np.int32)
     host.build("sparse24_linear").run("sparse24_shared_bytes", held)
     assert {f"sparse24_linear_kernel<T, {2**i}>": size for i, size in enumerate(held.memory)} == {
         name: shared for name, (_, shared) in stated.items() if "linear_kernel" in name
@@ -149,16 +152,20 @@ MUTANTS = {
     ),
     "columns past the container": ("if (column + at >= args.padded_k) break;", "", "is none of 4, 8, 9, C, D, E"),
     "columns of x past its end": (
-        "token < args.tokens && at < args.k;",
-        "token < args.tokens;",
+        "first_token + token < args.tokens && at < args.k;",
+        "first_token + token < args.tokens;",
         "outside all memory|past",
     ),
-    "tokens past the last": ("token < args.tokens && at < args.k;", "at < args.k;", "outside all memory|past"),
+    "tokens past the last": (
+        "first_token + token < args.tokens && at < args.k;",
+        "at < args.k;",
+        "outside all memory|past",
+    ),
     "selectors exchanged": ("mma_sp_m16n8k32<T, 0>", "mma_sp_m16n8k32<T, 1>", None),
     "metadata halves exchanged": ("t % 2 == 0 ? 0x5410u : 0x7632u", "t % 2 == 1 ? 0x5410u : 0x7632u", None),
     "swizzle of the values forgotten": (
-        "(row * Plan::kValueChunks + (chunk ^ (row & 7))) * 16);\n      }",
-        "(row * Plan::kValueChunks + chunk) * 16);\n      }",
+        "stage + swizzled<Plan::kValueChunks>(row, chunk));",
+        "stage + (row * Plan::kValueChunks + chunk) * 16);",
         None,
     ),
     "cluster leaves too early": (
@@ -182,3 +189,32 @@ def test_a_broken_kernel_fails(name: str) -> None:
     else:
         with pytest.raises(host.SimtError, match=message):
             error(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "n", "k"), [*SHAPES, (7, 1000, 4097), (16, 4096, 4096), (48, 640, 14336)])
+def test_on_the_gpu(tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    values, metadata, dense = weight(np.random.default_rng(n + k), n, k, kind)
+    packed = (
+        torch.from_numpy(values.view(np.int16)).cuda().view(dtype),
+        torch.from_numpy(metadata.view(np.int16)).cuda(),
+    )
+    x, mul = torch.randn(tokens, k, device="cuda", dtype=dtype), torch.randn(tokens, n, device="cuda", dtype=dtype)
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    call = torch.ops.pyfast.sparse24_linear_mma
+    y = call(x, *packed, bias, epilogue.ACTIVATIONS.index("silu"), mul)
+    sums = x.double() @ torch.from_numpy(dense).cuda().T + bias.double()
+    truth = torch.nn.functional.silu(sums) * mul.double()
+    rounding = 2.0 ** (-9 if dtype == torch.bfloat16 else -12)
+    assert (y.double() - truth).norm() < 1.1 * rounding * truth.norm()
+    assert torch.equal(y, call(x, *packed, bias, 4, mul)), "not deterministic"
+    torch.library.opcheck(call, (x, *packed, None, 0, None))
+
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        replayed = call(x, *packed, bias, 4, mul)
+    captured.replay()
+    assert torch.equal(replayed, y)

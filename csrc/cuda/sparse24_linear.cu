@@ -1,4 +1,4 @@
-// sparse24_linear for few tokens on the GPU: checks, plan, launch, registration. The contract is in
+// sparse24_linear on the GPU: checks, plan, launch, registration. The contract is in
 // sparse24_linear.cuh.
 #include "sparse24_linear.cuh"
 
@@ -12,9 +12,9 @@
 namespace pyfast::cuda {
 namespace {
 
-constexpr int64_t kFewTokens = 64;
-constexpr int64_t kMaxSplits = 8;         // the largest cluster that every device grants
-constexpr int64_t kMaxColumns = 1 << 30;  // counted in 32 bits on the device
+constexpr int64_t kMaxSplits = 8;            // the largest cluster that every device grants
+constexpr int64_t kMaxColumns = 1 << 30;     // counted in 32 bits on the device
+constexpr int64_t kMaxTokens = 65535 * 128;  // blocks along z
 
 // What a launch must know of the device and of the code that runs on it.
 struct Prepared {
@@ -58,7 +58,8 @@ void launch(const Tensor& x, Sparse24LinearArgs args) {
   const int64_t tiles = ceil_div(args.n, Plan::kRows);
   STD_TORCH_CHECK(tiles <= kMaxBlocksY, "values: has ", args.n, " rows, at most ", kMaxBlocksY * Plan::kRows);
   const int64_t stages = ceil_div(args.padded_k, Plan::kColumns);
-  const int64_t splits = count_splits(tiles, stages, prepared.multiprocessors);
+  const int64_t token_tiles = ceil_div(args.tokens, Plan::kTokens);
+  const int64_t splits = count_splits(tiles * token_tiles, stages, prepared.multiprocessors);
   args.split_columns = static_cast<int32_t>(ceil_div(stages, splits) * Plan::kColumns);
 
   std::optional<Tensor> partial;
@@ -70,7 +71,8 @@ void launch(const Tensor& x, Sparse24LinearArgs args) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(tiles));
+  config.gridDim =
+      dim3(static_cast<unsigned>(splits), static_cast<unsigned>(tiles), static_cast<unsigned>(token_tiles));
   config.blockDim = dim3(Plan::kThreads);
   config.dynamicSmemBytes = Plan::kSharedBytes;
   config.stream = current_stream(x);
@@ -91,21 +93,23 @@ void choose(const Tensor& x, const Sparse24LinearArgs& args) {
     launch<T, 2>(x, args);
   else if (args.tokens <= 32)
     launch<T, 4>(x, args);
-  else
+  else if (args.tokens <= 64)
     launch<T, 8>(x, args);
+  else
+    launch<T, 16>(x, args);
 }
 
 const uint16_t* bits_of(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.const_data_ptr()); }
 
 // x [tokens, k], values [n, K/2], metadata int16 [n, K/16], bias [n], mul [tokens, n] -> [tokens, n].
-Tensor sparse24_linear_few(const Tensor& x, const Tensor& values, const Tensor& metadata,
+Tensor sparse24_linear_mma(const Tensor& x, const Tensor& values, const Tensor& metadata,
                            const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& mul) {
   check_tensor(values, "values", 2, values);
   check_tensor(metadata, "metadata", 2, values);
   const ScalarType dtype = values.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "values: dtype must be bfloat16 or float16");
-  check_x(x, values, kFewTokens);
+  check_x(x, values, kMaxTokens);
   const int64_t n = values.size(0), padded_k = 2 * values.size(1), tokens = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(padded_k % 32 == 0 && k <= padded_k && k > padded_k - 32 && padded_k <= kMaxColumns, "x: has ", k,
                   " columns, the weight ", padded_k, " (k rounded up to a multiple of 32)");
@@ -141,5 +145,5 @@ Tensor sparse24_linear_few(const Tensor& x, const Tensor& values, const Tensor& 
 }  // namespace pyfast::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) {
-  m.impl("sparse24_linear_few", TORCH_BOX(&pyfast::cuda::sparse24_linear_few));
+  m.impl("sparse24_linear_mma", TORCH_BOX(&pyfast::cuda::sparse24_linear_mma));
 }

@@ -17,7 +17,8 @@ void launch(Sparse24LinearArgs args, unsigned splits, bool cluster) {
     args.partial =
         static_cast<float*>(simt::scratch(static_cast<size_t>(splits * args.tokens * args.n) * sizeof(float)));
   const unsigned tiles = static_cast<unsigned>((args.n + Plan::kRows - 1) / Plan::kRows);
-  simt::launch({{splits, tiles}, {Plan::kThreads}, cluster ? splits : 1, Plan::kSharedBytes},
+  const unsigned token_tiles = static_cast<unsigned>((args.tokens + Plan::kTokens - 1) / Plan::kTokens);
+  simt::launch({{splits, tiles, token_tiles}, {Plan::kThreads}, cluster ? splits : 1, Plan::kSharedBytes},
                sparse24_linear_kernel<T, TokenTiles>, args);
   if (two_kernels)
     simt::launch({{static_cast<unsigned>((args.n + 255) / 256), static_cast<unsigned>(args.tokens)}, {256}},
@@ -32,8 +33,10 @@ void choose(const Sparse24LinearArgs& args, unsigned splits, bool cluster) {
     launch<T, 2>(args, splits, cluster);
   else if (args.tokens <= 32)
     launch<T, 4>(args, splits, cluster);
-  else
+  else if (args.tokens <= 64)
     launch<T, 8>(args, splits, cluster);
+  else
+    launch<T, 16>(args, splits, cluster);
 }
 
 }  // namespace
@@ -55,8 +58,9 @@ SIMT_EXPORT sparse24_linear(const uint16_t* x, const uint16_t* values, const uin
   }
 }
 
-// Shared memory of a launch, by token tiles: bytes[0 … 3] for 1, 2, 4 and 8.
+// Shared memory of a launch, by token tiles: bytes[0 … 4] for 1, 2, 4, 8 and 16.
 SIMT_EXPORT sparse24_shared_bytes(int32_t* bytes) {
   bytes[0] = Sparse24Plan<1>::kSharedBytes, bytes[1] = Sparse24Plan<2>::kSharedBytes;
   bytes[2] = Sparse24Plan<4>::kSharedBytes, bytes[3] = Sparse24Plan<8>::kSharedBytes;
+  bytes[4] = Sparse24Plan<16>::kSharedBytes;
 }
