@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sparse_cases import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SHAPES = [(1, 1), (3, 5), (16, 16), (16, 64), (17, 65), (5, 24), (40, 136), (33, 129), (64, 192), (130, 260)]
-OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert", "bitmap_linear", "distill_kl", "scale_rows")
+OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert", "bitmap_linear", "bitmap_backward", "distill_kl", "scale_rows")
 TARGETS = ("80", "90", "120")
 
 
@@ -163,6 +164,11 @@ def on_gpu(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
     return tensor if dtype is None else tensor.view(dtype)
 
 
+def truth_dtype(array: np.ndarray) -> torch.dtype:
+    """The integer dtype of the array's size."""
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[array.dtype.itemsize]
+
+
 def bits_of(tensor: torch.Tensor, size: int) -> np.ndarray:
     return tensor.view({2: torch.int16, 4: torch.int32}[size]).cpu().numpy().view(f"u{size}")
 
@@ -171,14 +177,29 @@ def bits_of(tensor: torch.Tensor, size: int) -> np.ndarray:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, (70, 2048)])
-def test_decompress_on_the_gpu(n: int, k: int, dtype: str) -> None:
+def test_conversions_on_the_gpu(n: int, k: int, dtype: str) -> None:
     import pyfast  # noqa: F401
+    from pyfast.reference import sparse24_convert as reference
 
     element, size = DTYPES[dtype]
     values, metadata, dense = sparse24_case(n, k, size, 32)
     out = torch.ops.pyfast.sparse24_decompress(on_gpu(values, element), on_gpu(metadata), n, k)
     np.testing.assert_array_equal(bits_of(out, size), dense)
+    given = on_gpu(dense, element)
+    packed, words, violation = torch.ops.pyfast.sparse24_compress(given)
+    assert int(violation) == -1
+    assert same_bits(torch.ops.pyfast.sparse24_decompress(packed, words, n, k), given)
+    assert same_bits(torch.ops.pyfast.sparse24_gather(given, words), packed)
+    full, scores = torch.randn(n, k, device="cuda").to(element), torch.randint(-2, 3, (n, k), device="cuda").float()
+    for ranks in (None, scores):
+        for found, truth in zip(
+            torch.ops.pyfast.sparse24_prune(full, ranks), reference.prune(full, ranks), strict=True
+        ):
+            assert same_bits(found, truth)
     for density in (0.0, 0.5, 1.0):
         values, bitmaps, offsets, dense = bitmap_case(n, k, size, density)
         out = torch.ops.pyfast.bitmap_decompress(on_gpu(values, element), on_gpu(bitmaps), on_gpu(offsets), n, k)
         np.testing.assert_array_equal(bits_of(out, size), dense)
+        found = torch.ops.pyfast.bitmap_compress(on_gpu(dense, element))
+        for tensor, truth in zip(found, (values, bitmaps, offsets), strict=True):
+            np.testing.assert_array_equal(tensor.view(truth_dtype(truth)).cpu().numpy().view(truth.dtype), truth)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from simt import host
 from test_cuda_build import stated_resources
 
@@ -276,3 +277,34 @@ def test_a_broken_kernel_fails(name: str) -> None:
     else:
         with pytest.raises(host.SimtError, match=message):
             error(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"), [*SHAPES, (1, 4096, 4096), (3, 1000, 4097), (16, 4096, 4096), (48, 640, 14336)]
+)
+def test_on_the_gpu(tokens: int, n: int, k: int, density: float, dtype: torch.dtype) -> None:
+    import pyfast
+
+    weight = pyfast.BitmapWeight.from_dense(
+        torch.randn(n, k, device="cuda", dtype=dtype), mask=torch.rand(n, k, device="cuda") < density
+    )
+    x, mul = torch.randn(tokens, k, device="cuda", dtype=dtype), torch.randn(tokens, n, device="cuda", dtype=dtype)
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    packed = (weight.values, weight.bitmaps, weight.offsets)
+    call = torch.ops.pyfast.bitmap_linear_few
+    y = call(x, *packed, bias, n, 4, mul)
+    truth = torch.nn.functional.silu(x.double() @ weight.to_dense().double().T + bias.double()) * mul.double()
+    rounding = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
+    assert (y.double() - truth).norm() < 1.1 * rounding * truth.norm()
+    assert torch.equal(y, call(x, *packed, bias, n, 4, mul)), "not deterministic"
+    torch.library.opcheck(call, (x, *packed, None, n, 0, None))
+
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        replayed = call(x, *packed, bias, n, 4, mul)
+    captured.replay()
+    assert torch.equal(replayed, y)

@@ -128,3 +128,10 @@ def test_a_broken_kernel_fails(name: str) -> None:
     with pytest.raises((host.SimtError, AssertionError), match=message):
         for n, k in SHAPES:
             judge(n, k, 2, library)
+
+
+def test_a_row_too_many_is_seen() -> None:
+    values, metadata, _ = sparse24_case(17, 65, 2, 32)
+    library = host.build("sparse24_convert", {("sparse24_convert.cuh", "if (at >= dense.rows) continue;"): ""})
+    with pytest.raises(host.SimtError, match="outside all memory"):
+        library.run("decompress_2", values, metadata.view(np.uint8), host.Output((17, 65), np.uint16), 17, 65, 96, 0)

@@ -103,6 +103,26 @@ struct alignas(16) BitmapStaged {
   U values[kBitmapWarps][kTileElements + kPackColumns<U>];
 };
 
+// [warp] Writes the values of a tile from shared memory, where they lie from `begin` modulo kPackColumns on.
+template <class U>
+PYFAST_DEVICE void store_staged(const BitmapWeight<U>& weight, const U* staged, int64_t begin, int count, int lane) {
+  constexpr int kElements = kPackColumns<U>;
+  const int head = static_cast<int>(begin & (kElements - 1));
+  const int readable = bitmap_readable(begin, count, weight.stored);
+  const int chunks = (head + readable + kElements - 1) / kElements;
+  for (int chunk = lane; chunk < chunks; chunk += 32) {
+    const int first = chunk * kElements;  // in staged
+    U* const to = weight.values + (begin - head) + first;
+    if (first >= head && first + kElements <= head + readable) {
+      const Words4 words = *reinterpret_cast<const Words4*>(staged + first);
+      ptx::store_global_v4(to, words.x, words.y, words.z, words.w);
+      continue;
+    }
+    for (int i = 0; i < kElements; ++i)
+      if (first + i >= head && first + i < head + readable) to[i] = staged[first + i];
+  }
+}
+
 template <class U>
 __global__ void __launch_bounds__(32 * kBitmapWarps)
     bitmap_gather_kernel(const DenseRows<U> dense, const BitmapWeight<U> weight) {
@@ -134,19 +154,7 @@ __global__ void __launch_bounds__(32 * kBitmapWarps)
   }
   ptx::syncwarp();
 
-  const int readable = bitmap_readable(begin, places.count, weight.stored);
-  const int chunks = (head + readable + Unit::kElements - 1) / Unit::kElements;
-  for (int chunk = lane; chunk < chunks; chunk += 32) {
-    const int first = chunk * Unit::kElements;  // in staged
-    U* const to = weight.values + (begin - head) + first;
-    if (first >= head && first + Unit::kElements <= head + readable) {
-      const Words4 words = *reinterpret_cast<const Words4*>(staged + first);
-      ptx::store_global_v4(to, words.x, words.y, words.z, words.w);
-      continue;
-    }
-    for (int i = 0; i < Unit::kElements; ++i)
-      if (first + i >= head && first + i < head + readable) to[i] = staged[first + i];
-  }
+  store_staged(weight, staged, begin, places.count, lane);
 }
 
 template <class U>

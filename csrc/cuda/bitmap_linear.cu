@@ -13,12 +13,6 @@ constexpr const char* kName = "bitmap_linear";
 constexpr int64_t kFewTokens = 64;
 constexpr int64_t kMaxColumns = 1 << 26;  // of a row of 16 × 2^26 values, counted in 32 bits on the device
 
-// Blocks of 4 warps that a multiprocessor runs at once; above 16 warps more of them gain nothing.
-int64_t resident_blocks(const KernelFacts& facts, int shared_bytes) {
-  const int64_t fit = facts.shared_bytes / (shared_bytes + 1024);
-  return facts.multiprocessors * std::clamp<int64_t>(fit, 1, 4);
-}
-
 template <class T, int TokenTiles>
 void launch_matrix(const Tensor& x, BitmapLinearArgs args) {
   using Plan = BitmapLinearPlan<TokenTiles>;
@@ -71,8 +65,7 @@ Tensor bitmap_linear_few(const Tensor& x, const Tensor& values, const Tensor& bi
                          const std::optional<Tensor>& bias, int64_t n, int64_t activation,
                          const std::optional<Tensor>& mul) {
   check_tensor(values, "values", 1, values);
-  STD_TORCH_CHECK(values.scalar_type() == ScalarType::BFloat16 || values.scalar_type() == ScalarType::Half,
-                  "values: dtype must be bfloat16 or float16");
+  check_halves(values, "values");
   check_x(x, values, kFewTokens);
   const int64_t tokens = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(k <= kMaxColumns, "x: has ", k, " columns, at most ", kMaxColumns);

@@ -33,8 +33,9 @@ constexpr int bitmap_room(int64_t mean) {
 
 #if defined(PYFAST_KERNELS)
 
-// The stage's two tiles are one below the other (RowTiles = 2) or side by side (RowTiles = 1).
-template <int Stages, int RowTiles>
+// The stage's two tiles are one below the other (RowTiles = 2) or side by side (RowTiles = 1); the stages follow each
+// other along a row of tiles, or Down a column of them.
+template <int Stages, int RowTiles, bool Down = false>
 struct BitmapStream {
   static constexpr int kColumnTiles = 2 / RowTiles;
   static constexpr int kOffsetBytes = 2 * Stages * 4 * 8;  // of a warp
@@ -51,8 +52,9 @@ struct BitmapStream {
 
   // The number of tile `tile` (0 or 1) of a stage, or −1 outside the weight.
   PYFAST_DEVICE int64_t number(int stage, int tile) const {
-    const int column_tile = first_column_tile + stage * kColumnTiles + (RowTiles == 2 ? 0 : tile);
-    const int64_t row = (first_row_tile + (RowTiles == 2 ? tile : 0)) * weight.tiles_a_row;
+    const int column_tile = first_column_tile + (Down ? 0 : stage * kColumnTiles) + (RowTiles == 2 ? 0 : tile);
+    const int64_t row_tile = first_row_tile + (Down ? stage * RowTiles : 0) + (RowTiles == 2 ? tile : 0);
+    const int64_t row = row_tile * weight.tiles_a_row;
     return column_tile < static_cast<int>(weight.tiles_a_row) && row < weight.tiles ? row + column_tile : -1;
   }
 

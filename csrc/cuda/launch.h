@@ -51,6 +51,12 @@ inline bool is_wide(const Tensor& tensor, const char* name) {
   return dtype == ScalarType::Float;
 }
 
+inline void check_halves(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                  ": dtype must be bfloat16 or float16");
+}
+
 inline bool is_aligned(const void* pointer, std::uintptr_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }

@@ -178,7 +178,7 @@ PYFAST_DEVICE void store_values(U* values, int64_t padded_columns, int64_t row, 
 // Block and grid as in sparse24_decompress_kernel, a unit of 16 columns for a chunk, one row a thread and round.
 // violation, for Keep::stored: begins as 2^64 − 1.
 template <class U, Keep How>
-__global__ void __launch_bounds__(kSparse24Threads)
+__global__ void __launch_bounds__(kSparse24Threads, 3)
     sparse24_compress_kernel(const DenseRows<U> dense, const DenseRows<uint32_t> scores, const Sparse24Out<U> out,
                              uint64_t* violation) {
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -41,6 +41,12 @@ const KernelFacts& kernel_facts(int device, const char* name) {
   return answers[static_cast<size_t>(device)];
 }
 
+// Blocks of 4 warps that a multiprocessor runs at once; above 16 warps more of them gain nothing.
+inline int64_t resident_blocks(const KernelFacts& facts, int shared_bytes) {
+  const int64_t fit = facts.shared_bytes / (shared_bytes + 1024);
+  return facts.multiprocessors * std::clamp<int64_t>(fit, 1, 4);
+}
+
 inline constexpr int64_t kClusterBlocks = 8;  // the largest cluster that every device grants
 
 // How many blocks share the `stages` of a row of `row_blocks`, when `resident` blocks run at once: the number that ends

@@ -83,6 +83,22 @@ def _cuda(
     return epilogue(linear(x, dense, bias), activation, mul)
 
 
+# The gradients that CUDA kernels compute, in 16 bits: to x at few tokens, to the values at any number.
+GRAD_X_TOKENS = 32
+define("bitmap_grad_x_few(Tensor grad, Tensor values, Tensor bitmaps, Tensor offsets, int k) -> Tensor")
+define("bitmap_grad_values(Tensor grad, Tensor x, Tensor bitmaps, Tensor offsets, int stored) -> Tensor")
+
+
+@torch.library.register_fake("pyfast::bitmap_grad_x_few", lib=LIBRARY)
+def _fake_grad_x(grad: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, k: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], k)
+
+
+@torch.library.register_fake("pyfast::bitmap_grad_values", lib=LIBRARY)
+def _fake_grad_values(grad: Tensor, x: Tensor, bitmaps: Tensor, offsets: Tensor, stored: int) -> Tensor:
+    return x.new_empty(stored)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, bitmaps, offsets, scales, _, ctx.n, activation, mul = inputs
     ctx.plain = activation == 0 and mul is None
@@ -94,9 +110,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError("bitmap_linear: the fused activation has no gradient; pyfast.sparse_linear goes around it")
     x, values, bitmaps, offsets, scales = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    kernels = x.is_cuda and scales is None and x.dtype in HALVES
+    if ctx.needs_input_grad[0] and kernels and x.shape[0] <= GRAD_X_TOKENS:
+        grad_x = torch.ops.pyfast.bitmap_grad_x_few(grad, values, bitmaps, offsets, x.shape[1])
+    elif ctx.needs_input_grad[0]:
         grad_x = grad @ scaled(bitmap_convert.decompress(values, bitmaps, offsets, ctx.n, x.shape[1]), scales, x)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and kernels:
+        grad_values = torch.ops.pyfast.bitmap_grad_values(grad, x, bitmaps, offsets, values.shape[0])
+    elif ctx.needs_input_grad[1]:
         grad_values = bitmap_convert.gather(grad.T @ x, bitmaps, offsets, values.shape[0])
     if ctx.needs_input_grad[5]:
         grad_bias = grad.sum(0)
