@@ -9,6 +9,7 @@ from pyfast._version import __version__
 from pyfast.capture import capture_attention
 from pyfast.contrastive import contrastive_distillation_loss
 from pyfast.hidden import hidden_loss, hidden_states_loss
+from pyfast.integrations._on_import import register_when_imported
 from pyfast.layer_map import layer_map
 from pyfast.logit_lens import logit_lens_loss
 from pyfast.ops.attention_distill import attention_distillation_loss
@@ -39,3 +40,5 @@ __all__ = [
     "structured",
     "topk_distillation_loss",
 ]
+
+register_when_imported()

@@ -48,6 +48,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "indexed_linear": ("native", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
     "bitmap_convert": ("native", "cuda", "reference"),
+    "bitmask_convert": ("native", "reference"),
     "nm_mask": ("native", "reference"),
 }
 
@@ -56,12 +57,13 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 _WITHOUT_ISA = {
     "sparse24_convert": "portable code, no ISA variants",
     "bitmap_convert": "portable code, no ISA variants",
+    "bitmask_convert": "portable code, no ISA variants",
     "linear_distill": "torch's matrix products around the kernels of distill_kl",
     "attention_distill": "torch's matrix products around the kernels of distill_kl",
 }
 
 # Conversions that move elements of one byte too: weights of int8 values.
-_CONVERTS_INT8 = ("sparse24_convert", "bitmap_convert")
+_CONVERTS_INT8 = ("sparse24_convert", "bitmap_convert", "bitmask_convert")
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:

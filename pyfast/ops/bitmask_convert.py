@@ -27,14 +27,14 @@ define(
 
 def from_bitmask(compressed: Tensor, bitmask: Tensor, row_offsets: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """values [stored], bitmaps int64 [tiles, 16], offsets int64 [tiles + 1]."""
-    if backends.select("bitmap_convert", compressed.device.type, compressed.dtype) == "native":
+    if backends.select("bitmask_convert", compressed.device.type, compressed.dtype) == "native":
         return torch.ops.pyfast.bitmap_from_bitmask(compressed, bitmask, row_offsets, k)
     return reference.from_bitmask(compressed, bitmask, k)
 
 
 def to_bitmask(values: Tensor, bitmaps: Tensor, offsets: Tensor, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """compressed [stored], bitmask uint8 [n, ceil(k / 8)], row_offsets int64 [n]."""
-    if backends.select("bitmap_convert", values.device.type, values.dtype) == "native":
+    if backends.select("bitmask_convert", values.device.type, values.dtype) == "native":
         return torch.ops.pyfast.bitmap_to_bitmask(values, bitmaps, offsets, n, k)
     return reference.to_bitmask(values, bitmaps, n, k)
 

@@ -12,6 +12,7 @@ from torch import nn
 from pyfast.sparse.formats import DTYPES, format_class
 from pyfast.sparse.linear import SparseLinear
 from pyfast.sparse.masks import check_sparsity
+from pyfast.sparse.pretrained import record_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -31,7 +32,8 @@ def sparsify(
     Eligible is every ``nn.Linear`` (exactly that class) whose weight no other module shares. The output head (what
     ``get_output_embeddings()`` returns, or a module called ``lm_head``) stays dense unless ``head`` is True.
     Everything is checked before the first layer is touched; layers are then swapped one at a time, so that the peak
-    memory is that of the dense model and one sparse layer.
+    memory is that of the dense model and one sparse layer. A Hugging Face model's config says afterwards which layers
+    are sparse: ``save_pretrained`` and ``from_pretrained`` work (docs/formats.md).
 
     Args:
         model: any module; changed in place and returned.
@@ -55,6 +57,7 @@ def sparsify(
             swapped[linear] = SparseLinear.from_linear(linear, format, sparsity)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, swapped[linear])
+    record_layers(model)
     return model
 
 

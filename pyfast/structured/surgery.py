@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pyfast.sparse.pretrained import METHOD, entry_method, record_layers
 from pyfast.structured.families import DERIVED, Anatomy, anatomy, edited_fields, layer_indices, layer_marks
 from pyfast.structured.verify import (
     SAME,
@@ -75,6 +76,8 @@ def remove_layers(model: ModelT, layers: Iterable[int] | Tensor, *, verify: bool
         expected = expect(model, parts, removed) if verify else None
         ties = outer_ties(model, parts)
         _cut(parts, removed, configs, edits)
+        if entry_method(model.config) == METHOD:
+            record_layers(model)
         _check(model, parts, [marks[index] for index in kept], ties, expected)
     except BaseException as error:
         before.restore()
@@ -132,7 +135,7 @@ def _position(entry: Any) -> int:
 def _require_whole(model: Any, parts: Anatomy) -> None:
     """Refuse what cannot be cut and saved as a plain model: quantised, adapted, spread out, or irregular."""
     name = type(model).__name__
-    if getattr(model, "hf_quantizer", None) is not None or getattr(parts.config, "quantization_config", None):
+    if getattr(model, "hf_quantizer", None) is not None or entry_method(parts.config) not in (None, METHOD):
         raise ValueError(f"model: {name} is quantised; remove layers first and quantise the result")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model: {name} carries adapters; merge or unload them first")
