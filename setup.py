@@ -10,6 +10,7 @@ Environment
                             of torch are there. With 1 a CPU build of torch is enough to compile and link.
     TORCH_CUDA_ARCH_LIST    the architectures, such as "9.0" or "8.0;9.0+PTX"; default: DEFAULT_CUDA_ARCHS
     PYFAST_NATIVE=0         no native module at all: the plain-torch reference serves
+    PYFAST_SANITIZE=1       CPU modules with the address and undefined-behaviour sanitizers (`make sanitize`)
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ DEFAULT_CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pyfast" / "_version.py").read_text())[1]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12's own intrinsics warn
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+if os.environ.get("PYFAST_SANITIZE") == "1":
+    CXX_FLAGS += SANITIZE
 ABI3_MACROS = [("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
 
 
@@ -44,7 +48,7 @@ def cpu_extensions() -> list[Extension]:
     variants = ("serial", "avx2", "avx512*")
     kernels = sources("csrc/cpu/isa.cpp", "csrc/cpu/tables.cpp", *(f"csrc/cpu/*_{isa}.cpp" for isa in variants))
     torch_side = [path for path in sources("csrc/cpu/*.cpp") if path not in kernels]
-    headers = sources("csrc/cpu/*.h")
+    headers = sources("csrc/*.h", "csrc/cpu/*.h")
     return [
         CppExtension(
             "pyfast._C",
@@ -52,6 +56,7 @@ def cpu_extensions() -> list[Extension]:
             define_macros=[*ABI3_MACROS, ("PYFAST_VERSION", f'"{VERSION}"')],
             depends=headers,
             extra_compile_args=CXX_FLAGS,
+            extra_link_args=[flag for flag in CXX_FLAGS if flag.startswith("-fsanitize")],
             py_limited_api=True,
         ),
         Extension(
@@ -60,6 +65,7 @@ def cpu_extensions() -> list[Extension]:
             include_dirs=[pybind11.get_include()],
             depends=headers,
             extra_compile_args=CXX_FLAGS,
+            extra_link_args=[flag for flag in CXX_FLAGS if flag.startswith("-fsanitize")],
             language="c++",
         ),
     ]
@@ -88,7 +94,7 @@ def cuda_extensions() -> list[Extension]:
         return []
     gencode_flags(cuda_archs())  # a wrong list is refused before anything is compiled
     files = ["csrc/cuda/module.cpp", *sources("csrc/cuda/*.cu")]
-    headers = sources("csrc/cuda/*.cuh", "csrc/cuda/*.h")
+    headers = sources("csrc/*.h", "csrc/cuda/*.cuh", "csrc/cuda/*.h")
     return [Extension("pyfast._cuda", files, depends=headers, py_limited_api=True)]
 
 

@@ -16,6 +16,7 @@
 #include "cpu/bitmap_linear.h"
 #include "cpu/distill_kl.h"
 #include "cpu/isa.h"
+#include "cpu/nm_mask.h"
 #include "cpu/sparse24_linear.h"
 #include "cpu/topk_distill.h"
 
@@ -32,14 +33,13 @@ struct Variant {
 };
 
 constexpr Variant kVariants[] = {
-    {"serial", pyfast::Isa::serial},
-    {"avx2", pyfast::Isa::avx2},
-    {"avx512", pyfast::Isa::avx512},
-    {"avx512_lookup", pyfast::Isa::avx512},
+    {"serial", pyfast::Isa::serial},        {"avx2", pyfast::Isa::avx2},           {"avx512", pyfast::Isa::avx512},
+    {"avx512_lookup", pyfast::Isa::avx512}, {"avx512_vbmi2", pyfast::Isa::avx512},
 };
 
 bool runs(const Variant& v) {
-  return pyfast::isa_supported(v.needs) && (std::string("avx512_lookup") != v.name || pyfast::has_vbmi2());
+  const bool vbmi2 = std::string(v.name).rfind("avx512_", 0) == 0;
+  return pyfast::isa_supported(v.needs) && (!vbmi2 || pyfast::has_vbmi2());
 }
 
 pyfast::Isa checked(const std::string& variant) {
@@ -145,11 +145,11 @@ py::tuple topk_distill(const py::array& student, const py::array& ids, const py:
   return py::make_tuple(value, grad);
 }
 
-pyfast::Epilogue epilogue(py::array& y, py::ssize_t n) {
+pyfast::Epilogue epilogue(py::array& y, py::ssize_t n, pyfast::Dtype dtype) {
   pyfast::Epilogue e{};
   e.y = y.mutable_data();
   e.y_stride = e.n = n;
-  e.dtype = dtype_of(y, "y");
+  e.dtype = dtype;
   return e;
 }
 
@@ -163,6 +163,7 @@ py::array sparse24_linear(const py::array& activations, const py::array& values,
   const py::ssize_t tokens = x.shape(0), n = v.shape(0), k = 2 * v.shape(1);
   require(k % 32 == 0 && x.shape(1) == k && metadata.shape(0) == n && metadata.shape(1) == k / 16,
           "x, values, metadata: accepted: [tokens, k], [n, k/2], [n, k/16] with k a multiple of 32");
+  const pyfast::Dtype dtype = dtype_of(v, "values");
   py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
   pyfast::Sparse24LinearArgs args{};
   args.x = x.data();
@@ -170,16 +171,17 @@ py::array sparse24_linear(const py::array& activations, const py::array& values,
   args.metadata = metadata.data();
   args.tokens = tokens;
   args.k = args.x_stride = k;
-  args.out = epilogue(y, n);
-  table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, n);
+  args.out = epilogue(y, n, dtype);
+  table.linear[static_cast<int>(dtype)](args, 0, n);
   return y;
 }
 
 const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   const pyfast::Isa isa = checked(variant);
 #if defined(__x86_64__)
-  if (isa == pyfast::Isa::avx512)
-    return variant == "avx512" ? pyfast::kBitmapLinearAvx512 : pyfast::kBitmapLinearAvx512Lookup;
+  if (variant == "avx512") return pyfast::kBitmapLinearAvx512;
+  if (variant == "avx512_lookup") return pyfast::kBitmapLinearAvx512Lookup;
+  if (variant == "avx512_vbmi2") return pyfast::kBitmapLinearAvx512Vbmi2;
 #endif
   return pyfast::bitmap_linear_table(isa, 1.0);
 }
@@ -207,6 +209,7 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
     for (int word = 0; word < pyfast::kTileRows; ++word) stored += __builtin_popcountll(*bits++);
   }
   require(offsets.data()[tiles] == stored, "offsets: do not agree with the bits of the bitmaps");
+  const pyfast::Dtype dtype = dtype_of(v, "values");
   py::array y(v.dtype(), std::vector<py::ssize_t>{tokens, n});
   pyfast::BitmapLinearArgs args{};
   args.x = x.data();
@@ -215,10 +218,26 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   args.offsets = offsets.data();
   args.tokens = tokens;
   args.k = args.x_stride = k;
-  args.out = epilogue(y, n);
+  args.out = epilogue(y, n, dtype);
   args.nnz = v.shape(0);
-  table.linear[static_cast<int>(dtype_of(v, "values"))](args, 0, tile_rows);
+  table.linear[static_cast<int>(dtype)](args, 0, tile_rows);
   return y;
+}
+
+py::array nm_mask(const py::array& scores, py::ssize_t n, py::ssize_t m, const std::string& variant) {
+  const pyfast::NmMaskTable& table = pyfast::nm_mask_table(checked(variant));
+  const py::array s = contiguous(scores);
+  require(s.ndim() == 2, "scores: accepted: a matrix");
+  require(1 <= n && n <= m && m <= pyfast::kNmMaskMaxGroup, "n, m: accepted: 1 <= n <= m <= 32");
+  py::array_t<bool> mask(std::vector<py::ssize_t>{s.shape(0), s.shape(1)});
+  pyfast::NmMaskArgs args{};
+  args.scores = s.data();
+  args.mask = reinterpret_cast<uint8_t*>(mask.mutable_data());
+  args.k = args.score_stride = s.shape(1);
+  args.n = n;
+  args.m = m;
+  table.rows[static_cast<int>(dtype_of(s, "scores"))](args, 0, s.shape(0));
+  return mask;
 }
 
 }  // namespace
@@ -239,4 +258,6 @@ PYBIND11_MODULE(_host, m) {
         py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
   m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),
         py::arg("n"), py::arg("variant") = "serial", "x [tokens, k] float32 times a bitmap weight: [tokens, n].");
+  m.def("nm_mask", &nm_mask, py::arg("scores"), py::arg("n"), py::arg("m"), py::arg("variant") = "serial",
+        "Which n of every m consecutive columns have the largest scores [rows, k]: bool [rows, k].");
 }

@@ -3,6 +3,7 @@ losses of ``pyfast/parallel.py`` on the local shards. ``to_local`` makes the gra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
@@ -10,24 +11,16 @@ from torch import Tensor
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.parallel import vocab_parallel_distillation_loss, vocab_parallel_linear_distillation_loss
+from pyfast.ops._arguments import LossOptions
+from pyfast.ops._linear_chunks import Operands
+from pyfast.parallel import CHUNK, linear_loss_of_shards, loss_of_shards
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
-def distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: str,
-    *,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    vocab_size: int | None,
-    backend: str | None,
-    **options: Any,
-) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, options: LossOptions) -> Tensor:
     """:func:`pyfast.distillation_loss` where the logits are DTensors."""
     if not arguments.is_dtensor(student) or not arguments.is_dtensor(teacher):
         raise TypeError(
@@ -36,80 +29,58 @@ def distillation_loss(
         )
     arguments.check_floating("student", student, "of logits [..., V]")
     arguments.check_floating("teacher", teacher, "of logits [..., V]")
-    if backend is not None:
-        backends.select("shard_distill", student.device.type, student.dtype, backend)
+    if options.backend is not None:
+        backends.select("shard_distill", student.device.type, student.dtype, options.backend)
     place = _place("student", student, -1)
     if _place("teacher", teacher, -1) != place:
         raise ValueError(
             f"teacher: got placements {list(teacher.placements)} on {teacher.device_mesh}, accepted: the student's, "
             f"{list(student.placements)} on {place.mesh}"
         )
-    start, words = _compared(place, student.shape[-1], teacher.shape[-1], vocab_size)
-    return vocab_parallel_distillation_loss(
-        student.to_local(),
-        teacher.to_local(),
-        divergence,
-        group=place.group,
-        vocab_start=start,
+    start, words = _compared(place, student.shape[-1], teacher.shape[-1], options.vocab_size)
+    local = replace(
+        options,
+        labels=_local_tokens("labels", options.labels, place),
+        mask=_local_tokens("mask", options.mask, place),
         vocab_size=words,
-        labels=_local_tokens("labels", labels, place),
-        mask=_local_tokens("mask", mask, place),
-        **options,
     )
+    return loss_of_shards(student.to_local(), teacher.to_local(), local, place.group, start)
 
 
-def linear_distillation_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    divergence: str,
-    *,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    vocab_size: int | None,
-    chunk_size: int | None,
-    backend: str | None,
-    **options: Any,
-) -> Tensor:
+def linear_distillation_loss(operands: Operands, options: LossOptions, chunk_size: int | None) -> Tensor:
     """:func:`pyfast.linear_distillation_loss` where the heads are DTensors sharded by their rows, on a mesh of one
     dimension. Hidden states, labels and mask are those of all tokens, plain or replicated."""
-    if backend is not None:
-        backends.select("shard_distill", student_hidden.device.type, student_hidden.dtype, backend)
+    student_hidden, student_head = operands.student_hiddens[0], operands.student_head
+    if options.backend is not None:
+        backends.select("shard_distill", student_hidden.device.type, student_hidden.dtype, options.backend)
     if not arguments.is_dtensor(student_head):
         raise TypeError(f"student_head: got {type(student_head).__name__}, accepted: a DTensor, as teacher_head is one")
     place = _place("student_head", student_head, 0)
     if place.mesh.ndim != 1:
         raise ValueError(f"student_head: got {place.mesh}, accepted: a mesh of one dimension, such as mesh['tp']")
-    parts = {
-        "student_head": _rows_here("student_head", student_head, 0, place),
-        "teacher_head": _rows_here("teacher_head", teacher_head, 0, place),
-        "student_bias": _rows_here("student_bias", student_bias, 0, place),
-        "teacher_bias": _rows_here("teacher_bias", teacher_bias, 0, place),
-        "teacher_logits": _rows_here("teacher_logits", teacher_logits, -1, place),
-    }
-    student_words = teacher_words = student_head.shape[0]
-    if teacher_head is not None:
-        teacher_words = teacher_head.shape[0]
-    elif teacher_logits is not None:
-        teacher_words = teacher_logits.shape[-1]
-    start, words = _compared(place, student_words, teacher_words, vocab_size)
-    return vocab_parallel_linear_distillation_loss(
-        student_hidden=_replicated("student_hidden", student_hidden, place),
-        teacher_hidden=_replicated("teacher_hidden", teacher_hidden, place),
-        divergence=divergence,
-        group=place.group,
-        vocab_start=start,
-        vocab_size=words,
-        labels=_replicated("labels", labels, place),
-        mask=_replicated("mask", mask, place),
-        **({} if chunk_size is None else {"chunk_size": chunk_size}),
-        **parts,
-        **options,
+    teacher_hiddens = operands.teacher_hiddens
+    parts = operands._replace(
+        student_head=student_head.to_local(),
+        teacher_head=_rows_here("teacher_head", operands.teacher_head, 0, place),
+        student_bias=_rows_here("student_bias", operands.student_bias, 0, place),
+        teacher_bias=_rows_here("teacher_bias", operands.teacher_bias, 0, place),
+        teacher_logits=_rows_here("teacher_logits", operands.teacher_logits, -1, place),
+        student_hiddens=[_replicated("student_hidden", student_hidden, place)],
+        teacher_hiddens=teacher_hiddens and [_replicated("teacher_hidden", teacher_hiddens[0], place)],
     )
+    student_words = teacher_words = student_head.shape[0]
+    if operands.teacher_head is not None:
+        teacher_words = operands.teacher_head.shape[0]
+    elif operands.teacher_logits is not None:
+        teacher_words = operands.teacher_logits.shape[-1]
+    start, words = _compared(place, student_words, teacher_words, options.vocab_size)
+    local = replace(
+        options,
+        labels=_replicated("labels", options.labels, place),
+        mask=_replicated("mask", options.mask, place),
+        vocab_size=words,
+    )
+    return linear_loss_of_shards(parts, local, CHUNK if chunk_size is None else chunk_size, place.group, start)
 
 
 class _Place(NamedTuple):

@@ -38,7 +38,7 @@ class OpRow:
 
 # Priority order, an op. The conversions of the sparse weights have no CUDA form yet but for decompression.
 PRIORITY: dict[str, tuple[str, ...]] = {
-    "distill_kl": ("native", "triton", "reference"),
+    "distill_kl": ("native", "cuda", "triton", "reference"),
     "linear_distill": ("native", "triton", "reference"),
     "topk_distill": ("native", "triton", "reference"),
     "attention_distill": ("native", "triton", "reference"),
@@ -48,6 +48,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "indexed_linear": ("native", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
     "bitmap_convert": ("native", "cuda", "reference"),
+    "nm_mask": ("native", "reference"),
 }
 
 
@@ -59,6 +60,9 @@ _WITHOUT_ISA = {
     "attention_distill": "torch's matrix products around the kernels of distill_kl",
 }
 
+# Conversions that move elements of one byte too: weights of int8 values.
+_CONVERTS_INT8 = ("sparse24_convert", "bitmap_convert")
+
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot serve ``op`` for tensors on ``device`` (a device type) of ``dtype``; None if it can."""
@@ -66,6 +70,8 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"{op} has no {backend} kernel"
     if backend == "reference":
         return None
+    if backend == "native" and dtype == torch.int8 and op in _CONVERTS_INT8:
+        dtype = torch.float32
     if dtype not in FAST_DTYPES:
         return f"the {backend} kernel takes float32, bfloat16 or float16, not {dtype}"
     if backend == "native":

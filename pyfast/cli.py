@@ -1,4 +1,4 @@
-"""The command line: ``pyfast info``, ``pyfast calibrate`` and ``pyfast bench``.
+"""The command line: ``pyfast info``, ``pyfast calibrate``, ``pyfast bench`` and ``pyfast prune``.
 
 Exit codes: 0 done; 1 a suite failed (the others' figures are kept); 2 the command was wrong.
 """
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from pyfast import backends
+from pyfast.prune_cli import prune
 
 if TYPE_CHECKING:
     from pyfast.bench.options import Options
@@ -160,6 +161,9 @@ def bench(
     if outcome.failures:
         _tell_failures(outcome.failures)
         raise typer.Exit(1)
+
+
+app.command()(prune)
 
 
 def _console() -> Console:

@@ -66,9 +66,7 @@ def contrastive_distillation_loss(
     Raises:
         TypeError, ValueError: as :func:`pyfast.distillation_loss`; and responses that do not fit together, named.
     """
-    unknown = set(options) - _OPTIONS
-    if unknown:
-        raise TypeError(f"options: got {sorted(unknown)}, accepted: {sorted(_OPTIONS)}")
+    arguments.check_names("contrastive_distillation_loss", options, arguments.option_names(*_OWN))
     if not 0.0 <= arguments.number("balance", balance, "a number from 0 to 1") <= 1.0:
         raise ValueError(f"balance: got {balance}, accepted: a number from 0 to 1")
     if reduction not in ("mean", "sum"):
@@ -130,12 +128,4 @@ def _checked(
     return student, teacher, {"mask" if boolean else "labels": tokens}
 
 
-_OPTIONS = {
-    "temperature",
-    "teacher_temperature",
-    "scale_by_t2",
-    "softcap",
-    "teacher_softcap",
-    "vocab_size",
-    "backend",
-}
+_OWN = ("alpha", "beta", "ce_weight", "reduction", "labels", "ignore_index", "mask", "num_items")

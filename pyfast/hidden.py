@@ -65,23 +65,15 @@ def hidden_loss(
         raise ValueError(f"kind: got {kind!r}, accepted: {', '.join(KINDS)}")
     arguments.positive("eps", eps)
     leading = _check_pair(student, teacher, projection)
-    weights = arguments.token_weights(
-        torch.empty(math.prod(leading), device=student.device, dtype=torch.promote_types(student.dtype, torch.float32)),
-        leading,
-        factor=1.0,
-        reduction=reduction,
-        labels=None,
-        ignore_index=0,
-        mask=mask,
-        num_items=num_items,
-    )
+    options = arguments.LossOptions(mask=mask, reduction=reduction, num_items=num_items)
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    weights = options.token_weights(torch.empty(math.prod(leading), device=student.device, dtype=dtype), leading)
     count, counted = math.prod(leading), weights.counted
     student, teacher = student.reshape(count, student.shape[-1]), teacher.detach().reshape(count, teacher.shape[-1])
     if counted is not None:
         student = torch.where(counted.unsqueeze(-1), student, 0.0)
         teacher = torch.where(counted.unsqueeze(-1), teacher, 0.0)
     student = _projected(student, projection, teacher.shape[-1])
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     values = _VALUES[kind](student.to(dtype), teacher.to(dtype), eps)
     rows = weighted(values, weights.row_scale)
     return rows.reshape(leading) if reduction == "none" else rows.sum()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyfast.layer_map import layer_map
 from pyfast.ops import _arguments as arguments
+from pyfast.ops._linear_chunks import Operands
 from pyfast.ops.linear_distill import layers_loss
 
 
@@ -24,8 +25,11 @@ def logit_lens_loss(
     layers: Mapping[int, int] | Sequence[int] | Sequence[tuple[int, int]] | None = None,
     layer_weights: Sequence[float] | None = None,
     divergence: str = "jsd",
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
     train_head: bool = True,
     last_is_normed: bool = True,
+    chunk_size: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Divergence between what the intermediate layers of student and teacher predict (DistillLens, arXiv 2602.13567).
@@ -45,6 +49,7 @@ def logit_lens_loss(
         student_norm, teacher_norm: the final norm of each model (``model.model.norm``), a module or function that works
             on the last dimension. Gradients flow to the student's.
         student_head, teacher_head: ``[V, H_s]`` and ``[V, H_t]`` (``model.lm_head.weight``).
+        student_bias, teacher_bias: ``[V]``, of the heads; the student's receives a gradient.
         layers: which layers are compared. None: all of the student's but the last, which the loss on the output
             covers. Student layers alone (``[3, 7]``) take the teacher's at the same relative depth, see
             :func:`pyfast.layer_map.layer_map`; a mapping ``{3: 7}`` or pairs ``[(3, 7)]`` name both.
@@ -54,9 +59,9 @@ def logit_lens_loss(
             get theirs.
         last_is_normed: the last entry of both tuples has been through the final norm already, as models of Hugging Face
             return it; the norm is then not applied to it again.
-        **options: any further option of :func:`linear_distillation_loss`: biases, ``alpha``, ``beta``, temperatures,
-            ``softcap``, ``ce_weight``, ``reduction``, ``labels``, ``mask``, ``num_items``, ``vocab_size``,
-            ``chunk_size``, ``backend``. ``labels`` and ``mask`` have the shape of one layer's tokens.
+        chunk_size: as in :func:`linear_distillation_loss`.
+        options: the options of :func:`pyfast.distillation_loss`. ``labels`` and ``mask`` have the shape of one
+            layer's tokens.
 
     Returns:
         The weighted mean over layers of what :func:`linear_distillation_loss` returns for each.
@@ -64,6 +69,7 @@ def logit_lens_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, length or value, named in the message.
     """
+    given = arguments.LossOptions.of("logit_lens_loss", divergence, options)
     depths = []
     for name, hiddens in (("student_hiddens", student_hiddens), ("teacher_hiddens", teacher_hiddens)):
         if not isinstance(hiddens, Sequence) or not all(isinstance(hidden, Tensor) for hidden in hiddens):
@@ -88,9 +94,9 @@ def logit_lens_loss(
         teacher = [seen(teacher_hiddens, layer, teacher_norm) for _, layer in pairs]
     if not train_head:
         student_head = student_head.detach()
-        if options.get("student_bias") is not None:
-            options["student_bias"] = options["student_bias"].detach()
-    return layers_loss(weights, student, student_head, teacher, teacher_head, divergence, **options)
+        student_bias = None if student_bias is None else student_bias.detach()
+    operands = Operands(student, student_head, student_bias, teacher, teacher_head, teacher_bias)
+    return layers_loss(weights, operands, given, chunk_size)
 
 
 def _pairs(

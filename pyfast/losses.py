@@ -32,7 +32,7 @@ class LogitDistillationLoss(nn.Module):
 
     def __init__(self, divergence: str = "forward_kl", **options: Any):
         super().__init__()
-        _refuse_unknown("options", options, _LOGIT_OPTIONS | {"reduction", "ignore_index"})
+        arguments.check_names("LogitDistillationLoss", options, arguments.option_names(*_OF_CALLS))
         self.options = {"divergence": divergence, **options}
 
     def forward(
@@ -136,9 +136,10 @@ class DistillationLoss(nn.Module):
         self.hidden_options, self.attention_options, self.lens_options = (
             dict(options or {}) for options in (hidden_options, attention_options, lens_options)
         )
-        _refuse_unknown("options", logit_options, _LOGIT_OPTIONS)
-        _refuse_unknown("hidden_options", self.hidden_options, _HIDDEN_OPTIONS)
-        _refuse_unknown("attention_options", self.attention_options, _ATTENTION_OPTIONS)
+        logit_names = arguments.option_names(*_OF_CALLS, "reduction", "ignore_index")
+        arguments.check_names("DistillationLoss", logit_options, logit_names)
+        arguments.check_names("hidden_options", self.hidden_options, _HIDDEN_OPTIONS)
+        arguments.check_names("attention_options", self.attention_options, _ATTENTION_OPTIONS)
         projection = self.hidden_options.get("projection")
         if isinstance(projection, list | tuple) and all(isinstance(each, nn.Module) for each in projection):
             projection = self.hidden_options["projection"] = nn.ModuleList(projection)
@@ -404,25 +405,8 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first if second is None else second if first is None else first & second
 
 
-def _refuse_unknown(name: str, options: Mapping[str, Any], accepted: set[str]) -> None:
-    unknown = set(options) - accepted
-    if unknown:
-        raise TypeError(f"{name}: got {sorted(unknown)}, accepted: {sorted(accepted)}")
-
-
 _COUNTED = ("labels", "mask", "attention_mask")
 _ASK_FOR_HIDDEN = "call the model with output_hidden_states=True"
-_LOGIT_OPTIONS = {
-    "alpha",
-    "beta",
-    "temperature",
-    "teacher_temperature",
-    "scale_by_t2",
-    "softcap",
-    "teacher_softcap",
-    "ce_weight",
-    "vocab_size",
-    "backend",
-}
-_HIDDEN_OPTIONS = {"layers", "kind", "embeddings", "projection", "eps"}
-_ATTENTION_OPTIONS = {"layers", "divergence", "alpha", "beta", "temperature", "backend"}
+_OF_CALLS = ("labels", "mask", "num_items")  # options of the logit loss that forward takes
+_HIDDEN_OPTIONS = ("layers", "kind", "embeddings", "projection", "eps")
+_ATTENTION_OPTIONS = ("layers", "divergence", "alpha", "beta", "temperature", "backend")

@@ -26,11 +26,14 @@ from torch.autograd.function import once_differentiable
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops import linear_distill as linear
+from pyfast.ops._arguments import LossOptions
+from pyfast.ops._linear_chunks import Inputs, Operands, in_chunks
 from pyfast.ops.distill_kl import scaled
 from pyfast.ops.shard_distill import CENTERED
 from pyfast.reference.distill_kl import weighted
 from pyfast.reference.shard_distill import log_sum_exps
+
+CHUNK = 512  # tokens, of the linear loss: every rank must choose alike, whatever its memory
 
 
 def vocab_parallel_distillation_loss(
@@ -40,20 +43,7 @@ def vocab_parallel_distillation_loss(
     *,
     group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """:func:`pyfast.distillation_loss` of logits whose words are spread over the ranks of a group.
 
@@ -68,11 +58,9 @@ def vocab_parallel_distillation_loss(
         group: the process group; None for the default group.
         vocab_start: number of the shard's first word in the vocabulary. None: found from the widths of the shards
             before it. Needed with ``vocab_size``.
-        labels: ``[...]``, words counted over the whole vocabulary; the same on every rank, as are
-            ``mask`` and ``num_items``.
-        vocab_size: compare the first ``vocab_size`` words of the vocabulary; ranks leave out those beyond.
-
-        The divergences and the other options are those of :func:`pyfast.distillation_loss`.
+        divergence, options: as in :func:`pyfast.distillation_loss`, but for ``backend``. ``labels``, whose words are
+            counted over the whole vocabulary, ``mask`` and ``num_items`` are the same on every rank; ``vocab_size``
+            compares the first words of the whole vocabulary, and ranks leave out those beyond.
 
     Returns:
         float32 (float64 for float64 logits), the same on every rank: a scalar, or ``[...]`` for ``reduction="none"``.
@@ -82,38 +70,32 @@ def vocab_parallel_distillation_loss(
             An error that only one rank sees leaves the others waiting in their collective.
         RuntimeError: double backward.
     """
+    given = LossOptions.of("vocab_parallel_distillation_loss", divergence, options, without=("backend",))
+    return loss_of_shards(student_shard, teacher_shard, given, group, vocab_start)
+
+
+def loss_of_shards(
+    student_shard: Tensor,
+    teacher_shard: Tensor,
+    options: LossOptions,
+    group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+) -> Tensor:
+    """:func:`vocab_parallel_distillation_loss`, its options joined."""
     group = _checked_group(group)
-    words = _words_here(student_shard, teacher_shard, vocab_start, vocab_size, group)
+    words = _words_here(student_shard, teacher_shard, vocab_start, options.vocab_size, group)
     leading, student, teacher = arguments.as_rows(student_shard, teacher_shard, words)
-    call = _prepare(
-        student,
-        leading,
-        _Shard(group, vocab_start, vocab_size),
-        divergence,
-        alpha,
-        beta,
-        temperature,
-        teacher_temperature,
-        scale_by_t2,
-        softcap,
-        teacher_softcap,
-        ce_weight,
-        reduction,
-        labels,
-        ignore_index,
-        mask,
-        num_items,
-        divide_last=student_shard.dtype == torch.float16,
-    )
+    objective = options.objective()
+    weights = options.token_weights(student, leading, divide_last=student_shard.dtype == torch.float16)
+    call = _Call(_Shard(group, vocab_start, options.vocab_size), weights, objective)
     if torch.is_grad_enabled() and student.requires_grad:
         rows = _VocabParallel.apply(student, teacher, call)
     else:
         with torch.no_grad():
             rows, _ = _rows_and_grad(student, teacher, call, slice(None), with_grad=False)
-    return rows.reshape(leading) if reduction == "none" else call.weights.reduced(rows.sum())
+    return rows.reshape(leading) if options.reduction == "none" else weights.reduced(rows.sum())
 
 
-@torch.compiler.disable  # the number of chunks hangs on how many tokens count
 def vocab_parallel_linear_distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -126,21 +108,8 @@ def vocab_parallel_linear_distillation_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
+    **options: Any,
 ) -> Tensor:
     """:func:`pyfast.linear_distillation_loss` where the rows of the heads are spread over the ranks of a group.
 
@@ -155,80 +124,56 @@ def vocab_parallel_linear_distillation_loss(
             Ranks hold consecutive words in the order of their ranks; widths may differ, and be 0.
         student_bias, teacher_bias: ``[V_local]``.
         teacher_logits: this rank's words, ``[..., V_local]``, in place of ``teacher_hidden`` and ``teacher_head``.
-        group, vocab_start, labels, vocab_size: as in :func:`vocab_parallel_distillation_loss`.
+        group, vocab_start, divergence, options: as in :func:`vocab_parallel_distillation_loss`.
+            ``reduction="none"`` is accepted where no gradient is required: the gradient of a head is finished in
+            forward.
         chunk_size: tokens a chunk, from 1, the same on every rank. Three blocks of ``chunk_size`` · V_local logits are
             alive at a time.
-        reduction: ``"none"`` is accepted where no gradient is required: the gradient of a head is finished in forward.
-
-        The other options, the gradients and their dtypes are those of :func:`pyfast.linear_distillation_loss`.
 
     Returns:
-        As :func:`vocab_parallel_distillation_loss`.
+        As :func:`vocab_parallel_distillation_loss`. The gradients and their dtypes are those of
+        :func:`pyfast.linear_distillation_loss`.
 
     Raises:
         As :func:`vocab_parallel_distillation_loss`.
     """
-    group = _checked_group(group)
-    arguments.check_head("student", student_hidden, student_head, student_bias, least=0)
-    hiddens = None if teacher_hidden is None else (teacher_hidden,)
-    (teacher,) = linear._check_teacher((student_hidden,), hiddens, teacher_head, teacher_bias, teacher_logits, least=0)
-    teacher_words = teacher.shape[-1] if teacher_head is None else teacher_head.shape[0]
-    words = _common_words(student_head.shape[0], teacher_words, vocab_start, vocab_size, group)
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size!r}, accepted: an integer from 1")
-    operands = (student_hidden, student_head, student_bias)
-    wanted = [torch.is_grad_enabled() and operand is not None and operand.requires_grad for operand in operands]
-    if reduction == "none" and any(wanted):
-        raise ValueError('reduction: got "none", accepted where a gradient is required: "mean", "sum"')
-
-    student_dtype = arguments.product_dtype(student_hidden)
-    teacher_dtype = teacher.dtype if teacher_head is None else arguments.product_dtype(teacher)
-    logits_dtype = torch.promote_types(student_dtype, teacher_dtype)
-    leading = student_hidden.shape[:-1]
-    call = _prepare(
-        student_hidden.new_empty((math.prod(leading), 0), dtype=logits_dtype),
-        leading,
-        _Shard(group, vocab_start, vocab_size),
-        divergence,
-        alpha,
-        beta,
-        temperature,
-        teacher_temperature,
-        scale_by_t2,
-        softcap,
-        teacher_softcap,
-        ce_weight,
-        reduction,
-        labels,
-        ignore_index,
-        mask,
-        num_items,
-        divide_last=torch.float16 in (student_dtype, logits_dtype),
-    )
-    inputs = linear._Inputs(
-        student_hidden.reshape(math.prod(leading), student_hidden.shape[-1]),
+    given = LossOptions.of("vocab_parallel_linear_distillation_loss", divergence, options, without=("backend",))
+    operands = Operands(
+        (student_hidden,),
         student_head,
         student_bias,
-        teacher.detach().reshape(math.prod(leading), teacher.shape[-1]),
-        None if teacher_head is None else teacher_head.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        call.weights.row_scale,
-        *call.objective,
-        call.weights.labels,
-        call.weights.ce_scale,
-        words,
-        chunk_size,
-        student_dtype,
-        teacher_dtype,
-        reduction != "none",
-        wanted,
+        None if teacher_hidden is None else (teacher_hidden,),
+        teacher_head,
+        teacher_bias,
+        teacher_logits,
     )
-    if any(wanted):
+    return linear_loss_of_shards(operands, given, chunk_size, group, vocab_start)
+
+
+@torch.compiler.disable  # the number of chunks hangs on how many tokens count
+def linear_loss_of_shards(
+    operands: Operands,
+    options: LossOptions,
+    chunk_size: int,
+    group: dist.ProcessGroup | None,
+    vocab_start: int | None,
+) -> Tensor:
+    """:func:`vocab_parallel_linear_distillation_loss`, its operands and options joined."""
+    group = _checked_group(group)
+    operands.check(least=0)
+    words = _common_words(*operands.vocabularies, vocab_start, options.vocab_size, group)
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size!r}, accepted: an integer from 1")
+    if options.reduction == "none" and any(operands.wanted):
+        raise ValueError('reduction: got "none", accepted where a gradient is required: "mean", "sum"')
+    inputs, weights = operands.joined(options, words, chunk_size)
+    call = _Call(_Shard(group, vocab_start, options.vocab_size), weights, inputs.objective)
+    if any(inputs.wanted):
         loss = _VocabParallelLinear.apply(*inputs[:3], inputs, call)
     else:
         with torch.no_grad():
             loss, *_ = _in_chunks(inputs, call)
-    return loss.reshape(leading) if reduction == "none" else call.weights.reduced(loss)
+    return loss.reshape(operands.leading) if options.reduction == "none" else weights.reduced(loss)
 
 
 class _Shard(NamedTuple):
@@ -245,50 +190,6 @@ class _Call(NamedTuple):
     shard: _Shard
     weights: arguments.TokenWeights
     objective: arguments.Objective
-
-
-def _prepare(
-    like: Tensor,
-    leading: torch.Size,
-    shard: _Shard,
-    divergence: str,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float | None,
-    scale_by_t2: bool,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    ce_weight: float,
-    reduction: str,
-    labels: Tensor | None,
-    ignore_index: int,
-    mask: Tensor | None,
-    num_items: float | Tensor | None,
-    divide_last: bool,
-) -> _Call:
-    objective = arguments.objective(
-        divergence,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-    )
-    weights = arguments.token_weights(
-        like,
-        leading,
-        factor=temperature**2 if scale_by_t2 else 1.0,
-        reduction=reduction,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        num_items=num_items,
-        ce_weight=ce_weight,
-        divide_last=divide_last,
-    )
-    return _Call(shard, weights, objective)
 
 
 def _rows_and_grad(
@@ -355,18 +256,16 @@ class _VocabParallel(torch.autograd.Function):
         return _scaled(grad, grad_rows), None, None
 
 
-def _in_chunks(inputs: linear._Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _in_chunks(inputs: Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def loss_of(student: Tensor, teacher: Tensor, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
         return _rows_and_grad(student, teacher, call, chunk, with_grad=any(inputs.wanted))
 
-    return linear._in_chunks(inputs, loss_of)
+    return in_chunks(inputs, loss_of)
 
 
 class _VocabParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, inputs: linear._Inputs, call: _Call
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, inputs: Inputs, call: _Call) -> Tensor:
         inputs = inputs._replace(student_hidden=hidden, student_head=head, student_bias=bias)
         loss, grad_hidden, grad_head, grad_bias = _in_chunks(inputs, call)
         if inputs.wanted[0]:

@@ -1,17 +1,11 @@
-"""The calls of ``test_parallel.py``: logits, heads and options of every case, and what a rank does with them.
-
-Started as a program, this file is one rank of a group: it runs all cases on its shards and saves what it got.
-"""
+"""The calls of ``test_parallel.py``: logits, heads and options of every case, and what a rank does with them."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,6 +209,12 @@ def padded_dtensor() -> Case:
     return Case(student, teacher, "jsd", {"vocab_size": 290}, kind="dtensor")
 
 
+def shards(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    student, teacher = pair(4)
+    words = slice(CUTS[world][rank], CUTS[world][rank + 1])
+    return student[:, words].clone().requires_grad_(), teacher[:, words]
+
+
 def truth(of: Case) -> tuple[torch.Tensor, torch.Tensor]:
     student = of.student.double().requires_grad_()
     options = {"reduction": of.reduction, "backend": "reference", **of.options}
@@ -372,181 +372,3 @@ def linear_truth(**options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     loss = pyfast.distillation_loss(student, teacher, backend="reference", **changes)
     grads = torch.autograd.grad(1.5 * loss.sum(), list(operands.values()))
     return loss.detach(), dict(zip(operands, grads, strict=True))
-
-
-def worker(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
-    cases = {name: build() for name, build in CASES.items()}
-    results = {name: run_case(of) for name, of in cases.items() if of.kind != "compiled" or world == COMPILED_WORLD}
-    linear = {name: run_linear(rank, world, **options) for name, options in LINEAR.items()}
-    errors = {}
-    for name, (_, _, call) in (BAD | (BAD_OF_SEVERAL if world > 1 else {})).items():
-        try:
-            call(rank, world)
-        except Exception as error:
-            errors[name] = type(error).__name__, str(error)
-    saved = {"results": results, "linear": linear, "errors": errors, "twice": run_twice(rank, world)}
-    saved["linear dtensors"] = run_linear_dtensors(world)
-    if world == COMPILED_WORLD:
-        saved["unknown label"] = run_unknown_label(rank, world)
-    torch.save(saved, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def shards(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
-    student, teacher = pair(4)
-    words = slice(CUTS[world][rank], CUTS[world][rank + 1])
-    return student[:, words].clone().requires_grad_(), teacher[:, words]
-
-
-def run_twice(rank: int, world: int) -> list[torch.Tensor]:
-    """Gradients of a graph that is kept, and of an incoming gradient of exactly 1."""
-    student, teacher = shards(rank, world)
-    loss = vocab_parallel_distillation_loss(student, teacher, "jsd")
-    first = torch.autograd.grad(loss, student, retain_graph=True)[0].clone()
-    second = torch.autograd.grad(2 * loss, student, retain_graph=True)[0].clone()
-    return [first, second, torch.autograd.grad(loss, student)[0]]
-
-
-def run_unknown_label(rank: int, world: int) -> torch.Tensor:
-    """A label that no rank holds, where nobody looks: in a compiled step."""
-    loss_of = torch.compile(vocab_parallel_distillation_loss, backend="aot_eager", fullgraph=True)
-    labels = torch.tensor([0, WORDS, -1, 5])
-    return loss_of(*shards(rank, world), labels=labels, ce_weight=1.0, reduction="none").detach()
-
-
-def wrong(**change: Any) -> Callable[[int, int], Any]:
-    """Calls the loss with some arguments changed, on every rank; a function gets the rank and the world size."""
-
-    def call(rank: int, world: int) -> torch.Tensor:
-        student, teacher = shards(rank, world)
-        made = {name: value(rank, world) if callable(value) else value for name, value in change.items()}
-        arguments = {"student_shard": student, "teacher_shard": teacher, **made}
-        return vocab_parallel_distillation_loss(**arguments)
-
-    return call
-
-
-def wrong_dtensors(**change: Any) -> Callable[[int, int], Any]:
-    """The same with DTensors: ``student`` and ``teacher`` are placements, or "plain"."""
-
-    def call(rank: int, world: int) -> torch.Tensor:
-        mesh = init_device_mesh("cpu", (world,))
-        options = {**change}
-        logits = dict(zip(("student", "teacher"), pair(4), strict=True)) | options.pop("logits", {})
-        for name in ("student", "teacher"):
-            placement = options.pop(name, Shard(-1))
-            if placement != "plain":
-                logits[name] = distribute_tensor(logits[name], mesh, [placement], src_data_rank=None)
-        if "labels" in options:
-            options["labels"] = distribute_tensor(options["labels"], mesh, [Shard(0)], src_data_rank=None)
-        return options.pop("function", pyfast.distillation_loss)(**logits, **options)
-
-    return call
-
-
-def wrong_linear(**change: Any) -> Callable[[int, int], Any]:
-    def call(rank: int, world: int) -> torch.Tensor:
-        inputs = linear_inputs(slice(CUTS[world][rank], CUTS[world][rank + 1]))
-        inputs["student_hidden"].requires_grad_()
-        return vocab_parallel_linear_distillation_loss(**{**inputs, **change})
-
-    return call
-
-
-def wrong_linear_dtensors(**change: Any) -> Callable[[int, int], Any]:
-    """Heads as DTensors, the one that is changed with another placement, or "plain"."""
-
-    def call(rank: int, world: int) -> torch.Tensor:
-        mesh = init_device_mesh("cpu", (world,))
-        inputs: dict[str, Any] = linear_inputs(slice(None))
-        for name in inputs:
-            place = change.get(name, Shard(0) if name.endswith("head") else "plain")
-            if place != "plain":
-                inputs[name] = distribute_tensor(inputs[name], mesh, [place], src_data_rank=None)
-        return pyfast.linear_distillation_loss(**inputs)
-
-    return call
-
-
-def double_backward(rank: int, world: int) -> None:
-    student, teacher = shards(rank, world)
-    rows = vocab_parallel_distillation_loss(student, teacher, reduction="none")
-    (grad,) = torch.autograd.grad((rows * student.sum(-1)).sum(), student, create_graph=True)
-    grad.sum().backward()
-
-
-FOUR = torch.arange(4)
-BAD: dict[str, tuple[type[Exception], str, Callable[[int, int], Any]]] = {
-    "group": (TypeError, "group: got str", wrong(group="tp")),
-    "list": (TypeError, "student_shard", wrong(student_shard=[1.0])),
-    "integers": (TypeError, "teacher_shard", wrong(teacher_shard=torch.ones(4, 5, dtype=torch.int64))),
-    "tokens": (ValueError, "teacher: got shape", wrong(teacher_shard=lambda *at: shards(*at)[1][1:])),
-    "words": (ValueError, "teacher_shard: got", wrong(teacher_shard=torch.ones(4, 1000))),
-    "no words": (
-        ValueError,
-        "student_shard: got no word",
-        wrong(student_shard=torch.ones(4, 0), teacher_shard=torch.ones(4, 0)),
-    ),
-    "divergence": (ValueError, "divergence", wrong(divergence="kl")),
-    "temperature": (ValueError, "temperature", wrong(temperature=0.0)),
-    "reduction": (ValueError, "reduction", wrong(reduction="batchmean")),
-    "no labels": (ValueError, "labels", wrong(ce_weight=1.0)),
-    "label": (
-        ValueError,
-        f"labels: got {WORDS}, accepted: 0 to {WORDS - 1}",
-        wrong(ce_weight=1.0, labels=FOUR + WORDS - 3),
-    ),
-    "vocab_size": (
-        ValueError,
-        f"vocab_size: got {WORDS + 1}, accepted: an integer from 1 to {WORDS}",
-        # the last rank has them all, and the cut of the others is within their words
-        wrong(vocab_size=WORDS + 1, vocab_start=lambda rank, world: CUTS[world][rank]),
-    ),
-    "vocab_size zero": (ValueError, "vocab_size", wrong(vocab_size=0, vocab_start=0)),
-    "vocab_start": (ValueError, "vocab_start: got", wrong(vocab_start=lambda rank, world: CUTS[world][rank] + 1)),
-    "vocab_start below 0": (ValueError, "vocab_start", wrong(vocab_start=-1)),
-    "vocab_start boolean": (ValueError, "vocab_start", wrong(vocab_start=True)),
-    "one DTensor": (TypeError, "student, teacher: got", wrong_dtensors(teacher="plain")),
-    "other DTensor": (TypeError, "student, teacher: got", wrong_dtensors(student="plain")),
-    "replicated": (ValueError, "student: got placements", wrong_dtensors(student=Replicate())),
-    "by tokens": (ValueError, "teacher: got placements", wrong_dtensors(teacher=Shard(0))),
-    "labels by words": (ValueError, "labels: got placements", wrong_dtensors(labels=FOUR)),
-    "DTensor backend": (ValueError, "backend", wrong_dtensors(backend="native")),
-    "DTensor vocabularies": (ValueError, "vocabularies differ", wrong_dtensors(logits={"teacher": torch.ones(4, 400)})),
-    "value and grad": (
-        TypeError,
-        "student, teacher: got DTensors",
-        wrong_dtensors(function=pyfast.distillation_value_and_grad),
-    ),
-    "head": (ValueError, "student_head: got shape", wrong_linear(student_head=torch.ones(5, STUDENT_WIDTH + 1))),
-    "rows of the heads": (ValueError, "teacher_shard: got", wrong_linear(teacher_head=torch.ones(999, TEACHER_WIDTH))),
-    "teacher missing": (ValueError, "got neither", wrong_linear(teacher_hidden=None)),
-    "chunk_size": (ValueError, "chunk_size: got 0", wrong_linear(chunk_size=0)),
-    "rows with a gradient": (ValueError, 'reduction: got "none"', wrong_linear(reduction="none")),
-    "plain head": (TypeError, "teacher_head: got Tensor", wrong_linear_dtensors(teacher_head="plain")),
-    "head by columns": (ValueError, "student_head: got placements", wrong_linear_dtensors(student_head=Shard(1))),
-    "hidden states by tokens": (
-        ValueError,
-        "student_hidden: got placements",
-        wrong_linear_dtensors(student_hidden=Shard(0)),
-    ),
-    "double backward": (RuntimeError, "once_differentiable", double_backward),
-}
-# What one rank alone has nothing to say about.
-BAD_OF_SEVERAL: dict[str, tuple[type[Exception], str, Callable[[int, int], Any]]] = {
-    "vocab_size without vocab_start": (ValueError, "vocab_start: got None", wrong(vocab_size=100)),
-    "shards begin elsewhere": (
-        ValueError,
-        "shards begin at",
-        wrong_dtensors(logits={"teacher": torch.ones(4, 400)}, vocab_size=300),
-    ),
-}
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -68,6 +68,8 @@ def test_tokens_as_labels_as_mask_and_shifted():
         shifted = pyfast.contrastive_distillation_loss(*each, shift=True, backend="reference")
         aligned = pyfast.contrastive_distillation_loss(*cut, backend="reference")
         assert relative_error(shifted, aligned) < 1e-6
+    others = [x._replace(tokens=torch.where(x.tokens == -100, 7, -100)) for x in (on_teacher, on_student)]
+    assert torch.equal(pyfast.contrastive_distillation_loss(*others, ignore_index=7, backend="reference"), expected)
     everything = [x._replace(tokens=None) for x in (on_teacher, on_student)]
     ones = [x._replace(tokens=torch.ones_like(x.tokens, dtype=torch.bool)) for x in (on_teacher, on_student)]
     assert torch.equal(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import pyfast
 from pyfast import backends
 from pyfast.bench.hardware import peak_growth_bytes
-from pyfast.ops import _memory, linear_distill
+from pyfast.ops import _linear_chunks, _memory
+from pyfast.ops._arguments import LossOptions
 from pyfast.reference.distill_kl import DIVERGENCES
 
 NAN = float("nan")
@@ -91,7 +92,7 @@ def test_16_bits_are_no_worse_than_the_plain_formula(dtype):
 
 def test_many_chunks_round_the_gradient_of_a_16_bit_head_once(monkeypatch):
     case = Case(96, words=64, student=16, dtype=torch.bfloat16)
-    monkeypatch.setattr(linear_distill, "PANEL_BYTES", 5 * 16 * 2)  # panels of 5 rows, the last of 4
+    monkeypatch.setattr(_linear_chunks, "PANEL_BYTES", 5 * 16 * 2)  # panels of 5 rows, the last of 4
     one = case.fused(chunk_size=96)[1][1]
     many = case.fused(chunk_size=1)[1][1]
     assert relative_error(many, one) < 4e-3
@@ -311,6 +312,37 @@ def test_incoming_gradients_are_honoured(factor, dtype):
             assert relative_error(grad, true) <= relative_error(plain_grad, true) + SLACK[dtype]
 
 
+def test_incoming_gradients_of_rows_with_cross_entropy():
+    """Each row takes its own in both parts; what comes in for a row that does not count goes nowhere."""
+    case, shares = Case(7), torch.linspace(-1.0, 2.0, 7)
+    labels = torch.randint(0, 101, (7,))
+    labels[2] = -100
+    options = {"labels": labels, "ce_weight": 0.5, "reduction": "none"}
+    got = case.differentiate(pyfast.linear_distillation_loss(**vars(case), chunk_size=3, **options), shares)
+    check(got, case.plain(weight=shares, **options), 1e-5)
+    shares[2] = torch.nan
+    rows = pyfast.linear_distillation_loss(**vars(case), chunk_size=3, **options)
+    for grad, same in zip(case.differentiate(rows, shares)[1], got[1], strict=True):
+        assert torch.equal(grad, same)
+
+
+def test_the_op_counts_rows_of_cross_entropy_alone():
+    case, labels = Case(7), torch.randint(0, 101, (7,))
+    operands = _linear_chunks.Operands(
+        (case.student_hidden,),
+        case.student_head,
+        case.student_bias,
+        (case.teacher_hidden,),
+        case.teacher_head,
+        case.teacher_bias,
+    )
+    inputs, _ = operands.joined(LossOptions(labels=labels, ce_weight=1.0, reduction="sum"), 101, 3)
+    loss, *_ = torch.ops.pyfast.linear_distill(*inputs._replace(row_scale=torch.zeros(7)))
+    logits = F.linear(case.student_hidden, case.student_head, case.student_bias)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    check(case.differentiate(loss), case.differentiate(expected))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice_with_retained_graph(reduction):
     case = Case(7)
@@ -430,10 +462,10 @@ def test_logits_never_exist_in_full():
 
 def test_chunks_fit_the_memory_at_hand(monkeypatch):
     device, row = torch.device("cpu"), 151936 * 4
-    size = linear_distill._chunk_size
+    size = _linear_chunks.tokens_a_chunk
 
     def at_hand(amount):
-        monkeypatch.setattr(linear_distill, "memory_at_hand", lambda device: amount)
+        monkeypatch.setattr(_linear_chunks, "memory_at_hand", lambda device: amount)
 
     at_hand(1 << 40)
     plenty = size(151936, torch.float32, device)

@@ -70,6 +70,14 @@ def test_matches_the_layers_one_by_one(divergence, backend):
     check(got, by_hand(student, teacher, [(0, 1), (1, 3), (2, 5)], **options), student.trained)
 
 
+def test_gradients_reach_the_layers_that_require_them():
+    student, teacher = Model(3, 12), Model(3, 12)
+    student.norm.requires_grad_(False)
+    student.hiddens[1].requires_grad_(False)  # of layer 0, compared beside layer 1
+    trained = [student.hiddens[2], student.head]
+    check(lens(student, teacher), by_hand(student, teacher, [(0, 0), (1, 1)]), trained)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_layer_weights_and_reductions(reduction):
     student, teacher = Model(4, 12), Model(4, 12)
@@ -221,7 +229,7 @@ BAD = {
     "weights too few": (ValueError, "layer_weights", {"layer_weights": [1.0]}),
     "weights negative": (ValueError, "layer_weights", {"layer_weights": [1.0, -1.0]}),
     "weights zero": (ValueError, "layer_weights", {"layer_weights": [0, 0]}),
-    "teacher logits": (ValueError, "teacher_logits", {"teacher_logits": torch.randn(2, 7, 53)}),
+    "teacher logits": (TypeError, "teacher_logits", {"teacher_logits": torch.randn(2, 7, 53)}),
     "unknown option": (TypeError, "temprature", {"temprature": 2.0}),
     "divergence": (ValueError, "divergence", {"divergence": "kl"}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,33 @@ def test_labels_and_mask_are_shifted_alike():
     aligned = DistillationLoss(hidden=1.0, shift=False)(ours, theirs, mask=labels != -100)
     assert torch.equal(aligned.loss, loss(ours, theirs, mask=labels != -100, shift=False).loss)
     assert not torch.equal(aligned.loss, by_mask.loss)
+    others = DistillationLoss(hidden=1.0, shift=True, ignore_index=-7)
+    assert torch.equal(others(ours, theirs, labels=torch.where(labels == -100, -7, labels)).loss, by_labels.loss)
+
+
+def test_attention_is_compared_as_the_models_compute_it(models):
+    """Each with its own factor of the scores, and with later keys where the models see them."""
+    ours, theirs = outputs(*models, batch())
+    options = {"layers": [(0, 1)], "divergence": "forward_kl"}
+    s = ours.attention_inputs[0] = replace(ours.attention_inputs[0], scaling=0.5, causal=False)
+    t = theirs.attention_inputs[1] = replace(theirs.attention_inputs[1], scaling=0.7, causal=False)
+    out = DistillationLoss(logits=0.0, attention=1.0, attention_options=options)(ours, theirs)
+    keys = (s.query, s.key, t.query, t.key)
+    expected = attention_distillation_loss(*keys, causal=False, student_scale=0.5, teacher_scale=0.7)
+    assert relative_error(out.loss, expected) < 1e-6
+
+
+def test_no_query_looks_at_padding_before_it(models):
+    student, teacher = models
+    tokens = batch(rows=3)
+    real = tokens["attention_mask"].flip(1)
+    assert not real[:, 0].all()
+    ours, theirs = outputs(student, teacher, {**tokens, "attention_mask": real})
+    options = {"layers": [(0, 1)], "divergence": "forward_kl"}
+    out = DistillationLoss(logits=0.0, attention=1.0, attention_options=options)(ours, theirs, attention_mask=real)
+    s, t = ours.attention_inputs[0], theirs.attention_inputs[1]
+    expected = attention_distillation_loss(s.query, s.key, t.query, t.key, mask=real.bool())
+    assert relative_error(out.loss, expected) < 1e-5
 
 
 def test_padding_counts_in_no_signal_and_may_hold_nan():
@@ -214,6 +242,9 @@ def test_logits_from_last_hidden_states(models):
     got = torch.autograd.grad(out.loss, weights, retain_graph=True)
     for a, b in zip(got, torch.autograd.grad(expected.loss, weights), strict=True):
         assert relative_error(a, b) < 1e-4
+    del rest["labels"]
+    padded = loss(*last, **rest, student=student, teacher=teacher)
+    assert relative_error(padded.loss, loss(ours, theirs, **rest).loss) < 1e-5
     with pytest.raises(ValueError, match="student: got None"):
         loss(*last, **rest)
 

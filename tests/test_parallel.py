@@ -1,6 +1,6 @@
 """The vocabulary-parallel losses on 1, 2 and 4 processes against the loss of the whole vocabulary in float64.
 
-Each world size is one set of processes, which are ``parallel_cases.py`` started as a program; what their ranks saved is
+Each world size is one set of processes, which are ``parallel_rank.py`` started as a program; what their ranks saved is
 judged here.
 """
 
@@ -13,13 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import parallel_cases
+import parallel_rank
 import pytest
 import torch
 from conftest import relative_error
 from parallel_cases import (
-    BAD,
-    BAD_OF_SEVERAL,
     CASES,
     COMPILED_WORLD,
     LINEAR,
@@ -33,6 +31,7 @@ from parallel_cases import (
     pair,
     truth,
 )
+from parallel_errors import BAD, BAD_OF_SEVERAL
 
 from pyfast.bench.hardware import peak_growth_bytes
 from pyfast.ops.distill_kl import DIVERGENCES
@@ -45,7 +44,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank of a world saved."""
     world = request.param
     folder = tmp_path_factory.mktemp(f"world{world}")
-    program = [sys.executable, str(Path(parallel_cases.__file__).resolve())]
+    program = [sys.executable, str(Path(parallel_rank.__file__).resolve())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -192,6 +191,19 @@ def stages(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, 
     inputs = (student, teacher, torch.ones(len(student)), "jsd", 0.5, 2.0, 2.0, 0.0, 0.0, *lse)
     sums, _ = torch.ops.pyfast.shard_distill(*inputs, None, None, None, True)
     return sums, torch.ops.pyfast.shard_distill(*inputs, sums[:, 1], None, None, True)[1]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_divergence_of_factor_0_takes_no_part(divergence: str) -> None:
+    """Its gradient is that of the cross-entropy, whatever the teacher holds."""
+    logits, labels = draw(2, 40, seed=3), torch.tensor([7, 3])
+    teacher = torch.full((2, 40), torch.nan)
+    lse = torch.stack([logits.double().logsumexp(-1)] * 2, -1)
+    center = torch.full((2,), torch.nan, dtype=torch.float64) if divergence in reference.PULLS else None
+    inputs = (logits, teacher, torch.zeros(2), divergence, 0.5, 1.0, 1.0, 0.0, 0.0, lse, lse[:, :1] * torch.nan)
+    _, grad = torch.ops.pyfast.shard_distill(*inputs, center, labels, torch.ones(2), True)
+    expected = logits.softmax(-1) - torch.nn.functional.one_hot(labels, 40)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

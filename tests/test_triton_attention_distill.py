@@ -1,15 +1,11 @@
 """The Triton attention kernels against the reference in float64: in the interpreter, and on a GPU if there is one.
 
-Triton chooses between interpreter and compiler when it is imported. The cases therefore run in a process of
-their own, which is this file started as a program; it saves its results and the tests judge them here.
+The cases run in this file started as a program, see ``triton_programs.py``.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton_programs import PLACES, check_compiled, error_of, saved_by
 
 from pyfast.reference.attention_distill import attention_distill as reference
 
@@ -46,9 +43,7 @@ class Case:
         batch = 2 if self.masked else 1
 
         def draw(heads: int, length: int, width: int) -> Tensor:
-            layout = torch.randn(
-                batch, length, heads, width, generator=generator
-            )  # tokens before heads, as models have it
+            layout = torch.randn(batch, length, heads, width, generator=generator)  # tokens first, as models have it
             return layout.transpose(1, 2).to(self.dtype)
 
         heads, keys_s, keys_t = self.heads
@@ -131,31 +126,13 @@ def worker(device: str, target: str) -> None:
         results[name] = [x.cpu() for x in attention_distill(**case.inputs(device), with_grad=case.with_grad)]
     plain = {"q_s": ROWS, "k_s": KEYS, "q_t": ROWS, "k_t": KEYS, "row_scale": torch.ones(1, 2, 3)}
     for name, (_, _, change) in BAD.items():
-        try:
-            attention_distill(**{**plain, **change})
-        except (TypeError, ValueError) as error:
-            errors[name] = type(error).__name__, str(error)
+        errors[name] = error_of(lambda change=change: attention_distill(**{**plain, **change}))
     torch.save({"results": results, "errors": errors}, target)
 
 
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=PLACES)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from triton_cases import broken_interpreter
-
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if request.param == "interpreter" and broken_interpreter():
-        pytest.skip("the interpreter of this Triton does not work with this NumPy")
-    device = "cuda" if request.param == "cuda" else "cpu"
-    target = tmp_path_factory.mktemp("triton") / f"{request.param}.pt"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), device, str(target)]
-    done = subprocess.run(command, env=environment, cwd=target.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {"device": device, **torch.load(target)}
+    return saved_by(__file__, request.param, tmp_path_factory)
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -224,28 +201,12 @@ def test_public_loss_on_the_device_and_in_a_graph(teacher_heads: int) -> None:
 
 
 def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    program = (
-        "import json\n"
-        "from pyfast.triton_kernels import compile\n"
-        "cases = {case.name: case for case in compile.cases() if case.name.startswith('attention')}\n"
-        "pairs = [(name, target) for name in cases for target in compile.TARGETS\n"
-        "         if name.endswith(('forward_kl bf16 width 64', 'forward_kl bf16 width 128'))\n"
-        "         or (target == 90 and name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128')))]\n"
-        "print(json.dumps([compile.resources(cases[name], target) for name, target in pairs]))\n"
+    pairs = (
+        "[(case, target) for case in compile.cases() if case.name.startswith('attention') for target in compile.TARGETS"
+        " if case.name.endswith(('forward_kl bf16 width 64', 'forward_kl bf16 width 128'))"
+        " or (target == 90 and case.name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128')))]"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    table = json.loads(done.stdout)
-    assert {target for _, target, *_ in table} == {80, 90, 100}
-    assert {name.split()[0] for name, *_ in table} == {"attention_rows", "attention_keys"}
-    for name, target, warps, registers, stack, shared in table:
-        assert stack == 0, f"{name} spills {stack} bytes on sm_{target}"
-        assert registers * warps * 32 <= 65536, f"{name} does not fit sm_{target}"
-        assert shared <= 99 * 1024, f"{name} asks sm_{target} for {shared} bytes of shared memory"
+    check_compiled(pairs, {"attention_rows", "attention_keys"}, tmp_path)
 
 
 if __name__ == "__main__":

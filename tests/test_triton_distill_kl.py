@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,56 +11,15 @@ from typing import Any
 import pytest
 import torch
 import triton_cases
-from triton_cases import BAD, CASES, WRONG_LABELS, Inputs, bits, broken_interpreter, gradient, plain
-
-from pyfast.reference import distill_kl as reference
+from triton_cases import BAD, CASES, WRONG_LABELS, bits, gradient, plain, tolerances, truth
+from triton_programs import PLACES, check_compiled, saved_by
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Relative tolerances of value and gradient close to convergence. A KL of 1e-7 is an |x| of 4.5e-4; float32 leaves an
-# error c of 3e-7 in the log-sum-exps, and so in every x. It moves a KL by c²/2, and the gradient t·x of the forward
-# one by t·c. tvd and mse are sums of |x| and x², which feel it in the value; and where |x| is below it, tvd takes the
-# wrong sign. A cap adds the rounding of tanh, 1e-6 a logit.
-NEAR = {"forward_kl": (1e-4, 5e-3), "tvd": (3e-3, 1e-1), "mse": (5e-3, 5e-3)}
-NEAR_KL = (1e-4, 1e-4)
-CAPPED = (1e-2, 1e-1)
 
-
-def tolerances(name: str) -> tuple[float, float]:
-    kind, _, rest = name.partition("-")
-    if kind == "near":
-        return {"11": (1e-2, 3e-1), "hot": NEAR["forward_kl"]}.get(rest) or NEAR.get(rest.split("-")[0], NEAR_KL)
-    return CAPPED if kind == "nearcap" else (2e-5, 2e-5)
-
-
-def truth(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values, the cross-entropy's part and the gradient, by the formulas in float64."""
-    student = inputs.student.double().requires_grad_()
-    _, teacher, row_scale, *options, labels, ce_scale, _ = inputs.arguments()
-    ce_scale = None if ce_scale is None else ce_scale.double()
-    if labels is not None:
-        labels = labels.clamp(0, student.shape[1] - 1)
-    rows, ce_rows = reference.distill_kl(student, teacher.double(), row_scale.double(), *options, labels, ce_scale)
-    (grad,) = torch.autograd.grad(rows.sum(), student)
-    return rows.detach(), ce_rows, grad
-
-
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=PLACES)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if request.param == "interpreter" and broken_interpreter():
-        pytest.skip("the interpreter of this Triton does not work with this NumPy")
-    device = "cuda" if request.param == "cuda" else "cpu"
-    target = tmp_path_factory.mktemp("triton") / f"{request.param}.pt"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, str(Path(triton_cases.__file__).resolve()), device, str(target)]
-    done = subprocess.run(command, env=environment, cwd=target.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {"device": device, **torch.load(target)}
+    return saved_by(triton_cases.__file__, request.param, tmp_path_factory)
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -122,6 +79,13 @@ def test_rows_that_do_not_count_are_not_read(outcome: dict[str, Any], name: str)
     rows, _, grad = outcome["results"][name]
     assert (rows == 0).tolist() == [False, True, False, False, True]
     assert (grad == 0).all(1).tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", named("alone-"))
+def test_a_divergence_of_factor_0_takes_no_part(outcome: dict[str, Any], name: str) -> None:
+    rows, ce_rows, grad = outcome["results"][name]
+    assert torch.equal(rows[:4], ce_rows[:4])
+    assert rows.isfinite().all() and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", named("excluded-"))
@@ -232,30 +196,9 @@ def test_public_loss_and_backward(divergence: str) -> None:
 
 def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
     """Some of each divergence and layout; ``python -m pyfast.triton_kernels.compile`` does all."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    program = (
-        "import json\n"
-        "from pyfast.triton_kernels import compile\n"
-        "print(json.dumps([compile.resources(*pair) for pair in compile.sample()]))\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    table = json.loads(done.stdout)
-    assert {target for _, target, *_ in table} == {80, 90, 100}
-    assert {name.split()[0] for name, *_ in table} == {
-        "distill_kl_resident",
-        "distill_kl_streamed",
-        "scale_rows_kernel",
-    }
-    for divergence in triton_cases.DIVERGENCES:
-        assert any(divergence in name for name, *_ in table)
-    for name, target, warps, registers, stack, shared in table:
-        assert stack == 0, f"{name} spills {stack} bytes on sm_{target}"
-        assert registers * warps * 32 <= 65536, f"{name} does not fit sm_{target}"
-        assert shared <= 99 * 1024, f"{name} asks sm_{target} for {shared} bytes of shared memory"
+    kernels = {"distill_kl_resident", "distill_kl_streamed", "scale_rows_kernel"}
+    names = check_compiled("compile.sample()", kernels, tmp_path)
+    assert all(any(divergence in name for name in names) for divergence in triton_cases.DIVERGENCES)
 
 
 def test_refuses_to_be_a_top_level_module() -> None:

@@ -1,15 +1,11 @@
 """The Triton kernels of topk_distill against float64: in the interpreter, and on a GPU if there is one.
 
-Triton chooses between interpreter and compiler when it is imported. The cases therefore run in a process of
-their own, which is this file started as a program; it saves its results and the tests judge them here.
+The cases run in this file started as a program, see ``triton_programs.py``.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_topk_distill import truth
-from triton_cases import broken_interpreter, draw, poisoned, scales
+from topk_cases import truth
+from triton_cases import draw, scales
+from triton_programs import PLACES, check_compiled, error_of, poisoned, saved_by
 
 MODES = ("bucket", "ignore", "renormalise", "sampled")
 
@@ -196,37 +193,22 @@ def worker(device: str, target: str) -> None:
         with poisoned():
             rows, grad = topk_distill(*arguments, inputs.with_grad)
         results[name] = rows.cpu(), grad.cpu()
-    errors = {}
-    for name, (_, _, change) in BAD.items():
-        sound: dict[str, Any] = {
-            "student": torch.zeros(2, 4),
-            "ids": torch.zeros(2, 3, dtype=torch.int64),
-            "entries": torch.zeros(2, 3, dtype=torch.float64),
-            "row_scale": torch.ones(2),
-        }
-        try:
-            topk_distill(**{**sound, **change})
-        except (TypeError, ValueError) as error:
-            errors[name] = type(error).__name__, str(error)
+    sound: dict[str, Any] = {
+        "student": torch.zeros(2, 4),
+        "ids": torch.zeros(2, 3, dtype=torch.int64),
+        "entries": torch.zeros(2, 3, dtype=torch.float64),
+        "row_scale": torch.ones(2),
+    }
+    errors = {
+        name: error_of(lambda change=change: topk_distill(**{**sound, **change}))
+        for name, (_, _, change) in BAD.items()
+    }
     torch.save({"results": results, "errors": errors}, target)
 
 
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=PLACES)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if request.param == "interpreter" and broken_interpreter():
-        pytest.skip("the interpreter of this Triton does not work with this NumPy")
-    device = "cuda" if request.param == "cuda" else "cpu"
-    target = tmp_path_factory.mktemp("triton") / f"{request.param}.pt"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), device, str(target)]
-    done = subprocess.run(command, env=environment, cwd=target.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {"device": device, **torch.load(target)}
+    return saved_by(__file__, request.param, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in BROKEN])
@@ -297,26 +279,13 @@ def test_captured_in_a_graph() -> None:
 
 
 def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    program = (
-        "import json\n"
-        "from pyfast.triton_kernels import compile\n"
-        "cases = [case for case in compile.cases() if case.name.startswith('topk') and ' fp16 ' not in case.name]\n"
-        "pairs = [(case, target) for case in cases for target in compile.TARGETS]\n"
-        "print(json.dumps([compile.resources(*pair) for pair in pairs]))\n"
+    """Every kernel for one target, and those that need most registers for all."""
+    pairs = (
+        "[(case, target) for case in compile.cases() if case.name.startswith('topk') and ' fp16 ' not in case.name"
+        " for target in compile.TARGETS"
+        " if target == 90 or case.name.endswith(('fp32 block 4096 bucket', '256 entries bucket'))]"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    table = json.loads(done.stdout)
-    assert {target for _, target, *_ in table} == {80, 90, 100}
-    assert {name.split()[0] for name, *_ in table} == {"topk_teacher", "topk_student"}
-    for name, target, warps, registers, stack, shared in table:
-        assert stack == 0, f"{name} spills {stack} bytes on sm_{target}"
-        assert registers * warps * 32 <= 65536, f"{name} does not fit sm_{target}"
-        assert shared <= 99 * 1024, f"{name} asks sm_{target} for {shared} bytes of shared memory"
+    check_compiled(pairs, {"topk_teacher", "topk_student"}, tmp_path)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,8 @@ void check_bitmap(const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64
 // Runs body(U{}, begin, end) over tile rows, U the unsigned integer of the element's size.
 template <class Body>
 void for_tile_rows(const Tensor& elements, const char* name, int64_t rows, Body body) {
-  const bool wide = dtype_of(elements, name) == Dtype::f32;
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    if (wide)
-      body(uint32_t{}, begin, end);
-    else
-      body(uint16_t{}, begin, end);
+  with_bits_of(elements, name, [&](auto unit) {
+    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { body(unit, begin, end); });
   });
 }
 

@@ -51,6 +51,7 @@ extern const BitmapLinearTable kBitmapLinearSerial;
 #if defined(__x86_64__)
 extern const BitmapLinearTable kBitmapLinearAvx2;
 extern const BitmapLinearTable kBitmapLinearAvx512;        // values expanded to the columns (vexpandps)
+extern const BitmapLinearTable kBitmapLinearAvx512Vbmi2;   // the same, 16-bit and 8-bit values in their own width
 extern const BitmapLinearTable kBitmapLinearAvx512Lookup;  // activations looked up for the values (VBMI2)
 #endif
 

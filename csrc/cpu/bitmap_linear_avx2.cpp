@@ -6,12 +6,14 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
 
+#include "bitmap_linear.h"
 #include "vec_avx2.h"
 
 namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
+constexpr int kOverread = kTileColumns + 8;
 constexpr int kSteps = 8;  // of 8 columns, in a row of a tile
 
 struct ExpandTable {
@@ -32,7 +34,7 @@ inline uint64_t table_offset(uint64_t word, int step) {
   return (step == 0 ? word << 5 : word >> (8 * step - 5)) & 0x1fe0;
 }
 
-template <int tokens>
+template <class T, int tokens>
 struct Columns {
   const float* x;
   int64_t stride;
@@ -41,7 +43,7 @@ struct Columns {
 };
 
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<tokens>& c, Vec* sum) {
+[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
   Vec s[tokens];
 #pragma GCC unroll 4
   for (int t = 0; t < tokens; ++t) s[t] = sum[t];

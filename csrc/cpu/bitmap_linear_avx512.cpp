@@ -3,15 +3,17 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")
 
+#include "bitmap_linear.h"
 #include "vec_avx512.h"
 
 namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
+constexpr int kOverread = kTileColumns + 16;
 constexpr int kSteps = 4;  // of 16 columns, in a row of a tile
 
-template <int tokens>
+template <class T, int tokens>
 struct Columns {
   Vec x[tokens][kSteps];
 
@@ -26,7 +28,7 @@ struct Columns {
 //   word      ··· 0 1 1 0 1 │ 16 bits a step
 //   w         a b c ···          ──(expand)──►   · c b · a   ──► FMA with the 16 activations of the step
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<tokens>& c, Vec* sum) {
+[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
 #pragma GCC unroll 4
   for (int i = 0; i < kSteps; ++i) {
     const Vec e = {_mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * i)), load(w).v)};

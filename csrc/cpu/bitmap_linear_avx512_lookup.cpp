@@ -12,19 +12,21 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,popcnt")
 
+#include "bitmap_linear.h"
 #include "vec_avx512.h"
 
 namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 16;
+constexpr int kOverread = 0;  // loads are masked
 
 alignas(64) constexpr uint8_t kColumnNumbers[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                                     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
                                                     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
                                                     48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
 
-template <int tokens>
+template <class T, int tokens>
 struct Columns {
   Vec x[tokens][4];
 
@@ -45,7 +47,7 @@ struct Columns {
 
 // Up to 16 stored values of a row, `left` of them, at the columns in the low bytes.
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_sixteen(const T* w, __m512i bytes, int left, const Columns<tokens>& c,
+[[gnu::always_inline]] inline void add_sixteen(const T* w, __m512i bytes, int left, const Columns<T, tokens>& c,
                                                Vec* sum) {
   const __m512i column = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
   const __mmask16 upper = _mm512_test_epi32_mask(column, _mm512_set1_epi32(32));
@@ -55,7 +57,7 @@ template <class T, int tokens>
 }
 
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<tokens>& c, Vec* sum) {
+[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
   __m512i bytes = _mm512_maskz_compress_epi8(word, _mm512_load_si512(kColumnNumbers));
   const int stored = __builtin_popcountll(word);
   add_sixteen<T, tokens>(w, bytes, stored, c, sum);

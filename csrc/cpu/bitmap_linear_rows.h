@@ -1,11 +1,11 @@
 // What the vector forms of bitmap_linear share: the walk over tiles and rows, safe reading, the sums.
 //
 // The ISA file that includes this defines
-//   kUsualValues, stored values of a row of a tile for which memory is asked early
-//   template <int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 activations of each token
-//   template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<tokens>&, Vec* sum)
-// where add_row adds to sum[t] the products of one row's stored values w with token t's activations at the set bits,
-// and may read kOverread values from the first one on.
+//   kUsualValues   stored values of a row of a tile for which memory is asked early
+//   kOverread      values that add_row may read behind a row's first one, whether they are the row's or not
+//   template <class T, int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 activations of each
+//   token template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<T, tokens>&, Vec* sum)
+// where add_row adds to sum[t] the products of one row's stored values w with token t's activations at the set bits.
 #pragma once
 
 #include "bitmap_linear.h"
@@ -13,18 +13,14 @@
 namespace pyfast {
 namespace {
 
-constexpr int kOverread = kTileColumns + 16;
-
-// The values of a tile, readable for kOverread elements past their end. Only the last tiles of a weight need the
-// copy: elsewhere the next tile's values follow in the same buffer.
+// The values of a tile with room behind them, for the end of the buffer: elsewhere the next tile's values follow.
 template <class T>
-struct TileValues {
+struct TileCopy {
   T copy[kTileRows * kTileColumns + kOverread];
 
-  const T* at(const BitmapLinearArgs& a, int64_t tile) {
-    const T* values = static_cast<const T*>(a.values) + a.offsets[tile];
-    if (a.offsets[tile + 1] + kOverread <= a.nnz) return values;
-    __builtin_memcpy(copy, values, static_cast<uint64_t>(a.offsets[tile + 1] - a.offsets[tile]) * sizeof(T));
+  const T* of(const BitmapLinearArgs& a, int64_t tile) {
+    const uint64_t bytes = static_cast<uint64_t>(a.offsets[tile + 1] - a.offsets[tile]) * sizeof(T);
+    __builtin_memcpy(copy, static_cast<const T*>(a.values) + a.offsets[tile], bytes);
     return copy;
   }
 };
@@ -39,48 +35,65 @@ template <class T>
 }
 
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_tile_row(const T*& w, uint64_t word, const Columns<tokens>& x, Vec* sum) {
+[[gnu::always_inline]] inline void add_tile_row(const T*& w, uint64_t word, const Columns<T, tokens>& x, Vec* sum) {
   prefetch_values(w);
   add_row<T, tokens>(w, word, x, sum);
   w += __builtin_popcountll(word);
 }
 
-template <class T, int tokens>
+// The sums of 16 rows over all tiles. copied: the strip comes too near the end of the buffer to be read in place. (A
+// call in the loop would put all sums into memory: the two cases are two functions.)
+template <class T, int tokens, bool copied>
 void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
   const int64_t tiles = a.k / kTileColumns;
-  TileValues<T> buffer;
   Vec sum[kTileRows][tokens];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) sum[r][t] = broadcast(0.0f);
+  const T* w = static_cast<const T*>(a.values) + a.offsets[tile_row * tiles];
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const uint64_t* words = a.bitmaps + (tile_row * tiles + tile) * kTileRows;
-    const Columns<tokens> x(a.x + token * a.x_stride + tile * kTileColumns, a.x_stride);
-    const T* w = buffer.at(a, tile_row * tiles + tile);
-    if constexpr (tokens == 1 && Vec::width == 16) {  // unrolled, the 16 sums stay in registers
+    const Columns<T, tokens> x(a.x + token * a.x_stride + tile * kTileColumns, a.x_stride);
+    if constexpr (copied) {
+      TileCopy<T> buffer;
+      w = buffer.of(a, tile_row * tiles + tile);
+      for (int r = 0; r < kTileRows; ++r) add_tile_row<T, tokens>(w, words[r], x, sum[r]);
+    } else if constexpr (tokens == 1 && Vec::width == 16) {  // unrolled, the 16 sums stay in registers
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) add_tile_row<T, tokens>(w, words[r], x, sum[r]);
     } else {
       for (int r = 0; r < kTileRows; ++r) add_tile_row<T, tokens>(w, words[r], x, sum[r]);
     }
   }
+  float total[kTileRows][tokens];  // first all sums, then the outputs: a call saves no vector register
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) write_output(a.out, tile_row * kTileRows + r, token + t, reduce_add(sum[r][t]));
+    for (int t = 0; t < tokens; ++t) total[r][t] = reduce_add(sum[r][t]);
+  for (int r = 0; r < kTileRows; ++r)
+    for (int t = 0; t < tokens; ++t) write_output(a.out, tile_row * kTileRows + r, token + t, total[r][t]);
+}
+
+template <class T, int tokens>
+void bitmap_rows(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
+  const int64_t end = a.offsets[(tile_row + 1) * (a.k / kTileColumns)];
+  if (end + kOverread <= a.nnz)
+    bitmap_strip<T, tokens, false>(a, tile_row, token);
+  else
+    bitmap_strip<T, tokens, kOverread != 0>(a, tile_row, token);
 }
 
 template <class T>
 void bitmap_linear(const BitmapLinearArgs& a, int64_t begin, int64_t end) {
   for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
     int64_t token = 0;
-    for (; token + 4 <= a.tokens; token += 4) bitmap_strip<T, 4>(a, tile_row, token);
+    for (; token + 4 <= a.tokens; token += 4) bitmap_rows<T, 4>(a, tile_row, token);
     if (token + 2 <= a.tokens) {
-      bitmap_strip<T, 2>(a, tile_row, token);
+      bitmap_rows<T, 2>(a, tile_row, token);
       token += 2;
     }
-    if (token < a.tokens) bitmap_strip<T, 1>(a, tile_row, token);
+    if (token < a.tokens) bitmap_rows<T, 1>(a, tile_row, token);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "../divergence_names.h"
 #include "reuse.h"
 
 namespace pyfast {
@@ -10,17 +11,6 @@ namespace {
 
 // Gradients larger than this leave the cache before anybody reads them: stream them.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
-
-// Which of the divergences `name` is.
-Divergence divergence_of(const std::string& name) {
-  std::string accepted;
-  for (int i = 0; i < kDivergenceCount; ++i) {
-    if (name == kDivergenceNames[i]) return static_cast<Divergence>(i);
-    accepted += std::string(i == 0 ? "" : ", ") + kDivergenceNames[i];
-  }
-  STD_TORCH_CHECK(false, "divergence: got '", name, "', accepted: ", accepted);
-  return Divergence::forward_kl;
-}
 
 void check_rows(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
                 const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_scale) {
@@ -54,7 +44,9 @@ std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tenso
                                               double teacher_softcap, std::optional<Tensor> labels,
                                               std::optional<Tensor> ce_scale, bool with_grad) {
   check_rows(student, teacher, row_scale, labels, ce_scale);
-  const Divergence kind = divergence_of(divergence);
+  const std::optional<Divergence> known = find_divergence(divergence);
+  STD_TORCH_CHECK(known.has_value(), "divergence: got '", divergence, "', accepted: ", divergence_names());
+  const Divergence kind = *known;
   const Dtype dtype = dtype_of(student, "student");
   const int64_t rows = student.size(0), vocab = student.size(1);
   Tensor value = torch::stable::new_empty(student, {rows}, ScalarType::Float);

@@ -5,7 +5,7 @@
 //   grad[i, v] = the derivative of rows[i] by student[i, v]
 //
 // with the softcap c(z) = cap tanh(z / cap) where there is one (-inf stays -inf), and the divergences of
-// distill_kl_terms.h.
+// csrc/distill_kl_terms.h.
 //
 // Precision   Logits are widened to float32; sums run in float32 over 1024 words and in double above that.
 //             Divergences are summed from terms that vanish, with their slope, where s = t: nothing cancels and
@@ -21,16 +21,11 @@
 
 #include <cstdint>
 
+#include "../divergence.h"
 #include "isa.h"
 #include "scalars.h"
 
 namespace pyfast {
-
-enum class Divergence { forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, mse };
-
-inline constexpr int kDivergenceCount = 7;
-inline constexpr const char* kDivergenceNames[kDivergenceCount] = {"forward_kl",      "reverse_kl", "jsd", "skew_kl",
-                                                                   "skew_reverse_kl", "tvd",        "mse"};
 
 struct DistillKlArgs {
   const void* student;

@@ -13,7 +13,9 @@
 // are added in pass 3, whatever the divergence. A softcap is applied first, into float32 rows in scratch.
 #pragma once
 
-#include "distill_kl_terms.h"
+#include "softmax_rows.h"
+#include "../distill_kl_terms.h"
+#include "distill_kl.h"
 
 namespace pyfast {
 namespace {
@@ -264,6 +266,27 @@ PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, RowPair& r
   return sums;
 }
 
+// Pass 1: leaves the shifts and sums in `row`, which has the scales, and returns H where it is known already.
+template <Divergence divergence, class T>
+double pass_one(const T* student, const T* teacher, int64_t vocab, RowPair& row, double student_inverse,
+                double teacher_inverse) {
+  RowSum s, t;
+  double center = 0.0;
+  if constexpr (divergence == Divergence::reverse_kl) {
+    row.log_ratio_offset = 0.0f;
+    const PairSums sums = pair_sums(student, teacher, vocab, row, student_inverse, teacher_inverse);
+    s = sums.student;
+    t = sums.teacher;
+    const double logs = kLn2Double * (t.log2() - s.log2());
+    center = (sums.log_ratio + logs * (s.sum - sums.excluded) - sums.excluded) / s.sum;
+  } else {
+    s = row_sum(student, vocab, row.student_scale);
+    t = row_sum(teacher, vocab, row.teacher_scale);
+  }
+  set_sums(row, s, s.log2(), t, t.log2(), student_inverse, teacher_inverse);
+  return center;
+}
+
 // One row whose logits are T, capped already if there is a cap; the gradient goes to G.
 template <Divergence divergence, class T, class G>
 void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* teacher, const T* next_student,
@@ -271,6 +294,7 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   const double student_inverse = 1.0 / a.student_temperature, teacher_inverse = 1.0 / a.teacher_temperature;
   G* grad = a.grad == nullptr ? nullptr : static_cast<G*>(a.grad) + i * a.grad_stride;
   const float weight = a.row_scale[i];
+  const bool compared = weight != 0.0f;  // else only the cross-entropy counts, whatever the teacher holds
   RowPair row;
   row.student_scale = static_cast<float>(student_inverse / kLn2Double);
   row.teacher_scale = static_cast<float>(teacher_inverse / kLn2Double);
@@ -280,20 +304,8 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   row.mixture_teacher = static_cast<float>(mixture_teacher);
   row.mixture_student = static_cast<float>(1.0 - mixture_teacher);
 
-  RowSum s, t;
   double center = 0.0;
-  if constexpr (divergence == Divergence::reverse_kl) {
-    row.log_ratio_offset = 0.0f;
-    const PairSums sums = pair_sums(student, teacher, a.vocab, row, student_inverse, teacher_inverse);
-    s = sums.student;
-    t = sums.teacher;
-    const double logs = kLn2Double * (t.log2() - s.log2());
-    center = (sums.log_ratio + logs * (s.sum - sums.excluded) - sums.excluded) / s.sum;
-  } else {
-    s = row_sum(student, a.vocab, row.student_scale);
-    t = row_sum(teacher, a.vocab, row.teacher_scale);
-  }
-  set_sums(row, s, s.log2(), t, t.log2(), student_inverse, teacher_inverse);
+  if (compared) center = pass_one<divergence>(student, teacher, a.vocab, row, student_inverse, teacher_inverse);
 
   Extras extras{0.0f, 0.0f, 0.0f, a.student_softcap > 0 ? static_cast<float>(1.0 / a.student_softcap) : 0.0f};
   double ce = 0.0;
@@ -314,9 +326,10 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   constexpr bool known_center = divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
   double value = 0.0;
   if (grad == nullptr) {
-    value = terms_pass<divergence, Into::nothing>(student, teacher, nullptr, a.vocab, 0, row, scale, 0.0f, false,
-                                                  next_student, next_teacher)
-                .value;
+    if (compared)
+      value = terms_pass<divergence, Into::nothing>(student, teacher, nullptr, a.vocab, 0, row, scale, 0.0f, false,
+                                                    next_student, next_teacher)
+                  .value;
   } else {
     const bool streaming = a.stream_grad && kSame<T, G>;
     const int64_t head = words_to_alignment(grad, streaming, a.vocab);
@@ -331,10 +344,14 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
     }
     if (!done) {
       scratch += (kScratchPad - 2 * head % kScratchPad) % kScratchPad;  // pairs begin at whole vectors
-      const Center sums = terms_pass<divergence, Into::scratch>(student, teacher, scratch, a.vocab, head, row, scale,
-                                                                0.0f, false, next_student, next_teacher);
-      value = sums.value;
-      if constexpr (!known_center) center = sums.center;
+      if (compared) {
+        const Center sums = terms_pass<divergence, Into::scratch>(student, teacher, scratch, a.vocab, head, row, scale,
+                                                                  0.0f, false, next_student, next_teacher);
+        value = sums.value;
+        if constexpr (!known_center) center = sums.center;
+      } else {
+        zero_row(scratch, 2 * a.vocab);
+      }
       const float middle = static_cast<float>(center);
       if (has_extras) {
         if (ce == ce && extras.ce_scale != 0.0f) scratch[slope_slot<T>(a.labels[i], a.vocab, head)] -= extras.ce_scale;
@@ -345,8 +362,7 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
     }
   }
   const float ce_part = static_cast<float>(extras.ce_scale * ce);
-  const float part = weight == 0.0f ? 0.0f : static_cast<float>(weight * value);
-  a.rows[i] = part + ce_part;
+  a.rows[i] = static_cast<float>(weight * value) + ce_part;
   if (a.labels != nullptr) a.ce_rows[i] = ce_part;
 }
 

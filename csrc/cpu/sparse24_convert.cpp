@@ -25,12 +25,9 @@ const uint16_t* words(const Tensor& metadata) { return static_cast<const uint16_
 // Runs body(U{}, begin, end) over rows, U the unsigned integer of the element's size.
 template <class Body>
 void for_rows(const Tensor& elements, const char* name, int64_t rows, int64_t k, Body body) {
-  const bool wide = dtype_of(elements, name) == Dtype::f32;
-  torch::stable::parallel_for(0, rows, 1 + 65536 / (k + 1), [&](int64_t begin, int64_t end) {
-    if (wide)
-      body(uint32_t{}, begin, end);
-    else
-      body(uint16_t{}, begin, end);
+  with_bits_of(elements, name, [&](auto unit) {
+    const int64_t least = 1 + 65536 / (k + 1);
+    torch::stable::parallel_for(0, rows, least, [&](int64_t begin, int64_t end) { body(unit, begin, end); });
   });
 }
 

@@ -15,6 +15,14 @@ namespace pyfast {
 // dtype of a sparse weight's values: one of the three, or int8.
 Stored stored_as(const Tensor& values);
 
+// body(U{}), U the unsigned integer of an element's size: conversions move bits, whatever they mean.
+template <class Body>
+void with_bits_of(const Tensor& elements, const char* name, const Body& body) {
+  if (elements.scalar_type() == ScalarType::Char) return body(uint8_t{});
+  if (dtype_of(elements, name) == Dtype::f32) return body(uint32_t{});
+  return body(uint16_t{});
+}
+
 // What follows a sum, as the ops get it.
 struct LinearOptions {
   const std::optional<Tensor>& scales;  // [n] float32; for int8 values, and for them alone

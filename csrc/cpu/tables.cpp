@@ -2,6 +2,7 @@
 #include "bitmap_linear.h"
 #include "distill_kl.h"
 #include "indexed_linear.h"
+#include "nm_mask.h"
 #include "sparse24_linear.h"
 #include "topk_distill.h"
 
@@ -27,9 +28,9 @@ const Sparse24LinearTable& sparse24_linear_table(Isa isa) {
 // The look-up does a row of 64 columns in one step where no more than 16 are stored; above a quarter or so many rows
 // take two, and the expansion is as fast (docs/kernels.md).
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
-  static const bool lookup = has_vbmi2();
-  return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2,
-              lookup && density < 0.3 ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512);
+  static const bool vbmi2 = has_vbmi2();
+  if (isa == Isa::avx512 && vbmi2) return density < 0.3 ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512Vbmi2;
+  return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, kBitmapLinearAvx512);
 }
 
 const IndexedLinearTable& indexed_linear_table(Isa isa) {
@@ -39,12 +40,15 @@ const IndexedLinearTable& indexed_linear_table(Isa isa) {
 const TopkDistillTable& topk_distill_table(Isa isa) {
   return pick(isa, kTopkDistillSerial, kTopkDistillAvx2, kTopkDistillAvx512);
 }
+
+const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmMaskAvx2, kNmMaskAvx512); }
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
+const NmMaskTable& nm_mask_table(Isa) { return kNmMaskSerial; }
 #endif
 
 }  // namespace pyfast

@@ -1,53 +1,79 @@
-// BitmapWeight to dense on the GPU: checks, stream, launch, registration. The contract is in bitmap_convert.cuh.
+// bitmap_convert on the GPU: checks, stream, launch, registration. The contract is in bitmap_convert.cuh.
 #include "bitmap_convert.cuh"
 
-#include "launch.h"
+#include "bitmap_launch.h"
 
 namespace pyfast::cuda {
 namespace {
 
-// Tiles are counted in 32 bits on the device: 2^31 of them are 2^41 elements.
-constexpr int64_t kMaxTiles = 2147483647;
+unsigned blocks_of(int64_t tiles) { return static_cast<unsigned>(ceil_div(tiles, kBitmapWarps)); }
 
-template <class U>
-void launch(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, const Tensor& out) {
-  const Dense<U> dense = dense_view<U>(out);
-  const BitmapWeight<U> weight{static_cast<const U*>(values.const_data_ptr()),
-                               static_cast<const uint32_t*>(bitmaps.const_data_ptr()),
-                               static_cast<const int64_t*>(offsets.const_data_ptr()),
-                               values.size(0),
-                               static_cast<uint32_t>(bitmaps.size(0)),
-                               static_cast<uint32_t>(ceil_div(dense.columns, kTileColumns))};
-  const int64_t blocks = ceil_div(weight.tiles, kBitmapWarps);
-  bitmap_decompress_kernel<U>
-      <<<static_cast<unsigned>(blocks), 32 * kBitmapWarps, 0, current_stream(values)>>>(weight, dense);
-  check_launch("bitmap_decompress");
+// dense [n, k] -> bitmaps int64 [tiles, 16], counts int64 [tiles] of stored values.
+std::tuple<Tensor, Tensor> bitmap_scan(const Tensor& dense) {
+  const Tensor rows = rows_of(dense);
+  const bool wide = is_wide(dense, "dense");
+  const int64_t tiles = ceil_div(rows.size(0), kTileRows) * ceil_div(rows.size(1), kTileColumns);
+  STD_TORCH_CHECK(tiles <= kMaxTiles, "dense: ", tiles, " tiles, more than ", kMaxTiles, " in one weight");
+  const torch::stable::accelerator::DeviceGuard guard(dense.get_device_index());
+  Tensor bitmaps = torch::stable::new_empty(dense, {tiles, kTileRows}, ScalarType::Long);
+  Tensor counts = torch::stable::new_empty(dense, {tiles}, ScalarType::Long);
+  if (tiles == 0) return {bitmaps, counts};
+  by_size(wide, [&](auto unit) {
+    using U = decltype(unit);
+    bitmap_scan_kernel<U><<<blocks_of(tiles), 32 * kBitmapWarps, 0, current_stream(dense)>>>(
+        rows_view<U>(rows), static_cast<uint32_t*>(bitmaps.mutable_data_ptr()),
+        static_cast<int64_t*>(counts.mutable_data_ptr()), static_cast<uint32_t>(tiles));
+  });
+  check_launch("bitmap_scan");
+  return {bitmaps, counts};
 }
 
-// values [stored], bitmaps int64 [tiles, 16], offsets int64 [tiles + 1] -> dense [n, k] in the dtype of values.
+// dense [n, k], bitmaps, offsets -> values [stored]. That `stored` is the last offset is the caller's word: to look
+// would cost a synchronisation; places beyond `stored` are not
+// written.
+Tensor bitmap_gather(const Tensor& dense, const Tensor& bitmaps, const Tensor& offsets, int64_t stored) {
+  const Tensor rows = rows_of(dense);
+  const bool wide = is_wide(dense, "dense");
+  check_tables(dense, bitmaps, offsets, rows.size(0), rows.size(1));
+  STD_TORCH_CHECK(stored >= 0 && stored <= bitmaps.size(0) * kTileElements, "stored: got ", stored, ", at most ",
+                  bitmaps.size(0) * kTileElements);
+  const torch::stable::accelerator::DeviceGuard guard(dense.get_device_index());
+  Tensor values = torch::stable::new_empty(dense, {stored});
+  if (stored == 0) return values;
+  by_size(wide, [&](auto unit) {
+    using U = decltype(unit);
+    bitmap_gather_kernel<U><<<blocks_of(bitmaps.size(0)), 32 * kBitmapWarps, 0, current_stream(dense)>>>(
+        rows_view<U>(rows),
+        bitmap_view(static_cast<U*>(values.mutable_data_ptr()), stored, bitmaps, offsets, rows.size(1)));
+  });
+  check_launch("bitmap_gather");
+  return values;
+}
+
+// values [stored], bitmaps, offsets -> dense [n, k] in the dtype of values.
 Tensor bitmap_decompress(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n, int64_t k) {
   check_tensor(values, "values", 1, values);
-  check_tensor(bitmaps, "bitmaps", 2, values);
-  check_tensor(offsets, "offsets", 1, values);
   const bool wide = is_wide(values, "values");
-  STD_TORCH_CHECK(n >= 0 && k >= 0, "n and k: must not be negative, got ", n, " and ", k);
-  const int64_t tiles = ceil_div(n, kTileRows) * ceil_div(k, kTileColumns);
-  STD_TORCH_CHECK(bitmaps.scalar_type() == ScalarType::Long && bitmaps.size(0) == tiles && bitmaps.size(1) == 16,
-                  "bitmaps: must be int64 [", tiles, ", 16] for the given shape");
-  STD_TORCH_CHECK(tiles <= kMaxTiles, "bitmaps: ", tiles, " tiles, more than ", kMaxTiles, " in one weight");
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.size(0) == tiles + 1, "offsets: must be int64 [",
-                  tiles + 1, "] for the given shape");
+  check_tables(values, bitmaps, offsets, n, k);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
   Tensor dense = torch::stable::new_empty(values, {n, k});
   if (n == 0 || k == 0) return dense;
-  if (wide)
-    launch<uint32_t>(values, bitmaps, offsets, dense);
-  else
-    launch<uint16_t>(values, bitmaps, offsets, dense);
+  const Tensor read = aligned_start(values);
+  by_size(wide, [&](auto unit) {
+    using U = decltype(unit);
+    bitmap_decompress_kernel<U><<<blocks_of(bitmaps.size(0)), 32 * kBitmapWarps, 0, current_stream(values)>>>(
+        bitmap_view(static_cast<const U*>(read.const_data_ptr()), values.size(0), bitmaps, offsets, k),
+        dense_view<U>(dense));
+  });
+  check_launch("bitmap_decompress");
   return dense;
 }
 
 }  // namespace
 }  // namespace pyfast::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) { m.impl("bitmap_decompress", TORCH_BOX(&pyfast::cuda::bitmap_decompress)); }
+STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) {
+  m.impl("bitmap_scan", TORCH_BOX(&pyfast::cuda::bitmap_scan));
+  m.impl("bitmap_gather", TORCH_BOX(&pyfast::cuda::bitmap_gather));
+  m.impl("bitmap_decompress", TORCH_BOX(&pyfast::cuda::bitmap_decompress));
+}

@@ -8,6 +8,8 @@
 
 #if defined(__CUDACC__)
 #define PYFAST_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(PYFAST_SIMT)
+#define PYFAST_HOST_DEVICE PYFAST_DEVICE
 #else
 #define PYFAST_HOST_DEVICE inline
 #endif
@@ -41,7 +43,7 @@ PYFAST_HOST_DEVICE void store_whole(U* to, const Pack<U>& pack) {
   PYFAST_UNROLL
   for (int i = 0; i < kPackColumns<U>; ++i)
     words[i / kElements] |= static_cast<uint32_t>(pack.element[i]) << (i % kElements * 16);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(PYFAST_SIMT)
   ptx::store_global_v4(to, words[0], words[1], words[2], words[3]);
 #else
   __builtin_memcpy(to, words, sizeof(words));
@@ -70,5 +72,42 @@ PYFAST_HOST_DEVICE void store_pack(const Dense<U>& dense, int64_t row, int64_t c
   for (int c = 0; c < kPackColumns<U>; ++c)
     if (column + c < dense.columns) to[c] = pack.element[c];
 }
+
+// The dense matrix that is read.
+template <class U>
+struct DenseRows {
+  const U* data;
+  int64_t rows, columns, stride;
+  bool packed;  // every row starts at a multiple of 16 bytes
+};
+
+#if defined(PYFAST_KERNELS)
+
+template <class U>
+PYFAST_DEVICE Pack<U> pack_of(const Words4& four) {
+  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+  constexpr int kElements = 4 / static_cast<int>(sizeof(U));  // of a word
+  Pack<U> pack;
+  PYFAST_UNROLL
+  for (int i = 0; i < kPackColumns<U>; ++i)
+    pack.element[i] = static_cast<U>(words[i / kElements] >> (i % kElements * 16));
+  return pack;
+}
+
+// 16 bytes of a row, zeros outside the matrix.
+template <class U>
+PYFAST_DEVICE Pack<U> load_pack(const DenseRows<U>& dense, int64_t row, int64_t column) {
+  Pack<U> pack{};
+  if (row >= dense.rows) return pack;
+  const U* const from = dense.data + row * dense.stride + column;
+  if (dense.packed && column + kPackColumns<U> <= dense.columns)
+    return pack_of<U>(ptx::ld_nc(reinterpret_cast<const Words4*>(from)));
+  PYFAST_UNROLL
+  for (int i = 0; i < kPackColumns<U>; ++i)
+    if (column + i < dense.columns) pack.element[i] = from[i];
+  return pack;
+}
+
+#endif
 
 }  // namespace pyfast::cuda

@@ -28,10 +28,12 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+// Turns an error of the CUDA runtime into an exception.
+inline void check(cudaError_t error, const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
 }
+
+inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 // A contiguous CUDA tensor of that many dimensions, on the device of `values`.
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& values) {
@@ -62,5 +64,27 @@ Dense<U> dense_view(const Tensor& tensor) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A matrix of elements side by side, copied where its rows are not.
+inline Tensor rows_of(const Tensor& dense) {
+  STD_TORCH_CHECK(dense.is_cuda() && dense.dim() == 2, "dense: must be a CUDA tensor [out_features, in_features]");
+  return dense.size(1) <= 1 || dense.stride(1) == 1 ? dense : torch::stable::contiguous(dense);
+}
+
+template <class U>
+DenseRows<U> rows_view(const Tensor& rows) {
+  const U* const data = static_cast<const U*>(rows.const_data_ptr());
+  const int64_t stride = rows.stride(0);
+  return {data, rows.size(0), rows.size(1), stride, is_aligned(data, 16) && stride % kPackColumns<U> == 0};
+}
+
+// Calls body(U{}) with the unsigned integer of the elements' size.
+template <class Body>
+void by_size(bool wide, const Body& body) {
+  if (wide)
+    body(uint32_t{});
+  else
+    body(uint16_t{});
+}
 
 }  // namespace pyfast::cuda

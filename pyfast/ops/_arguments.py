@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,50 +35,139 @@ class Objective(NamedTuple):
     teacher_softcap: float
 
 
-def objective(
-    divergence: str,
-    *,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-) -> Objective:
-    """Checks the options and joins them.
+class TokenWeights(NamedTuple):
+    """What the tokens of a call count: factors of each row, and what the sum over rows is divided by at last."""
 
-    Raises:
-        TypeError, ValueError: naming the option, what was got and what is accepted.
+    row_scale: Tensor
+    labels: Tensor | None
+    ce_scale: Tensor | None
+    counted: Tensor | None
+    divisor: float | Tensor | None
+
+    def reduced(self, loss: Tensor) -> Tensor:
+        return loss if self.divisor is None else loss / self.divisor
+
+
+@dataclass(frozen=True, slots=True)
+class LossOptions:
+    """The options of :func:`pyfast.distillation_loss`, whose docstring says what they mean, with their defaults.
+
+    The losses that take them besides arguments of their own accept ``**options`` and come here by :meth:`of`.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: got {divergence!r}, accepted: {', '.join(DIVERGENCES)}")
-    positive("temperature", temperature)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    positive("teacher_temperature", teacher_temperature)
-    for name, cap in (("softcap", softcap), ("teacher_softcap", teacher_softcap)):
-        if cap is not None:
-            positive(name, cap)
-    teacher_softcap = softcap if teacher_softcap is None else teacher_softcap
-    mix = 0.0
-    if divergence == "jsd":
-        mix = number("beta", beta, "a number above 0 and below 1")
-        if not 0.0 < mix < 1.0:
-            limits = "; the divergence is 0 there: forward_kl and reverse_kl are the limits" if mix in (0, 1) else ""
-            raise ValueError(f"beta: got {beta}, accepted: a number above 0 and below 1{limits}")
-    elif divergence in ("skew_kl", "skew_reverse_kl"):
-        mix = number("alpha", alpha, "a number from 0 to below 1")
-        if not 0.0 <= mix < 1.0:
-            raise ValueError(f"alpha: got {alpha}, accepted: a number from 0 to below 1 (0 skews nothing)")
-        if mix == 0.0:
-            divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
-    return Objective(
-        divergence,
-        mix,
-        float(temperature),
-        float(teacher_temperature),
-        float(softcap or 0),
-        float(teacher_softcap or 0),
-    )
+
+    divergence: str = "forward_kl"
+    alpha: float = 0.1
+    beta: float = 0.5
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    scale_by_t2: bool = True
+    softcap: float | None = None
+    teacher_softcap: float | None = None
+    ce_weight: float = 0.0
+    reduction: str = "mean"
+    labels: Tensor | None = None
+    ignore_index: int = -100
+    mask: Tensor | None = None
+    num_items: float | Tensor | None = None
+    vocab_size: int | None = None
+    backend: str | None = None
+
+    @classmethod
+    def of(
+        cls, function: str, divergence: str, options: Mapping[str, Any], without: Collection[str] = ()
+    ) -> LossOptions:
+        """The ``options`` with which ``function`` was called, which has none of the names in ``without``.
+
+        Raises:
+            TypeError: a name that it does not accept, with those that it does.
+        """
+        check_names(function, options, option_names(*without))
+        return cls(divergence, **options)
+
+    def objective(self) -> Objective:
+        """The options that say what is computed for a pair of rows, checked.
+
+        Raises:
+            TypeError, ValueError: naming the option, what was got and what is accepted.
+        """
+        divergence, mix = self.divergence, 0.0
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence: got {divergence!r}, accepted: {', '.join(DIVERGENCES)}")
+        positive("temperature", self.temperature)
+        teacher_temperature = self.temperature if self.teacher_temperature is None else self.teacher_temperature
+        positive("teacher_temperature", teacher_temperature)
+        for name, cap in (("softcap", self.softcap), ("teacher_softcap", self.teacher_softcap)):
+            if cap is not None:
+                positive(name, cap)
+        teacher_softcap = self.softcap if self.teacher_softcap is None else self.teacher_softcap
+        if divergence == "jsd":
+            mix = number("beta", self.beta, "a number above 0 and below 1")
+            if not 0.0 < mix < 1.0:
+                limits = (
+                    "; the divergence is 0 there: forward_kl and reverse_kl are the limits" if mix in (0, 1) else ""
+                )
+                raise ValueError(f"beta: got {self.beta}, accepted: a number above 0 and below 1{limits}")
+        elif divergence in ("skew_kl", "skew_reverse_kl"):
+            mix = number("alpha", self.alpha, "a number from 0 to below 1")
+            if not 0.0 <= mix < 1.0:
+                raise ValueError(f"alpha: got {self.alpha}, accepted: a number from 0 to below 1 (0 skews nothing)")
+            if mix == 0.0:
+                divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
+        return Objective(
+            divergence,
+            mix,
+            float(self.temperature),
+            float(teacher_temperature),
+            float(self.softcap or 0),
+            float(teacher_softcap or 0),
+        )
+
+    def token_weights(
+        self, like: Tensor, leading: torch.Size, *, words: int | None = None, divide_last: bool = False
+    ) -> TokenWeights:
+        """Mask, T² and the divisor of the mean in one number for each row of ``like`` ([rows, …]). The kernels fold it
+        in, so that backward has nothing left to do. float32 (float64 for float64 ``like``), without a host sync.
+
+        Args:
+            words: which labels of the cross-entropy must be below; None: not looked at.
+            divide_last: leave the divisor of the mean to :meth:`TokenWeights.reduced`: folded into a float16 gradient
+                it makes small numbers 0 before a loss scale can reach them.
+
+        Raises:
+            TypeError, ValueError: naming the option, what was got and what is accepted.
+        """
+        check_reduction(self.reduction, self.num_items)
+        labels = self.labels
+        counted = counted_tokens(leading, like.device, labels, self.ignore_index, self.mask)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        ones = torch.ones(like.shape[0], dtype=dtype, device=like.device) if counted is None else counted.to(dtype)
+        divisor = mean_divisor(ones, counted, self.num_items) if self.reduction == "mean" else None
+        if divisor is not None and not divide_last:
+            ones, divisor = ones / divisor, None
+        targets = ce_scale = None
+        if not_negative("ce_weight", self.ce_weight) > 0:
+            if labels is None:
+                raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
+            if words is not None:
+                check_labels(labels, counted, words)
+            targets, ce_scale = labels.reshape(-1).long(), ones * self.ce_weight
+        factor = self.temperature**2 if self.scale_by_t2 else 1.0
+        return TokenWeights(ones * factor, targets, ce_scale, counted, divisor)
+
+
+_NAMES = tuple(option.name for option in fields(LossOptions) if option.name != "divergence")
+
+
+def option_names(*without: str) -> list[str]:
+    """The options of :func:`pyfast.distillation_loss` behind ``divergence``, less those named."""
+    return [name for name in _NAMES if name not in without]
+
+
+def check_names(name: str, options: Iterable[str], accepted: Collection[str]) -> None:
+    """``options`` of the function or argument ``name`` are ones that it has."""
+    for option in options:
+        if option not in accepted:
+            raise TypeError(f"{name}: got the unknown option {option!r}, accepted: {', '.join(accepted)}")
 
 
 def number(name: str, value: float, accepted: str) -> float:
@@ -222,58 +313,6 @@ def counted_tokens(
         keep = (choice if boolean else choice != ignore_index).reshape(-1)
         counted = keep if counted is None else counted & keep
     return counted
-
-
-class TokenWeights(NamedTuple):
-    """What the tokens of a call count: factors of each row, and what the sum over rows is divided by at last."""
-
-    row_scale: Tensor
-    labels: Tensor | None
-    ce_scale: Tensor | None
-    counted: Tensor | None
-    divisor: float | Tensor | None
-
-    def reduced(self, loss: Tensor) -> Tensor:
-        return loss if self.divisor is None else loss / self.divisor
-
-
-def token_weights(
-    like: Tensor,
-    leading: torch.Size,
-    *,
-    factor: float,
-    reduction: str,
-    labels: Tensor | None,
-    ignore_index: int,
-    mask: Tensor | None,
-    num_items: float | Tensor | None,
-    ce_weight: float = 0.0,
-    words: int | None = None,
-    divide_last: bool = False,
-) -> TokenWeights:
-    """Mask, ``factor`` and the divisor of the mean in one number for each row of ``like`` ([rows, …]). The kernels fold
-    it in, so that backward has nothing left to do. float32 (float64 for float64 ``like``), without a host sync.
-
-    Args:
-        factor: of the divergence; ``ce_weight`` that of the cross-entropy, whose ``labels`` are below ``words``.
-        divide_last: leave the divisor of the mean to :meth:`TokenWeights.reduced`: folded into a float16 gradient it
-            makes small numbers 0 before a loss scale can reach them.
-    """
-    check_reduction(reduction, num_items)
-    counted = counted_tokens(leading, like.device, labels, ignore_index, mask)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    ones = torch.ones(like.shape[0], dtype=dtype, device=like.device) if counted is None else counted.to(dtype)
-    divisor = mean_divisor(ones, counted, num_items) if reduction == "mean" else None
-    if divisor is not None and not divide_last:
-        ones, divisor = ones / divisor, None
-    targets = ce_scale = None
-    if not_negative("ce_weight", ce_weight) > 0:
-        if labels is None:
-            raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
-        if words is not None:
-            check_labels(labels, counted, words)
-        targets, ce_scale = labels.reshape(-1).long(), ones * ce_weight
-    return TokenWeights(ones * factor, targets, ce_scale, counted, divisor)
 
 
 def mean_divisor(scale: Tensor, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:

@@ -85,7 +85,7 @@ def attention_distillation_loss(
             raise ValueError(f"{name}: got shape {list(got.shape)}, accepted: {accepted}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {type(causal).__name__}, accepted: True or False")
-    objective = arguments.objective(divergence, alpha=alpha, beta=beta, temperature=temperature)
+    objective = arguments.LossOptions(divergence, alpha=alpha, beta=beta, temperature=temperature).objective()
     arguments.check_reduction(reduction, None)
     student_rate = _rate("student_scale", student_scale, q_s, temperature)
     teacher_rate = _rate("teacher_scale", teacher_scale, q_t, temperature)

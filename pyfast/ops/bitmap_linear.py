@@ -1,7 +1,7 @@
 """bitmap_linear: the product with a bitmap weight. :func:`pyfast.sparse_linear` is the public door.
 
-Kernels: ``csrc/cpu/bitmap_linear*``; on CUDA decompression and the dense product; truth:
-``pyfast/reference/bitmap_linear.py``.
+Kernels: ``csrc/cpu/bitmap_linear*``; on CUDA ``csrc/cuda/bitmap_linear*`` for few tokens, decompression and the dense
+product for many, and ``csrc/cuda/bitmap_backward*``; truth: ``pyfast/reference/bitmap_linear.py``.
 """
 
 from __future__ import annotations
@@ -50,6 +50,20 @@ def _fake(x: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, scales, b
     return x.new_empty(x.shape[0], n)
 
 
+# The part of bitmap_linear that the CUDA kernels serve: at most FEW_TOKENS tokens of 16 bits.
+FEW_TOKENS = 64
+HALVES = (torch.bfloat16, torch.float16)
+define(
+    "bitmap_linear_few(Tensor x, Tensor values, Tensor bitmaps, Tensor offsets, Tensor? bias, int n, int activation, "
+    "Tensor? mul) -> Tensor"
+)
+
+
+@torch.library.register_fake("pyfast::bitmap_linear_few", lib=LIBRARY)
+def _fake_few(x: Tensor, values: Tensor, bitmaps: Tensor, offsets: Tensor, bias, n: int, activation, mul) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
 @torch.library.impl(LIBRARY, "bitmap_linear", "CUDA")
 def _cuda(
     x: Tensor,
@@ -62,6 +76,9 @@ def _cuda(
     activation: int,
     mul: Tensor | None,
 ) -> Tensor:
+    if x.shape[0] <= FEW_TOKENS and values.dtype == x.dtype and x.dtype in HALVES:
+        bias, mul = (tensor if tensor is None else tensor.contiguous() for tensor in (bias, mul))
+        return torch.ops.pyfast.bitmap_linear_few(x, values, bitmaps, offsets, bias, n, activation, mul)
     dense = scaled(bitmap_convert.decompress(values, bitmaps, offsets, n, x.shape[1]), scales, x)
     return epilogue(linear(x, dense, bias), activation, mul)
 

@@ -1,7 +1,8 @@
 """distill_kl: divergence between two tempered softmaxes over logits, fused with its gradient.
 
 Read top to bottom: the public functions, the choice of backend, the op with its fake and autograd. Kernels:
-``csrc/cpu/distill_kl*`` and ``triton_kernels/{distill_kl,scale_rows}.py``; truth: ``pyfast/reference/distill_kl.py``.
+``csrc/{cpu,cuda}/distill_kl*``, ``csrc/cuda/scale_rows.cuh`` and ``triton_kernels/{distill_kl,scale_rows}.py``; truth:
+``pyfast/reference/distill_kl.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyfast import backends
+from pyfast import _native, backends
 from pyfast.ops import _arguments as arguments
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import distill_kl as reference
@@ -74,7 +75,7 @@ def distillation_loss(
         mask: boolean ``[...]``; tokens where it is False do not count. With ``labels``, both must hold.
         num_items: replaces the divisor of the mean (the count of all micro-batches in gradient accumulation).
         vocab_size: compare the first ``vocab_size`` words of both: for padded vocabularies that differ.
-        backend: None for the best, or ``"native"``, ``"triton"``, ``"reference"``.
+        backend: None for the best, or ``"native"``, ``"cuda"``, ``"triton"``, ``"reference"``.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or ``[...]`` for ``reduction="none"``. Where no token counts
@@ -84,105 +85,56 @@ def distillation_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, named in the message.
             Labels out of range are seen on the CPU only; on a GPU, where looking would stop the host, they give NaN.
     """
+    options = arguments.LossOptions(
+        divergence,
+        alpha=alpha,
+        beta=beta,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        scale_by_t2=scale_by_t2,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        ce_weight=ce_weight,
+        reduction=reduction,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        num_items=num_items,
+        vocab_size=vocab_size,
+        backend=backend,
+    )
     if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
         from pyfast import _dtensor  # a floor above: collectives run between the ops there
 
-        return _dtensor.distillation_loss(
-            student,
-            teacher,
-            divergence,
-            alpha=alpha,
-            beta=beta,
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            scale_by_t2=scale_by_t2,
-            softcap=softcap,
-            teacher_softcap=teacher_softcap,
-            ce_weight=ce_weight,
-            reduction=reduction,
-            labels=labels,
-            ignore_index=ignore_index,
-            mask=mask,
-            num_items=num_items,
-            vocab_size=vocab_size,
-            backend=backend,
-        )
-    call = _prepare(
-        student,
-        teacher,
-        divergence,
-        alpha,
-        beta,
-        temperature,
-        teacher_temperature,
-        scale_by_t2,
-        softcap,
-        teacher_softcap,
-        ce_weight,
-        reduction,
-        labels,
-        ignore_index,
-        mask,
-        num_items,
-        vocab_size,
-        backend,
-    )
+        return _dtensor.distillation_loss(student, teacher, options)
+    call = _prepare(student, teacher, options)
     rows, _, _ = call.run(torch.is_grad_enabled() and student.requires_grad)
     return rows.reshape(call.leading) if reduction == "none" else call.weights.reduced(rows.sum())
 
 
 def distillation_value_and_grad(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: str = "forward_kl",
-    *,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    scale_by_t2: bool = True,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    labels: Tensor | None = None,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    backend: str | None = None,
+    student: Tensor, teacher: Tensor, divergence: str = "forward_kl", **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Loss and its gradient to ``student`` in one pass, without autograd: for training loops that write their own
-    backward. Arguments and errors as in :func:`distillation_loss`.
+    backward.
+
+    Args:
+        student, teacher, divergence, options: as in :func:`distillation_loss`; both tensors plain.
 
     Returns:
         The loss as :func:`distillation_loss` gives it, detached; and the gradient of its sum, of the shape and dtype
         of ``student`` (0 for words beyond ``vocab_size``).
+
+    Raises:
+        TypeError, ValueError: as :func:`distillation_loss`.
     """
-    call = _prepare(
-        student,
-        teacher,
-        divergence,
-        alpha,
-        beta,
-        temperature,
-        teacher_temperature,
-        scale_by_t2,
-        softcap,
-        teacher_softcap,
-        ce_weight,
-        reduction,
-        labels,
-        ignore_index,
-        mask,
-        num_items,
-        vocab_size,
-        backend,
-        finished=True,
-    )
+    given = arguments.LossOptions.of("distillation_value_and_grad", divergence, options)
+    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
+        raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
+    call = _prepare(student, teacher, given, finished=True)
     with torch.no_grad():
         rows, _, grad = call.run(True)
-    loss = rows.reshape(call.leading) if reduction == "none" else rows.sum()
+    loss = rows.reshape(call.leading) if given.reduction == "none" else rows.sum()
     grad = grad.to(student.dtype).reshape(*call.leading, grad.shape[-1])
     beyond = student.shape[-1] - grad.shape[-1]
     return loss, torch.nn.functional.pad(grad, (0, beyond)) if beyond else grad
@@ -202,6 +154,8 @@ class _Call(NamedTuple):
         """Rows, the cross-entropy's part of them, and the gradient of their sum (empty without ``with_grad``)."""
         row_scale, labels, ce_scale, _, _ = self.weights
         inputs = (self.student, self.teacher, row_scale, *self.objective, labels, ce_scale)
+        if self.backend == "triton":
+            return torch.ops.pyfast.distill_kl_triton(*inputs, with_grad)
         if self.backend != "reference":
             return torch.ops.pyfast.distill_kl(*inputs, with_grad)
         if torch.is_grad_enabled() or not with_grad:
@@ -213,69 +167,30 @@ class _Call(NamedTuple):
         return rows.detach(), ce_rows, grad
 
 
-def _prepare(
-    student: Tensor,
-    teacher: Tensor,
-    divergence: str,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    teacher_temperature: float | None,
-    scale_by_t2: bool,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    ce_weight: float,
-    reduction: str,
-    labels: Tensor | None,
-    ignore_index: int,
-    mask: Tensor | None,
-    num_items: float | Tensor | None,
-    vocab_size: int | None,
-    backend: str | None,
-    finished: bool = False,
-) -> _Call:
-    if arguments.is_dtensor(student) or arguments.is_dtensor(teacher):
-        raise TypeError("student, teacher: got DTensors, accepted by distillation_loss; here plain tensors")
-    leading, rows_s, rows_t = arguments.check_pair(student, teacher, vocab_size)
-    objective = arguments.objective(
-        divergence,
-        alpha=alpha,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-    )
-    weights = arguments.token_weights(
-        rows_s,
-        leading,
-        factor=temperature**2 if scale_by_t2 else 1.0,
-        reduction=reduction,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        num_items=num_items,
-        ce_weight=ce_weight,
-        words=rows_s.shape[-1],
-        divide_last=student.dtype == torch.float16 and not finished,
-    )
-    served_by = backends.select("distill_kl", student.device.type, rows_s.dtype, backend)
+def _prepare(student: Tensor, teacher: Tensor, options: arguments.LossOptions, finished: bool = False) -> _Call:
+    leading, rows_s, rows_t = arguments.check_pair(student, teacher, options.vocab_size)
+    objective = options.objective()
+    divide_last = student.dtype == torch.float16 and not finished
+    weights = options.token_weights(rows_s, leading, words=rows_s.shape[-1], divide_last=divide_last)
+    served_by = backends.select("distill_kl", student.device.type, rows_s.dtype, options.backend)
     return _Call(leading, rows_s, rows_t, weights, objective, served_by)
 
 
 # The op. rows[i] = row_scale[i] · divergence + ce_scale[i] · cross-entropy; ce_rows is the second part alone, empty
 # without labels; grad is the finished gradient of rows.sum() to the student, [rows, V], empty where with_grad is False.
-define(
-    "distill_kl(Tensor student, Tensor teacher, Tensor row_scale, str divergence, float mix, "
-    "float student_temperature, float teacher_temperature, float student_softcap, float teacher_softcap, "
-    "Tensor? labels, Tensor? ce_scale, bool with_grad) -> (Tensor rows, Tensor ce_rows, Tensor grad)"
-)
+# distill_kl_triton is the same by Triton, beside pyfast._cuda; without that module distill_kl is by Triton too.
+OPS = ("distill_kl", "distill_kl_triton")
+for _op in OPS:
+    define(
+        f"{_op}(Tensor student, Tensor teacher, Tensor row_scale, str divergence, float mix, "
+        "float student_temperature, float teacher_temperature, float student_softcap, float teacher_softcap, "
+        "Tensor? labels, Tensor? ce_scale, bool with_grad) -> (Tensor rows, Tensor ce_rows, Tensor grad)"
+    )
 # grad[i, :] · scale[i]: into a new tensor, or in place, where rows of scale 1 are not touched.
 define("scale_rows(Tensor grad, Tensor scale) -> Tensor")
 define("scale_rows_(Tensor(a!) grad, Tensor scale) -> ()")
 
 
-@torch.library.register_fake("pyfast::distill_kl", lib=LIBRARY)
 def _fake(
     student: Tensor,
     teacher: Tensor,
@@ -306,25 +221,29 @@ def _fake_scale_rows_(grad: Tensor, scale: Tensor) -> None:
     pass
 
 
-@torch.library.impl(LIBRARY, "distill_kl", "CUDA")
 def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pyfast.triton_kernels.distill_kl import distill_kl
 
     return distill_kl(*inputs)
 
 
-@torch.library.impl(LIBRARY, "scale_rows", "CUDA")
 def _scale_rows_triton(grad: Tensor, scale: Tensor) -> Tensor:
     from pyfast.triton_kernels.scale_rows import scale_rows
 
     return scale_rows(grad, scale)
 
 
-@torch.library.impl(LIBRARY, "scale_rows_", "CUDA")
 def _scale_rows_in_place_triton(grad: Tensor, scale: Tensor) -> None:
     from pyfast.triton_kernels.scale_rows import scale_rows_
 
     scale_rows_(grad, scale)
+
+
+torch.library.impl(LIBRARY, "distill_kl_triton", "CUDA")(_triton)
+if _native.CUDA is None:
+    torch.library.impl(LIBRARY, "distill_kl", "CUDA")(_triton)
+    torch.library.impl(LIBRARY, "scale_rows", "CUDA")(_scale_rows_triton)
+    torch.library.impl(LIBRARY, "scale_rows_", "CUDA")(_scale_rows_in_place_triton)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -366,5 +285,7 @@ def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
     raise RuntimeError("pyfast.distillation_loss: double backward is not supported; use backend='reference'")
 
 
-torch.library.register_autograd("pyfast::distill_kl", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _op in OPS:
+    torch.library.register_fake(f"pyfast::{_op}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"pyfast::{_op}", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("pyfast::scale_rows", _refuse_double_backward, lib=LIBRARY)

@@ -1,7 +1,7 @@
 """sparse24_linear: the product with a 2:4 weight. :func:`pyfast.sparse_linear` is the public door.
 
-Kernels: ``csrc/cpu/sparse24_linear*``; on CUDA decompression and the dense product; truth:
-``pyfast/reference/sparse24_linear.py``.
+Kernels: ``csrc/cpu/sparse24_linear*``; on CUDA ``csrc/cuda/sparse24_linear*`` for few tokens, decompression and the
+dense product for many; truth: ``pyfast/reference/sparse24_linear.py``.
 """
 
 from __future__ import annotations
@@ -48,6 +48,19 @@ def _fake(x: Tensor, values: Tensor, metadata: Tensor, scales, bias, activation,
     return x.new_empty(x.shape[0], values.shape[0])
 
 
+# The CUDA kernel: values of 16 bits, any number of tokens. Above FEW_TOKENS the arithmetic bounds the product, and the
+# dense library serves it.
+FEW_TOKENS = 64
+define(
+    "sparse24_linear_mma(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int activation, Tensor? mul) -> Tensor"
+)
+
+
+@torch.library.register_fake("pyfast::sparse24_linear_mma", lib=LIBRARY)
+def _fake_mma(x: Tensor, values: Tensor, metadata: Tensor, bias, activation, mul) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
 @torch.library.impl(LIBRARY, "sparse24_linear", "CUDA")
 def _cuda(
     x: Tensor,
@@ -58,6 +71,9 @@ def _cuda(
     activation: int,
     mul: Tensor | None,
 ) -> Tensor:
+    if x.shape[0] <= FEW_TOKENS and values.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        bias, mul = (tensor if tensor is None else tensor.contiguous() for tensor in (bias, mul))
+        return torch.ops.pyfast.sparse24_linear_mma(x, values, metadata, bias, activation, mul)
     dense = scaled(sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), scales, x)
     return epilogue(linear(x, dense, bias), activation, mul)
 

@@ -91,17 +91,15 @@ def topk_distillation_loss(
     temperature = arguments.positive("temperature", temperature)
     leading, words, k = student_logits.shape[:-1], student_logits.shape[-1], teacher_ids.shape[-1]
     student = student_logits.reshape(math.prod(leading), words)
-    weight = arguments.token_weights(
-        student,
-        leading,
-        factor=temperature**2 if scale_by_t2 else 1.0,
+    weight = arguments.LossOptions(
+        temperature=temperature,
+        scale_by_t2=scale_by_t2,
         reduction=reduction,
         labels=labels,
         ignore_index=ignore_index,
         mask=mask,
         num_items=num_items,
-        divide_last=student.dtype == torch.float16,
-    )
+    ).token_weights(student, leading, divide_last=student.dtype == torch.float16)
     ids = teacher_ids.reshape(-1, k).long()
     entries = entries.detach().reshape(-1, k).double()
     _check_values(ids, entries, weight.counted, tail, words)

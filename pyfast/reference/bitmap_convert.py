@@ -35,14 +35,18 @@ def bits_of(bitmaps: Tensor) -> Tensor:
     return (bitmaps.unsqueeze(-1) >> torch.arange(64, device=bitmaps.device)) & 1 == 1
 
 
+def pack_tiles(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Boolean [tiles, 16 rows, 64 columns] to bitmaps int64 [tiles, 16] and offsets int64 [tiles + 1]."""
+    bitmaps = (bits.to(torch.int64) << torch.arange(64, device=bits.device)).sum(-1)
+    counts = bits.sum((1, 2))
+    return bitmaps, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def compress(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values [stored], bitmaps int64 [tiles, 16], offsets int64 [tiles + 1]."""
     tiles = to_tiles(dense)
     bits = stored(tiles)
-    bitmaps = (bits.to(torch.int64) << torch.arange(64, device=dense.device)).sum(-1)
-    counts = bits.sum((1, 2))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return tiles[bits], bitmaps, offsets
+    return tiles[bits], *pack_tiles(bits)
 
 
 def decompress(values: Tensor, bitmaps: Tensor, n: int, k: int) -> Tensor:

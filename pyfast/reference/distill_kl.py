@@ -23,20 +23,20 @@ def distill_kl(
 ) -> tuple[Tensor, Tensor]:
     """Values of each row, ``row_scale`` · divergence + ``ce_scale`` · cross-entropy, and the second part alone
     (detached; empty without labels): float32 [rows] (float64 for float64 logits), differentiable in ``student``.
-    Rows whose scales are 0 give 0 with zero gradient, whatever they hold."""
+    A part whose scale is 0 is 0 with zero gradient, whatever the row holds."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    counted = row_scale != 0
-    if ce_scale is not None:
-        counted = counted | (ce_scale != 0)
-    student = softcap(torch.where(counted.unsqueeze(-1), student.to(dtype), 0.0), student_softcap)
-    teacher = softcap(torch.where(counted.unsqueeze(-1), teacher.to(dtype), 0.0), teacher_softcap)
-    log_s = torch.log_softmax(student / student_temperature, dim=-1)
-    log_t = torch.log_softmax(teacher / teacher_temperature, dim=-1)
+
+    def part(logits: Tensor, cap: float, scale: Tensor) -> Tensor:
+        return softcap(torch.where((scale != 0).unsqueeze(-1), logits.to(dtype), 0.0), cap)
+
+    log_s = torch.log_softmax(part(student, student_softcap, row_scale) / student_temperature, dim=-1)
+    log_t = torch.log_softmax(part(teacher, teacher_softcap, row_scale) / teacher_temperature, dim=-1)
     rows = weighted(DIVERGENCES[divergence](log_s, log_t, mix), row_scale.to(dtype))
     if labels is None or ce_scale is None:
         return rows, rows.new_empty(0).detach()
-    word = torch.where(counted, labels, 0).unsqueeze(-1)
-    ce = weighted(-torch.log_softmax(student, dim=-1).gather(-1, word).squeeze(-1), ce_scale.to(dtype))
+    word = torch.where(ce_scale != 0, labels, 0).unsqueeze(-1)
+    log_1 = torch.log_softmax(part(student, student_softcap, ce_scale), dim=-1)
+    ce = weighted(-log_1.gather(-1, word).squeeze(-1), ce_scale.to(dtype))
     return rows + ce, ce.detach()
 
 

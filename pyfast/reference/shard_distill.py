@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyfast.reference.distill_kl import DIVERGENCES, softcap
+from pyfast.reference.distill_kl import DIVERGENCES, softcap, weighted
 
 # Words in one float64 temporary: on the CPU about what its caches hold, elsewhere enough to keep the device busy.
 _SCRATCH_WORDS = {"cpu": 1 << 16}
@@ -88,7 +88,7 @@ def shard_distill(
             continue
         s = log_s.exp()
         slope = s - log_t.exp() if pull is None or center is None else pull - s * center[part].unsqueeze(-1)
-        slope *= (row_scale[part].double() / student_temperature).unsqueeze(-1)
+        slope = weighted(slope, (row_scale[part].double() / student_temperature).unsqueeze(-1))
         if labels is not None and ce_scale is not None:
             of_ce = (z - student_lse[part, 1:]).exp()
             here = (labels[part] >= 0).double().unsqueeze(-1)

@@ -42,6 +42,23 @@ def compress(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return groups.gather(-1, pairs).reshape(n, -1), words.to(torch.int16), violation
 
 
+def prune(dense: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    """values [n, k/2] and metadata int16 [n, k/16] of the two elements of every group with the largest magnitude, or
+    the largest of ``scores`` [n, k]; of equals the earlier, the padding last."""
+    n, k = dense.shape
+    tail = padded(k, COLUMN_UNIT) - k
+    rank = dense.abs() if scores is None else scores
+    inside = torch.ones_like(rank, dtype=torch.bool)
+    rank, inside = (pad(tensor, (0, tail)).reshape(n, -1, 4) for tensor in (rank, inside))
+    order = rank.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, inside.gather(-1, order).to(torch.uint8).argsort(dim=-1, descending=True, stable=True))
+    pairs = order[..., :2].sort(-1).values
+    words = (
+        (pairs[..., 0] | pairs[..., 1] << 2).reshape(n, -1, 4) << torch.tensor([0, 4, 8, 12], device=dense.device)
+    ).sum(-1)
+    return pad(dense, (0, tail)).reshape(n, -1, 4).gather(-1, pairs).reshape(n, -1), words.to(torch.int16)
+
+
 def kept_columns(metadata: Tensor) -> Tensor:
     """Column of every value: int64 [n, k/2]."""
     n = metadata.shape[0]

@@ -45,13 +45,9 @@ def sparsify(
         TypeError, ValueError: a wrong argument, a pattern that matches no linear layer, a weight of another dtype,
             on the meta device or holding NaN, or nothing to sparsify. The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module")
     format_class(format)
     check_sparsity(format, sparsity)
-    chosen = _choose(model, _patterns("include", include), _patterns("exclude", exclude), head)
-    for name, linear in chosen.items():
-        _check_weight(name, linear)
+    chosen = eligible_linears(model, include, exclude, head)
     swapped: dict[nn.Module, SparseLinear] = {}
     for name in list(chosen):
         linear = chosen.pop(name)
@@ -60,6 +56,17 @@ def sparsify(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, swapped[linear])
     return model
+
+
+def eligible_linears(model: nn.Module, include: Patterns, exclude: Patterns, head: bool) -> dict[str, nn.Linear]:
+    """The layers that :func:`sparsify` swaps and :func:`pyfast.sparse.prune` prunes, by every name they go by, checked:
+    arguments and errors are those of :func:`sparsify`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module")
+    chosen = _choose(model, _patterns("include", include), _patterns("exclude", exclude), head)
+    for name, linear in chosen.items():
+        _check_weight(name, linear)
+    return chosen
 
 
 def _choose(
@@ -76,10 +83,7 @@ def _choose(
             if not any(fnmatchcase(name, pattern) for name in linears):
                 known = ", ".join(list(linears)[:5]) or "none"
                 raise ValueError(f"{argument}: {pattern!r} matches no linear layer; the first are: {known}")
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = owner_counts(model)
     heads = _heads(model)
     chosen = {
         name: linear
@@ -90,8 +94,19 @@ def _choose(
         and owners[id(linear.weight)] == 1
     }
     if not chosen:
-        raise ValueError(f"model: no eligible linear layer among {len(linears)} (see include, exclude, head)")
+        transposed = sum(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's layers
+        other = f"; {transposed} are Conv1D, whose weight lies transposed: not supported" if transposed else ""
+        raise ValueError(f"model: no eligible linear layer among {len(linears)} (see include, exclude, head){other}")
     return chosen
+
+
+def owner_counts(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter, by its ``id``."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return owners
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:

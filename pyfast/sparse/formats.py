@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pyfast.ops import bitmap_convert, sparse24_convert
+from pyfast.ops import bitmap_convert, bitmask_convert, sparse24_convert
 from pyfast.reference.bitmap_convert import TILE_COLUMNS, TILE_ROWS
 from pyfast.reference.sparse24_convert import COLUMN_UNIT, padded
+from pyfast.sparse.checks import check_bitmask, check_tensor, popcount
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FORMAT_VERSION = 1
+STORED_DTYPES = (*DTYPES, torch.int8)
+FORMAT_VERSION = 2
+LARGEST_CODE = 127  # of int8 values: symmetric, -128 is not used
 
 Self = TypeVar("Self", bound="SparseWeight")
 
@@ -27,11 +30,15 @@ class SparseWeight(ABC):
 
     Attributes:
         values: the stored elements, in the order of the format.
+        scales: float32 ``[N]`` where the values are int8, made by :meth:`quantize`: an element is
+            scales[row] · value. None where the values are numbers themselves.
         shape: (N, K) of the dense weight: out_features, in_features.
     """
 
     format: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]  # of the tensors, but for scales
     values: Tensor
+    scales: Tensor | None
     shape: tuple[int, int]
 
     @classmethod
@@ -47,18 +54,65 @@ class SparseWeight(ABC):
             TypeError, ValueError: not a matrix of an accepted dtype, or not of the format's pattern.
         """
 
-    @abstractmethod
     def to_dense(self) -> Tensor:
-        """The dense weight [N, K], bit for bit, in the dtype and on the device of the values."""
+        """The dense weight [N, K] on the device of the values: bit for bit in their dtype; of int8 values, the float32
+        products of value and scale."""
+        dense = self._decompress()
+        return dense if self.scales is None else dense * self.scales[:, None]
 
-    @abstractmethod
+    def quantize(self: Self) -> Self:
+        """The same pattern with int8 values and one float32 scale a row.
+
+        Symmetric, per output channel, round to nearest: scale = max|w| / 127 of the row (no smaller than the smallest
+        normal float32), value = w / scale rounded to the nearest integer, ties to even. The error of an element is at
+        most half a scale. No calibration: activations stay floating point (weight-only quantization).
+
+        Raises:
+            ValueError: the values are int8 already, or a row holds NaN, infinity or more than float32 can scale.
+        """
+        if self.scales is not None:
+            raise ValueError("weight: holds int8 values already")
+        dense = self._decompress()
+        exact = dense if dense.dtype == torch.float64 else dense.float()
+        largest = exact.abs().amax(1) if exact.shape[1] else exact.new_zeros(exact.shape[0])
+        scales = (largest / LARGEST_CODE).float().clamp(min=torch.finfo(torch.float32).tiny)
+        bad = (~torch.isfinite(scales)).nonzero()
+        if len(bad):
+            raise ValueError(f"weight: row {int(bad[0])} holds NaN, infinity or more than float32 can scale")
+        codes = (exact / scales[:, None]).round().to(torch.int8)
+        return self._unchecked({**self.tensors(), "values": self._gather(codes), "scales": scales}, self.shape)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The flat tensors that make up the weight, by name."""
+        """The flat tensors that make up the weight, by name; ``scales`` among them where the values are int8."""
+        tensors = {name: getattr(self, name) for name in self.names}
+        return tensors if self.scales is None else tensors | {"scales": self.scales}
+
+    @classmethod
+    def from_tensors(cls: type[Self], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Self:
+        """Puts a weight together and checks it: shapes, dtypes and the pattern. ValueError where they disagree."""
+        quantized = "values" in tensors and tensors["values"].dtype == torch.int8
+        _check_names(tensors, (*cls.names, "scales") if quantized else cls.names)
+        if quantized:
+            scales = tensors["scales"]
+            check_tensor("scales", scales, (torch.float32,), (shape[0],))
+            if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+                raise ValueError("scales: hold a number that is not positive and finite; the weight is damaged")
+        cls._check(tensors, shape)
+        return cls._unchecked(tensors, shape)
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls: type[Self], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Self:
-        """Puts a weight together and checks it: shapes, dtypes and the pattern. ValueError where they disagree."""
+    def empty(
+        cls: type[Self],
+        shape: tuple[int, int],
+        stored: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        int8: bool = False,
+    ) -> Self:
+        """A weight of ``stored`` values whose tensors have no content yet, to read one into (of ``dtype``, or int8 with
+        scales). ValueError where the format has no such number of values for the shape."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,13 +130,13 @@ class SparseWeight(ABC):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Like ``Tensor.to``: device and floating dtype; the pattern follows to the device."""
-        moved = {
-            name: tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor
-            for name, tensor in self.tensors().items()
-        }
-        device = moved["values"].device
-        return self._unchecked({name: tensor.to(device) for name, tensor in moved.items()}, self.shape)
+        """Like ``Tensor.to``: device and floating dtype; the pattern follows to the device. A dtype changes the values
+        where they are floating point; int8 values and their scales stay as they are."""
+        tensors = self.tensors()
+        if self.scales is None:
+            tensors["values"] = self.values.to(*args, **kwargs)
+        device = self.values.new_empty(0, dtype=torch.float32).to(*args, **kwargs).device
+        return self._unchecked({name: tensor.to(device) for name, tensor in tensors.items()}, self.shape)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes a safetensors file: the tensors, and format, version and shape as its metadata."""
@@ -106,9 +160,22 @@ class SparseWeight(ABC):
             raise ValueError(f"path: {path} has version {about.get('version')}, accepted: {FORMAT_VERSION}")
         return cls.from_tensors(tensors, _shape_from(about.get("shape", ""), path))
 
+    @abstractmethod
+    def _decompress(self) -> Tensor:
+        """The stored elements as they are, at their places in [N, K]."""
+
+    @abstractmethod
+    def _gather(self, dense: Tensor) -> Tensor:
+        """The elements of ``dense`` [N, K], of any dtype, at the stored places, in the order of the values."""
+
     @classmethod
     @abstractmethod
-    def _unchecked(cls: type[Self], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Self: ...
+    def _check(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
+        """ValueError where the values and the pattern are no weight of this shape."""
+
+    @classmethod
+    def _unchecked(cls: type[Self], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Self:
+        return cls(*(tensors[name] for name in cls.names), shape, tensors.get("scales"))  # type: ignore[call-arg]
 
     def __repr__(self) -> str:
         n, k = self.shape
@@ -124,9 +191,10 @@ class Sparse24Weight(SparseWeight):
     """
 
     format = "2:4"
+    names = ("values", "metadata")
 
-    def __init__(self, values: Tensor, metadata: Tensor, shape: tuple[int, int]):
-        self.values, self.metadata, self.shape = values, metadata, shape
+    def __init__(self, values: Tensor, metadata: Tensor, shape: tuple[int, int], scales: Tensor | None = None):
+        self.values, self.metadata, self.shape, self.scales = values, metadata, shape, scales
 
     @classmethod
     def from_dense(cls, dense: Tensor, *, mask: Tensor | None = None) -> Sparse24Weight:
@@ -142,29 +210,40 @@ class Sparse24Weight(SparseWeight):
             )
         return cls(values, metadata, (dense.shape[0], dense.shape[1]))
 
-    def to_dense(self) -> Tensor:
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        stored: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        int8: bool = False,
+    ) -> Sparse24Weight:
+        n, k = shape[0], padded(shape[1], COLUMN_UNIT)
+        if stored != n * k // 2:
+            raise ValueError(f"stored: got {stored}, accepted for 2:4 and the shape {list(shape)}: {n * k // 2}")
+        values = torch.empty(n, k // 2, dtype=torch.int8 if int8 else dtype, device=device)
+        scales = torch.empty(n, dtype=torch.float32, device=device) if int8 else None
+        return cls(values, torch.empty(n, k // 16, dtype=torch.int16, device=device), shape, scales)
+
+    def _decompress(self) -> Tensor:
         return sparse24_convert.decompress(self.values, self.metadata, *self.shape)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values, "metadata": self.metadata}
+    def _gather(self, dense: Tensor) -> Tensor:
+        return sparse24_convert.gather(dense, self.metadata)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Sparse24Weight:
-        _check_names(tensors, ("values", "metadata"))
+    def _check(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
         n, k = shape[0], padded(shape[1], COLUMN_UNIT)
-        _check_tensor("values", tensors["values"], DTYPES, (n, k // 2))
-        _check_tensor("metadata", tensors["metadata"], (torch.int16,), (n, k // 16))
+        check_tensor("values", tensors["values"], STORED_DTYPES, (n, k // 2))
+        check_tensor("metadata", tensors["metadata"], (torch.int16,), (n, k // 16))
         metadata = tensors["metadata"]
         nibbles = (metadata.to(torch.int64).unsqueeze(-1) >> torch.arange(0, 16, 4, device=metadata.device)) & 15
         legal = torch.zeros(16, dtype=torch.bool, device=metadata.device)
         legal[[0x4, 0x8, 0x9, 0xC, 0xD, 0xE]] = True
         if not bool(legal[nibbles].all()):
             raise ValueError("metadata: holds a nibble that names no pair of columns; the weight is damaged")
-        return cls._unchecked(tensors, shape)
-
-    @classmethod
-    def _unchecked(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Sparse24Weight:
-        return cls(tensors["values"], tensors["metadata"], shape)
 
 
 class BitmapWeight(SparseWeight):
@@ -172,12 +251,16 @@ class BitmapWeight(SparseWeight):
 
     Tiles of 16 rows × 64 columns, a word of 64 bits a row: ``bitmaps`` int64 ``[tiles, 16]``, ``values`` flat in the
     order of tile, row, column, ``offsets`` int64 ``[tiles + 1]`` into them. 1.06 bits an element above the values.
+    Any pattern is accepted, N:M patterns (1:4, 4:8, …) too.
     """
 
     format = "bitmap"
+    names = ("values", "bitmaps", "offsets")
 
-    def __init__(self, values: Tensor, bitmaps: Tensor, offsets: Tensor, shape: tuple[int, int]):
-        self.values, self.bitmaps, self.offsets, self.shape = values, bitmaps, offsets, shape
+    def __init__(
+        self, values: Tensor, bitmaps: Tensor, offsets: Tensor, shape: tuple[int, int], scales: Tensor | None = None
+    ):
+        self.values, self.bitmaps, self.offsets, self.shape, self.scales = values, bitmaps, offsets, shape, scales
 
     @property
     def density(self) -> float:
@@ -190,21 +273,78 @@ class BitmapWeight(SparseWeight):
         dense = _checked_dense(dense, mask)
         return cls(*bitmap_convert.compress(dense), (dense.shape[0], dense.shape[1]))
 
-    def to_dense(self) -> Tensor:
-        return bitmap_convert.decompress(self.values, self.bitmaps, self.offsets, *self.shape)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.values, "bitmaps": self.bitmaps, "offsets": self.offsets}
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, int],
+        stored: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        int8: bool = False,
+    ) -> BitmapWeight:
+        if not 0 <= stored <= shape[0] * shape[1]:
+            raise ValueError(f"stored: got {stored}, accepted for the shape {list(shape)}: 0 to {shape[0] * shape[1]}")
+        tiles = bitmap_convert.tile_count(*shape)
+        values = torch.empty(stored, dtype=torch.int8 if int8 else dtype, device=device)
+        bitmaps = torch.empty(tiles, TILE_ROWS, dtype=torch.int64, device=device)
+        scales = torch.empty(shape[0], dtype=torch.float32, device=device) if int8 else None
+        return cls(values, bitmaps, torch.empty(tiles + 1, dtype=torch.int64, device=device), shape, scales)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> BitmapWeight:
-        _check_names(tensors, ("values", "bitmaps", "offsets"))
+    def from_bitmask(
+        cls,
+        shape: tuple[int, int] | Tensor,
+        compressed: Tensor,
+        bitmask: Tensor,
+        row_offsets: Tensor,
+        *,
+        scales: Tensor | None = None,
+    ) -> BitmapWeight:
+        """Converts a row-major bitmask, the layout in which sparse checkpoints are exchanged (``"sparse-bitmask"`` of
+        the compressed-tensors format; docs/formats.md).
+
+        Args:
+            shape: (N, K), or an integer tensor that holds them.
+            compressed: the stored elements ``[S]`` in the order of row, column; float32, bfloat16, float16, float64,
+                or int8 with ``scales`` float32 ``[N]``.
+            bitmask: uint8 ``[N, ceil(K/8)]``; element (i, j) is stored where bit j % 8 of byte j // 8 of row i is set.
+            row_offsets: int64 ``[N]``, where each row begins in ``compressed``.
+
+        Raises:
+            ValueError: a wrong dtype, shape or device, bits beyond K, or counts that disagree; named in the message.
+        """
+        n, k = check_bitmask(shape, compressed, bitmask, row_offsets)
+        values, bitmaps, offsets = bitmask_convert.from_bitmask(
+            compressed.contiguous(), bitmask.contiguous(), row_offsets.contiguous(), k
+        )
+        tensors = {"values": values, "bitmaps": bitmaps, "offsets": offsets}
+        return cls.from_tensors(tensors if scales is None else tensors | {"scales": scales}, (n, k))
+
+    def to_bitmask(self) -> dict[str, Tensor]:
+        """The weight as a row-major bitmask: ``shape`` int64 [2], ``compressed``, ``bitmask`` and ``row_offsets`` (and
+        ``scales``), as :meth:`from_bitmask` takes them."""
+        compressed, bitmask, row_offsets = bitmask_convert.to_bitmask(
+            self.values, self.bitmaps, self.offsets, *self.shape
+        )
+        tensors = {"shape": torch.tensor(self.shape), "compressed": compressed, "bitmask": bitmask}
+        tensors["row_offsets"] = row_offsets
+        return tensors if self.scales is None else tensors | {"scales": self.scales}
+
+    def _decompress(self) -> Tensor:
+        return bitmap_convert.decompress(self.values, self.bitmaps, self.offsets, *self.shape)
+
+    def _gather(self, dense: Tensor) -> Tensor:
+        return bitmap_convert.gather(dense, self.bitmaps, self.offsets, self.values.numel())
+
+    @classmethod
+    def _check(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
         values, bitmaps, offsets = tensors["values"], tensors["bitmaps"], tensors["offsets"]
         tiles = bitmap_convert.tile_count(*shape)
-        _check_tensor("values", values, DTYPES, None)
-        _check_tensor("bitmaps", bitmaps, (torch.int64,), (tiles, TILE_ROWS))
-        _check_tensor("offsets", offsets, (torch.int64,), (tiles + 1,))
-        counts = _popcount(bitmaps).sum(-1)
+        check_tensor("values", values, STORED_DTYPES, None)
+        check_tensor("bitmaps", bitmaps, (torch.int64,), (tiles, TILE_ROWS))
+        check_tensor("offsets", offsets, (torch.int64,), (tiles + 1,))
+        counts = popcount(bitmaps).sum(-1)
         if values.dim() != 1 or int(offsets[0]) != 0 or not torch.equal(offsets.diff(), counts):
             raise ValueError("offsets: do not agree with the bitmaps; the weight is damaged")
         if int(offsets[-1]) != values.numel():
@@ -213,11 +353,6 @@ class BitmapWeight(SparseWeight):
             )
         if _bits_in_padding(bitmaps, shape):
             raise ValueError(f"bitmaps: hold bits outside the shape {list(shape)}; the weight is damaged")
-        return cls._unchecked(tensors, shape)
-
-    @classmethod
-    def _unchecked(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> BitmapWeight:
-        return cls(tensors["values"], tensors["bitmaps"], tensors["offsets"], shape)
 
 
 FORMATS: dict[str, type[SparseWeight]] = {cls.format: cls for cls in (Sparse24Weight, BitmapWeight)}
@@ -252,13 +387,6 @@ def _check_names(tensors: dict[str, Tensor], names: tuple[str, ...]) -> None:
         raise ValueError(f"tensors: got {sorted(tensors)}, accepted: {sorted(names)}")
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None) -> None:
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, accepted: {', '.join(map(str, dtypes))}")
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, accepted: {list(shape)}")
-
-
 def _shape_from(text: str, path: object) -> tuple[int, int]:
     try:
         n, k = json.loads(text)
@@ -281,11 +409,3 @@ def _bits_in_padding(bitmaps: Tensor, shape: tuple[int, int]) -> bool:
     if columns < TILE_COLUMNS:
         right = right & ((1 << (TILE_COLUMNS - columns)) - 1)  # int64 shifts its sign in
     return bool(below.any() | ((right != 0) & (columns < TILE_COLUMNS)).any())
-
-
-def _popcount(words: Tensor) -> Tensor:
-    """Set bits of each int64: sums of neighbouring fields of 1, 2, 4 bits, then of the eight bytes."""
-    x = words - ((words >> 1) & 0x5555555555555555)
-    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return sum(((x >> shift) & 0xFF for shift in range(0, 64, 8)), torch.zeros_like(x))

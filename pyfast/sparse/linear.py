@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.reference.epilogue import ACTIVATIONS, epilogue
 from pyfast.sparse import layouts
-from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight, format_class
+from pyfast.sparse.formats import DTYPES, BitmapWeight, Sparse24Weight, SparseWeight, format_class
 from pyfast.sparse.masks import magnitude_mask
 from pyfast.sparse.planning import choose, plan
 
@@ -43,7 +44,7 @@ def sparse_linear(
     :func:`pyfast.sparse.set_layouts` forbids that memory.
 
     Args:
-        x: ``[..., K]``, of the weight's dtype and device.
+        x: ``[..., K]``, of the weight's dtype and device; of any floating dtype where the weight's values are int8.
         weight: :class:`Sparse24Weight` or :class:`BitmapWeight` of shape (N, K).
         bias: ``[N]`` or None.
         activation: None, ``"relu"``, ``"gelu"`` (by erf), ``"gelu_tanh"`` or ``"silu"``.
@@ -59,7 +60,7 @@ def sparse_linear(
     """
     _check(x, weight, bias, activation, mul)
     n, k = weight.shape
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), k)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # numel() would make traced sizes constants
     gate = mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], n)
     number = _NUMBERS[activation]
     if torch.is_grad_enabled() and _wants_gradient(x, weight.values, bias, mul):
@@ -103,10 +104,11 @@ def _direct(
 ) -> Tensor:
     """The product with the weight as it is stored."""
     if isinstance(weight, Sparse24Weight):
-        return sparse24_linear(rows, weight.values, weight.metadata, None, bias, activation, mul, backend)
+        return sparse24_linear(rows, weight.values, weight.metadata, weight.scales, bias, activation, mul, backend)
     assert isinstance(weight, BitmapWeight)
     n = weight.shape[0]
-    return bitmap_linear(rows, weight.values, weight.bitmaps, weight.offsets, None, bias, n, activation, mul, backend)
+    tensors = weight.values, weight.bitmaps, weight.offsets, weight.scales
+    return bitmap_linear(rows, *tensors, bias, n, activation, mul, backend)
 
 
 def _native_direct(
@@ -114,10 +116,10 @@ def _native_direct(
 ) -> Tensor:
     """The same by the native kernel, known to serve: the shortest way for one token."""
     if isinstance(weight, Sparse24Weight):
-        return _SPARSE24(rows, weight.values, weight.metadata, None, bias, activation, mul)
+        return _SPARSE24(rows, weight.values, weight.metadata, weight.scales, bias, activation, mul)
     assert isinstance(weight, BitmapWeight)
-    tensors = weight.values, weight.bitmaps, weight.offsets
-    return _BITMAP(rows, *tensors, None, bias, weight.shape[0], activation, mul)
+    tensors = weight.values, weight.bitmaps, weight.offsets, weight.scales
+    return _BITMAP(rows, *tensors, bias, weight.shape[0], activation, mul)
 
 
 def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None) -> None:
@@ -127,8 +129,10 @@ def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, accepted: a tensor [..., {k}]")
     values = weight.values
-    if x.dtype != values.dtype:
+    if weight.scales is None and x.dtype != values.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, accepted: that of the weight, {weight.dtype}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: got dtype {x.dtype}, accepted: float32, bfloat16, float16, float64")
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x: got shape {list(x.shape)}, accepted: [..., {k}]")
     if x.device != values.device:
@@ -153,7 +157,8 @@ class SparseLinear(nn.Module):
     """``nn.Linear`` with a sparse weight: ``values`` is a parameter, the pattern lies in buffers.
 
     Made by :meth:`from_linear` or :func:`pyfast.sparsify`. state_dict, ``.to()``, optimizers and torch.compile see
-    ordinary tensors.
+    ordinary tensors. int8 values are not trained; x and the bias still get gradients. ``load_state_dict`` checks the
+    tensors as :meth:`SparseWeight.from_tensors` does and changes nothing where they are refused.
 
     Without gradients it may keep a second form of the weight in memory, made at the first call that wants it and never
     saved: about 5 bytes a stored element for many tokens, or a dense copy where dense is faster.
@@ -166,18 +171,16 @@ class SparseLinear(nn.Module):
     bitmaps: Tensor  # bitmap
     offsets: Tensor  # bitmap
     bias: nn.Parameter | None
+    scales: Tensor | None  # of int8 values; float32 whatever dtype the module is cast to
 
     def __init__(self, weight: SparseWeight, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight_format = weight.format
-        for name, tensor in weight.tensors().items():
-            if name == "values":
-                self.values = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-            else:
-                self.register_buffer(name, tensor)
+        self.register_buffer("scales", None)
+        self._kept: SparseWeight | None = None  # the container over the tensors below, and its layouts
+        self._hold(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self._kept: SparseWeight | None = None  # the container over the tensors above, and its layouts
 
     @classmethod
     def from_linear(
@@ -203,6 +206,19 @@ class SparseLinear(nn.Module):
             module.bias.requires_grad_(linear.bias.requires_grad)
         return module.train(linear.training)
 
+    def _hold(self, weight: SparseWeight) -> None:
+        for name, tensor in weight.tensors().items():
+            if name == "values":
+                self.values = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            else:
+                self.register_buffer(name, tensor)
+
+    @torch.no_grad()
+    def quantize_(self) -> SparseLinear:
+        """Turns the values into int8 with a scale a row, in place (:meth:`SparseWeight.quantize`)."""
+        self._hold(self.weight.quantize())
+        return self
+
     @property
     def weight(self) -> SparseWeight:
         """The weight as a container over the module's own tensors; the same one until a tensor is replaced."""
@@ -221,16 +237,16 @@ class SparseLinear(nn.Module):
         if kept is None or kept.values is not self._parameters["values"]:
             return None
         if isinstance(kept, Sparse24Weight):
-            return kept if kept.metadata is buffers["metadata"] else None
+            return kept if kept.metadata is buffers["metadata"] and kept.scales is buffers["scales"] else None
         assert isinstance(kept, BitmapWeight)
-        same = kept.bitmaps is buffers["bitmaps"] and kept.offsets is buffers["offsets"]
-        return kept if same else None
+        names = ("bitmaps", "offsets", "scales")
+        return kept if all(getattr(kept, name) is buffers[name] for name in names) else None
 
     def _container(self, values: Any, buffers: dict[str, Any]) -> SparseWeight:
         shape = (self.out_features, self.in_features)
         if self.weight_format == "2:4":
-            return Sparse24Weight(values, buffers["metadata"], shape)
-        return BitmapWeight(values, buffers["bitmaps"], buffers["offsets"], shape)
+            return Sparse24Weight(values, buffers["metadata"], shape, buffers["scales"])
+        return BitmapWeight(values, buffers["bitmaps"], buffers["offsets"], shape, buffers["scales"])
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in_features]`` to ``[..., out_features]``."""
@@ -238,7 +254,11 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         self._kept = None  # .to() replaces the memory of a parameter and leaves its identity and version
-        return super()._apply(fn, recurse)
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales is not None and self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}  # copies and pickles start without layouts
@@ -247,8 +267,50 @@ class SparseLinear(nn.Module):
         stored = self.values.numel() / max(self.in_features * self.out_features, 1)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.weight_format!r}, stored={stored:.1%}"
+            f"format={self.weight_format!r}, stored={stored:.1%}, values={self.values.dtype}"
         )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        parts = self.weight.tensors().keys()
+        missing = [prefix + name for name in parts if name not in given]
+        refusal = self._refusal(own, given)
+        if refusal is not None:
+            error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {refusal}")
+        elif 0 < len(missing) < len(parts):  # values without their pattern say nothing
+            missing_keys.extend(missing)
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+    def _refusal(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
+        """Why the given tensors cannot take the places of those of the same names; None if they can."""
+        for name, tensor in given.items():
+            if tensor.shape != own[name].shape:
+                return f"{name}: got shape {list(tensor.shape)}, accepted: {list(own[name].shape)}"
+            if tensor.is_floating_point() != own[name].is_floating_point():
+                return f"{name}: got dtype {tensor.dtype}, accepted: such as {own[name].dtype}"
+        weight = self.weight
+        tensors = {name: given[name].detach() for name in weight.tensors() if name in given}
+        plain = all(type(tensor) is Tensor and not tensor.is_meta for tensor in tensors.values())
+        if len(tensors) < len(weight.tensors()) or not plain:
+            return None  # not whole; or sharded, fake or without data: nothing to look at
+        try:
+            type(weight).from_tensors(tensors, weight.shape)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def prepare(model: nn.Module, tokens: int | tuple[int, ...]) -> int:

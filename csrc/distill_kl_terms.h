@@ -1,5 +1,6 @@
-// What one word adds to each divergence of distill_kl, over Vec. With t, s the probabilities of a word,
-// x = log s - log t, E = e^x - 1 and Q = E - x, every divergence but forward_kl has the gradient s (h - H), H = Σ s h:
+// What one word adds to each divergence of distill_kl, over Vec; CPU and CUDA share it. With t, s the probabilities of
+// a word, x = log s - log t, E = e^x - 1 and Q = E - x, every divergence but forward_kl has the gradient s (h - H), H =
+// Σ s h:
 //
 //                     value of the word                        h (up to a constant, which H removes)
 //   forward_kl        t Q                                      gradient s - t
@@ -19,8 +20,8 @@
 // NaN), for which the limits stand.
 #pragma once
 
-#include "distill_kl.h"
-#include "softmax_rows.h"
+#include "divergence.h"
+#include "exp_log.h"
 
 namespace pyfast {
 namespace {
@@ -60,10 +61,10 @@ PYFAST_INLINE Vec log_ratio(Vec zs, Vec zt, const RowPair& row) {
 
 constexpr float kFar = 16.0f;
 
-inline Vec::Mask is_far(Vec x) { return not_at_most(abs(x), broadcast(kFar)); }
+PYFAST_INLINE Vec::Mask is_far(Vec x) { return not_at_most(abs(x), broadcast(kFar)); }
 
 // p * a, and 0 where p is 0, whatever a is.
-inline Vec weigh(Vec p, Vec a) { return select(equal(p, broadcast(0.0f)), broadcast(0.0f), p * a); }
+PYFAST_INLINE Vec weigh(Vec p, Vec a) { return select(equal(p, broadcast(0.0f)), broadcast(0.0f), p * a); }
 
 PYFAST_INLINE Terms forward_kl_terms(Vec zs, Vec zt, const RowPair& row) {
   const Vec t = teacher_probability(zt, row), x = log_ratio(zs, zt, row);

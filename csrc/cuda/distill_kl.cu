@@ -1,0 +1,144 @@
+// distill_kl on the GPU: checks, layout, stream, launch, registration. What is computed is said in distill_kl.cuh.
+#include "distill_kl.cuh"
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../divergence_names.h"
+#include "rows_launch.h"
+
+namespace pyfast::cuda {
+namespace {
+
+void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would report it
+  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
+}
+
+int attribute_of(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "distill_kl");
+  return value;
+}
+
+DeviceLimits limits_of(int device) {
+  return {attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          attribute_of(cudaDevAttrComputeCapabilityMajor, device) >= 9};
+}
+
+// As many groups of blocks as the device runs at once, and no more than there are rows: each does rows in turn.
+template <class T>
+void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
+  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), limits_of(device));
+  const bool resident = plan.cluster > 0;
+  auto* const kernel = resident ? distill_kl_resident_kernel<T> : distill_kl_streamed_kernel<T>;
+  args.share = plan.share;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
+      "distill_kl");
+  const int cluster = resident ? plan.cluster : 1;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  int groups = 0;
+  if (cluster > 1) {
+    check_cuda(cudaOccupancyMaxActiveClusters(&groups, kernel, &config), "distill_kl");
+  } else {
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&groups, kernel, plan.threads, config.dynamicSmemBytes),
+               "distill_kl");
+    groups *= attribute_of(cudaDevAttrMultiProcessorCount, device);
+  }
+  STD_TORCH_CHECK(groups > 0, "distill_kl: this GPU has no room for ", cluster, " block(s) of ", plan.shared_bytes,
+                  " bytes");
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(groups, args.count)) * static_cast<unsigned>(cluster));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args), "distill_kl");
+}
+
+void check_logits(const Tensor& logits, const char* name) {
+  STD_TORCH_CHECK(logits.is_cuda(), name, ": must be a CUDA tensor");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, name, ": must have shape [rows, words] with words above 0");
+  STD_TORCH_CHECK(logits.size(1) <= 2147483647 - 64, name, ": got ", logits.size(1),
+                  " words, accepted: below 2^31 - 64");
+  (void)is_wide(logits, name);
+}
+
+void check_inputs(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
+                  const std::optional<Tensor>& labels, const std::optional<Tensor>& ce_scale) {
+  check_logits(student, "student");
+  check_logits(teacher, "teacher");
+  STD_TORCH_CHECK(student.size(0) == teacher.size(0) && student.size(1) == teacher.size(1) &&
+                      student.get_device_index() == teacher.get_device_index(),
+                  "student, teacher: shapes and devices must agree");
+  STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "student, teacher: dtypes must agree");
+  check_per_row(row_scale, "row_scale", ScalarType::Float, student);
+  STD_TORCH_CHECK(labels.has_value() == ce_scale.has_value(), "labels, ce_scale: both or none");
+  if (!labels) return;
+  check_per_row(*labels, "labels", ScalarType::Long, student);
+  check_per_row(*ce_scale, "ce_scale", ScalarType::Float, student);
+}
+
+void check_options(Divergence divergence, double mix, double student_temperature, double teacher_temperature,
+                   double student_softcap, double teacher_softcap) {
+  const bool mixes =
+      divergence == Divergence::jsd || divergence == Divergence::skew_kl || divergence == Divergence::skew_reverse_kl;
+  STD_TORCH_CHECK(!mixes || (mix > 0 && mix < 1), "mix: got ", mix, ", accepted: above 0 and below 1");
+  STD_TORCH_CHECK(student_temperature > 0 && teacher_temperature > 0, "temperatures: accepted: above 0");
+  STD_TORCH_CHECK(student_softcap >= 0 && teacher_softcap >= 0, "softcaps: accepted: above 0, or 0 for none");
+}
+
+std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,
+                                              std::string divergence, double mix, double student_temperature,
+                                              double teacher_temperature, double student_softcap,
+                                              double teacher_softcap, std::optional<Tensor> labels,
+                                              std::optional<Tensor> ce_scale, bool with_grad) {
+  check_inputs(student, teacher, row_scale, labels, ce_scale);
+  const std::optional<Divergence> kind = find_divergence(divergence);
+  STD_TORCH_CHECK(kind.has_value(), "divergence: got '", divergence, "', accepted: ", divergence_names());
+  check_options(*kind, mix, student_temperature, teacher_temperature, student_softcap, teacher_softcap);
+  const int device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int64_t count = student.size(0), words = student.size(1);
+  Tensor rows = torch::stable::new_empty(student, {count}, ScalarType::Float);
+  Tensor ce_rows = torch::stable::new_empty(student, {labels ? count : 0}, ScalarType::Float);
+  Tensor grad = torch::stable::new_empty(student, {with_grad ? count : 0, with_grad ? words : 0});
+  if (count == 0) return {rows, ce_rows, grad};
+  const Tensor s = words_together(student), t = words_together(teacher);
+  const Tensor scale = torch::stable::contiguous(row_scale);
+  if (labels) labels = torch::stable::contiguous(*labels);
+  if (ce_scale) ce_scale = torch::stable::contiguous(*ce_scale);
+  with_element(student, [&](auto element) {
+    using T = decltype(element);
+    DistillKlArgs<T> args{};
+    args.student = static_cast<const T*>(s.const_data_ptr());
+    args.teacher = static_cast<const T*>(t.const_data_ptr());
+    args.row_scale = scale.const_data_ptr<float>();
+    args.labels = labels ? labels->const_data_ptr<int64_t>() : nullptr;
+    args.ce_scale = ce_scale ? ce_scale->const_data_ptr<float>() : nullptr;
+    args.rows = rows.mutable_data_ptr<float>();
+    args.ce_rows = labels ? ce_rows.mutable_data_ptr<float>() : nullptr;
+    args.grad = with_grad ? static_cast<T*>(grad.mutable_data_ptr()) : nullptr;
+    args.student_stride = s.stride(0);
+    args.teacher_stride = t.stride(0);
+    args.grad_stride = words;
+    args.count = count;
+    args.words = static_cast<int>(words);
+    args.set_options(*kind, mix, student_temperature, teacher_temperature, student_softcap, teacher_softcap);
+    launch(args, device, current_stream(student));
+  });
+  return {rows, ce_rows, grad};
+}
+
+}  // namespace
+}  // namespace pyfast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) { m.impl("distill_kl", TORCH_BOX(&pyfast::cuda::distill_kl)); }

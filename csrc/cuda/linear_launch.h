@@ -1,0 +1,52 @@
+// What the launchers of products with sparse weights share: checks of x, bias and mul, and x as the kernels read it.
+// Only <op>.cu files include it.
+#pragma once
+
+#include <optional>
+
+#include "epilogue.cuh"
+#include "launch.h"
+
+namespace pyfast::cuda {
+
+// x [tokens, k] in the dtype and on the device of the weight's values, at most `few` tokens.
+inline void check_x(const Tensor& x, const Tensor& values, int64_t few) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == values.get_device_index() && x.dim() == 2 &&
+                      x.scalar_type() == values.scalar_type(),
+                  "x: must be [tokens, in_features] of the dtype and device of values");
+  STD_TORCH_CHECK(x.size(0) <= few, "x: has ", x.size(0), " tokens, at most ", few);
+}
+
+// The epilogue that fills y [tokens, n], a fresh tensor; bias and mul are checked against it.
+inline Epilogue make_epilogue(const Tensor& y, const std::optional<Tensor>& bias, int64_t activation,
+                              const std::optional<Tensor>& mul) {
+  const int64_t tokens = y.size(0), n = y.size(1);
+  Epilogue out{nullptr, nullptr, y.mutable_data_ptr(), n, Activation::none};
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, "activation: got ", activation, ", accepted: 0 to ",
+                  kActivationCount - 1);
+  out.activation = static_cast<Activation>(activation);
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", 1, y);
+    STD_TORCH_CHECK(bias->scalar_type() == y.scalar_type() && bias->size(0) == n, "bias: must be [", n,
+                    "] in the dtype of x");
+    out.bias = bias->const_data_ptr();
+  }
+  if (mul.has_value()) {
+    check_tensor(*mul, "mul", 2, y);
+    STD_TORCH_CHECK(mul->scalar_type() == y.scalar_type() && mul->size(0) == tokens && mul->size(1) == n,
+                    "mul: must be [", tokens, ", ", n, "] in the dtype of x");
+    out.mul = mul->const_data_ptr();
+  }
+  return out;
+}
+
+// x [tokens, k] of 16 bits with rows at multiples of 16 bytes: a copy, padded with zeros, where it is not so.
+inline Tensor aligned_rows(const Tensor& x) {
+  const int64_t tail = x.size(1) % 8;
+  const Tensor rows = x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  if (tail != 0) return torch::stable::pad(rows, {0, 8 - tail});
+  const bool aligned = is_aligned(rows.const_data_ptr(), 16) && (rows.size(0) == 1 || rows.stride(0) % 8 == 0);
+  return aligned ? rows : torch::stable::clone(torch::stable::contiguous(rows));
+}
+
+}  // namespace pyfast::cuda

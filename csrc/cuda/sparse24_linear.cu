@@ -1,0 +1,149 @@
+// sparse24_linear on the GPU: checks, plan, launch, registration. The contract is in
+// sparse24_linear.cuh.
+#include "sparse24_linear.cuh"
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <optional>
+
+#include "linear_launch.h"
+
+namespace pyfast::cuda {
+namespace {
+
+constexpr int64_t kMaxSplits = 8;            // the largest cluster that every device grants
+constexpr int64_t kMaxColumns = 1 << 30;     // counted in 32 bits on the device
+constexpr int64_t kMaxTokens = 65535 * 128;  // blocks along z
+
+// What a launch must know of the device and of the code that runs on it.
+struct Prepared {
+  int multiprocessors = 0;
+  bool clusters = false;  // the code that is loaded is for sm_90 or later
+};
+
+// Asks once for each kernel and device, and allows the kernel its shared memory there.
+template <class T, int TokenTiles>
+const Prepared& prepare(int device) {
+  constexpr int kDevices = 64;
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<Prepared, kDevices> answers;
+  STD_TORCH_CHECK(device >= 0 && device < kDevices, "x: device index ", device, " is more than ", kDevices - 1);
+  std::call_once(asked[static_cast<size_t>(device)], [device] {
+    Prepared& answer = answers[static_cast<size_t>(device)];
+    const auto kernel = sparse24_linear_kernel<T, TokenTiles>;
+    check(cudaDeviceGetAttribute(&answer.multiprocessors, cudaDevAttrMultiProcessorCount, device), "sparse24_linear");
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "sparse24_linear");
+    answer.clusters = attributes.ptxVersion >= 90;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Sparse24Plan<TokenTiles>::kSharedBytes),
+          "sparse24_linear");
+  });
+  return answers[static_cast<size_t>(device)];
+}
+
+// How many blocks share the columns of a row tile: enough for three quarters of the multiprocessors, and at least
+// two stages for each block.
+int64_t count_splits(int64_t tiles, int64_t stages, int64_t multiprocessors) {
+  int64_t splits = std::max<int64_t>(1, multiprocessors / tiles);
+  if (4 * tiles * splits < 3 * multiprocessors) ++splits;
+  return std::max<int64_t>(1, std::min({splits, kMaxSplits, stages / 2}));
+}
+
+template <class T, int TokenTiles>
+void launch(const Tensor& x, Sparse24LinearArgs args) {
+  using Plan = Sparse24Plan<TokenTiles>;
+  const Prepared& prepared = prepare<T, TokenTiles>(x.get_device_index());
+  const int64_t tiles = ceil_div(args.n, Plan::kRows);
+  STD_TORCH_CHECK(tiles <= kMaxBlocksY, "values: has ", args.n, " rows, at most ", kMaxBlocksY * Plan::kRows);
+  const int64_t stages = ceil_div(args.padded_k, Plan::kColumns);
+  const int64_t token_tiles = ceil_div(args.tokens, Plan::kTokens);
+  const int64_t splits = count_splits(tiles * token_tiles, stages, prepared.multiprocessors);
+  args.split_columns = static_cast<int32_t>(ceil_div(stages, splits) * Plan::kColumns);
+
+  std::optional<Tensor> partial;
+  if (splits > 1 && !prepared.clusters) {
+    partial = torch::stable::new_empty(x, {splits, args.tokens, args.n}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned>(splits), static_cast<unsigned>(tiles), static_cast<unsigned>(token_tiles));
+  config.blockDim = dim3(Plan::kThreads);
+  config.dynamicSmemBytes = Plan::kSharedBytes;
+  config.stream = current_stream(x);
+  config.attrs = &cluster;
+  config.numAttrs = splits > 1 && prepared.clusters ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, sparse24_linear_kernel<T, TokenTiles>, args), "sparse24_linear");
+  if (!partial.has_value()) return;
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.n, 256)), static_cast<unsigned>(args.tokens));
+  sparse24_reduce_kernel<T><<<grid, 256, 0, config.stream>>>(args, static_cast<int>(splits));
+  check_launch("sparse24_linear");
+}
+
+template <class T>
+void choose(const Tensor& x, const Sparse24LinearArgs& args) {
+  if (args.tokens <= 8)
+    launch<T, 1>(x, args);
+  else if (args.tokens <= 16)
+    launch<T, 2>(x, args);
+  else if (args.tokens <= 32)
+    launch<T, 4>(x, args);
+  else if (args.tokens <= 64)
+    launch<T, 8>(x, args);
+  else
+    launch<T, 16>(x, args);
+}
+
+const uint16_t* bits_of(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.const_data_ptr()); }
+
+// x [tokens, k], values [n, K/2], metadata int16 [n, K/16], bias [n], mul [tokens, n] -> [tokens, n].
+Tensor sparse24_linear_mma(const Tensor& x, const Tensor& values, const Tensor& metadata,
+                           const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& mul) {
+  check_tensor(values, "values", 2, values);
+  check_tensor(metadata, "metadata", 2, values);
+  const ScalarType dtype = values.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "values: dtype must be bfloat16 or float16");
+  check_x(x, values, kMaxTokens);
+  const int64_t n = values.size(0), padded_k = 2 * values.size(1), tokens = x.size(0), k = x.size(1);
+  STD_TORCH_CHECK(padded_k % 32 == 0 && k <= padded_k && k > padded_k - 32 && padded_k <= kMaxColumns, "x: has ", k,
+                  " columns, the weight ", padded_k, " (k rounded up to a multiple of 32)");
+  STD_TORCH_CHECK(
+      metadata.scalar_type() == ScalarType::Short && metadata.size(0) == n && metadata.size(1) * 16 == padded_k,
+      "metadata: must be int16 [n, columns of values / 8]");
+  STD_TORCH_CHECK(is_aligned(values.const_data_ptr(), 16) && is_aligned(metadata.const_data_ptr(), 4),
+                  "values and metadata: must start at multiples of 16 and 4 bytes");
+
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  Tensor y = torch::stable::new_empty(x, {tokens, n});
+  Sparse24LinearArgs args{};
+  args.out = make_epilogue(y, bias, activation, mul);
+  if (tokens == 0 || n == 0) return y;
+  const Tensor rows = aligned_rows(x);
+  args.x = bits_of(rows);
+  args.values = bits_of(values);
+  args.metadata = bits_of(metadata);
+  args.n = n;
+  args.x_stride = rows.stride(0);
+  args.tokens = static_cast<int32_t>(tokens);
+  args.k = static_cast<int32_t>(rows.size(1));
+  args.padded_k = static_cast<int32_t>(padded_k);
+  args.wide_metadata = padded_k % 128 == 0 && is_aligned(args.metadata, 16);
+  if (dtype == ScalarType::BFloat16)
+    choose<BFloat16>(rows, args);
+  else
+    choose<Float16>(rows, args);
+  return y;
+}
+
+}  // namespace
+}  // namespace pyfast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(pyfast, CUDA, m) {
+  m.impl("sparse24_linear_mma", TORCH_BOX(&pyfast::cuda::sparse24_linear_mma));
+}

@@ -1,0 +1,91 @@
+// Launches of products whose columns may be shared by several blocks (split_sums.cuh). Only <op>.cu files include it.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <optional>
+
+#include "linear_launch.h"
+#include "split_sums.cuh"
+
+namespace pyfast::cuda {
+
+// What a launch must know of the device and of the code that runs on it.
+struct KernelFacts {
+  int multiprocessors = 0;
+  int shared_bytes = 0;   // of a multiprocessor
+  int most_shared = 0;    // of a block
+  bool clusters = false;  // the code that is loaded is for sm_90 or later
+};
+
+// Asks once for each kernel and device, and allows the kernel all the shared memory that a block may have there.
+template <auto Kernel>
+const KernelFacts& kernel_facts(int device, const char* name) {
+  constexpr int kDevices = 64;
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<KernelFacts, kDevices> answers;
+  STD_TORCH_CHECK(device >= 0 && device < kDevices, "x: device index ", device, " is more than ", kDevices - 1);
+  std::call_once(asked[static_cast<size_t>(device)], [device, name] {
+    KernelFacts facts;
+    const auto ask = [&](int* value, cudaDeviceAttr what) { check(cudaDeviceGetAttribute(value, what, device), name); };
+    ask(&facts.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(&facts.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    ask(&facts.most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, Kernel), name);
+    facts.clusters = attributes.ptxVersion >= 90;
+    check(cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, facts.most_shared), name);
+    answers[static_cast<size_t>(device)] = facts;
+  });
+  return answers[static_cast<size_t>(device)];
+}
+
+inline constexpr int64_t kClusterBlocks = 8;  // the largest cluster that every device grants
+
+// How many blocks share the `stages` of a row of `row_blocks`, when `resident` blocks run at once: the number that ends
+// first, a block taking its stages and about three more to begin and end.
+inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident) {
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kClusterBlocks, stages / 2)); ++splits) {
+    const int64_t time = ceil_div(row_blocks * splits, resident) * (ceil_div(stages, splits) + 3);
+    if (splits > 1 && time >= least) continue;
+    best = splits;
+    least = time;
+  }
+  return best;
+}
+
+// Launches Kernel(args) with `splits` blocks for each of the `row_blocks` row blocks. Args holds tokens, out, partial.
+template <class T, auto Kernel, class Args>
+void launch_splits(const Tensor& x, Args args, int64_t splits, int64_t row_blocks, int threads, int shared_bytes,
+                   const char* name) {
+  const KernelFacts& facts = kernel_facts<Kernel>(x.get_device_index(), name);
+  STD_TORCH_CHECK(shared_bytes <= facts.most_shared, name, ": needs ", shared_bytes,
+                  " bytes of shared memory, the device has ", facts.most_shared);
+  const bool cluster = splits > 1 && splits <= kClusterBlocks && facts.clusters;
+  std::optional<Tensor> partial;
+  if (splits > 1 && !cluster) {
+    const int64_t tokens = args.tokens, n = args.out.n;
+    partial = torch::stable::new_empty(x, {splits, tokens, n}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(splits);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = current_stream(x);
+  config.attrs = &attribute;
+  config.numAttrs = cluster ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, Kernel, args), name);
+  if (!partial.has_value()) return;
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.out.n, 256)), static_cast<unsigned>(args.tokens));
+  reduce_splits_kernel<T><<<grid, 256, 0, config.stream>>>(args.out, args.partial, static_cast<int>(splits));
+  check_launch(name);
+}
+
+}  // namespace pyfast::cuda

@@ -1,0 +1,16 @@
+// distill_kl of words of 32 and of 16 bits, and its layout.
+#include "distill_kl.h"
+
+DISTILL_KL(distill_kl_f32, float)
+DISTILL_KL(distill_kl_bf16, pyfast::cuda::BFloat16)
+
+// out: blocks that hold a row, vectors a block, threads, bytes of shared memory.
+SIMT_EXPORT plan(int64_t words, int64_t word_bytes, int64_t shared_a_block, int64_t shared_a_multiprocessor,
+                 int64_t clusters, int64_t* out) {
+  const DistillKlPlan plan =
+      plan_distill_kl(words, word_bytes, {shared_a_block, shared_a_multiprocessor, clusters != 0});
+  out[0] = plan.cluster;
+  out[1] = plan.share;
+  out[2] = plan.threads;
+  out[3] = plan.shared_bytes;
+}
