@@ -69,6 +69,15 @@ def test_made_at_the_first_call_and_kept(kind, format, dtype):
     assert sparse.layout_bytes(layer) == 0
 
 
+def test_views_of_x_and_bias(kind):
+    layer = module()
+    for x in (torch.randn(K, TOKENS).t(), torch.randn(1, K).expand(TOKENS, K), torch.randn(TOKENS, 2 * K)[:, ::2]):
+        for bias in (torch.randn(1).expand(N), torch.randn(N, 2)[:, 0]):
+            y = pyfast.sparse_linear(x, layer.weight.to("cpu"), bias)
+            with torch.no_grad():
+                assert relative_error(pyfast.sparse_linear(x, layer.weight, bias), y) < 1e-5
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
 def test_activation_and_mul(kind, activation):
     layer, x, mul = module(), torch.randn(4, 5, K), torch.randn(4, 5, N)

@@ -257,15 +257,17 @@ _CYCLES = {
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
 _DENSE_EFFICIENCY = 0.7
+_LIST_CYCLES = 12.0  # the end of a list is a branch that is guessed wrong, lists differing in length
 _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
-_16_BIT_DENSE = {"bfloat16": 1.0, "float16": 8.0}  # time of a dense product over that of float32
+_FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
 
 
-def built_in(isa: str, threads: int, packs: bool = True) -> Constants:
+def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0) -> Constants:
     """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 10 GB/s a thread.
 
     Good enough to order kernels that are far apart; where two are near each other, :func:`pyfast.sparse.plan` takes the
-    one that needs no memory. ``packs``: whether torch comes with a library that packs weights.
+    one that needs no memory. ``packs``: whether torch comes with a library that packs weights. ``bfloat16``: time of a
+    dense product over that of float32, less than 1 where the processor has instructions for it.
     """
     cycles = _CYCLES[isa]
     ps = 1e3 / _GHZ / threads  # of one cycle
@@ -285,13 +287,12 @@ def built_in(isa: str, threads: int, packs: bool = True) -> Constants:
         )
 
     plain = rates(1.0, packs)
-    sixteen = {dtype: rates(slower, packs and dtype == "bfloat16") for dtype, slower in _16_BIT_DENSE.items()}
     return Constants(
         source="built-in",
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
         call_us=10.0,
         entry=tuple(ps * c for c in cycles.entry),
-        list_start=tuple(ps * 3 * c for c in cycles.entry),
+        list_start=tuple(ps * (_LIST_CYCLES + 2 * c) for c in cycles.entry),
         turn=ps * 1.0,
-        rates={"float32": plain, **sixteen},
+        rates={"float32": plain, "bfloat16": rates(bfloat16, packs), "float16": rates(_FLOAT16_DENSE, False)},
     )

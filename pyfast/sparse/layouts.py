@@ -164,7 +164,8 @@ class PackedLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
         """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
-        return epilogue(dense.onednn_linear(self.packed, x.contiguous(), bias), activation, mul)
+        whole = None if bias is None else bias.contiguous()  # oneDNN reads it as it lies
+        return epilogue(dense.onednn_linear(self.packed, x.contiguous(), whole), activation, mul)
 
 
 Layout = IndexedLayout | DenseLayout | PackedLayout

@@ -240,7 +240,7 @@ def _contenders(dense: Sequence[Variant], first: _Timings) -> tuple[list[Variant
 def _plan(recipes: Sequence[_Recipe], dense: _Dense, device: str) -> tuple[list[list[_Recipe]], list[_Recipe]]:
     """Groups of recipes that fit beside the dense model, and those that fit only in place of it.
 
-    The estimate is the stored bytes and a dense copy: the largest layout that a plan may keep.
+    The estimate is twice the stored bytes, for a kernel may keep a second layout of its own.
     """
     room = models.available_bytes(device) * 0.9
     groups: list[list[_Recipe]] = [[]]
@@ -248,7 +248,7 @@ def _plan(recipes: Sequence[_Recipe], dense: _Dense, device: str) -> tuple[list[
     used = 0.0
     for dtype, what in recipes:
         bytes_dense = variants.weight_bytes(dense.plain[dtype].model)
-        needed = bytes_dense * (1 + what.stored_fraction(DTYPES[dtype].itemsize))
+        needed = 2 * bytes_dense * what.stored_fraction(DTYPES[dtype].itemsize)
         if needed > room:
             alone.append((dtype, what))
             continue
