@@ -20,7 +20,15 @@ from sparse_cases import same_bits
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SHAPES = [(1, 1), (3, 5), (16, 16), (16, 64), (17, 65), (5, 24), (40, 136), (33, 129), (64, 192), (130, 260)]
-OPS = ("sparse24_convert", "sparse24_linear", "bitmap_convert", "bitmap_linear", "bitmap_backward", "distill_kl", "scale_rows")
+OPS = (
+    "sparse24_convert",
+    "sparse24_linear",
+    "bitmap_convert",
+    "bitmap_linear",
+    "bitmap_backward",
+    "distill_kl",
+    "scale_rows",
+)
 TARGETS = ("80", "90", "120")
 
 

@@ -7,11 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyfast.ops.bitmap_linear import bitmap_linear
-from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.reference.epilogue import ACTIVATIONS, activate
-from pyfast.sparse.formats import BitmapWeight, Sparse24Weight
-from pyfast.sparse.linear import SparseLinear
+from pyfast.sparse.linear import SparseLinear, sparse_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -31,11 +28,9 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., hidden]`` to ``[..., hidden]``."""
-        up = self.up_proj(x)
-        operands = (x, up, *self.gate_proj.parameters())
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
-        return self.down_proj(_gated(x, self.gate_proj, self.activation, up))
+        gate = self.gate_proj
+        activation = ACTIVATIONS[self.activation]
+        return self.down_proj(sparse_linear(x, gate.weight, gate.bias, activation=activation, mul=self.up_proj(x)))
 
     def extra_repr(self) -> str:
         return f"activation={ACTIVATIONS[self.activation]!r}"
@@ -112,17 +107,3 @@ def _agree(mlp: nn.Module, twin: nn.Module, gate: SparseLinear) -> bool:
             mlp.train(training)
         difference = (twin(x).double() - expected).norm()
     return bool(difference <= max(16 * torch.finfo(dtype).eps, 1e-4) * expected.norm())
-
-
-def _gated(x: Tensor, gate: SparseLinear, activation: int, mul: Tensor) -> Tensor:
-    weight = gate.weight
-    n, k = weight.shape
-    rows, factors = x.reshape(-1, k), mul.reshape(-1, n)
-    if isinstance(weight, Sparse24Weight):
-        y = sparse24_linear(rows, weight.values, weight.metadata, weight.scales, gate.bias, activation, factors, None)
-    else:
-        assert isinstance(weight, BitmapWeight)
-        y = bitmap_linear(
-            rows, weight.values, weight.bitmaps, weight.offsets, weight.scales, gate.bias, n, activation, factors, None
-        )
-    return y.reshape(mul.shape)
