@@ -84,8 +84,8 @@ MUTANTS = {
         "no barrier|nobody",
     ),
     "values written before all are staged": (
-        "  ptx::syncwarp();\n\n  const int readable",
-        "\n  const int readable",
+        "  ptx::syncwarp();\n\n  store_staged",
+        "\n  store_staged",
         "no barrier|nobody",
     ),
     "rows past the last": ("if (row >= dense.rows) return pack;", "", "outside|past"),

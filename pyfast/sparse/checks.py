@@ -30,7 +30,9 @@ def check_bitmask(
             raise ValueError(f"{name}: got device {tensor.device}, accepted: that of compressed, {compressed.device}")
     if k % 8 and bool((bitmask[:, -1] >> k % 8).any()):
         raise ValueError(f"bitmask: holds bits beyond column {k - 1}; the weight is damaged")
-    counts = _byte_counts(bitmask.device)[bitmask.to(torch.int32)].sum(-1, dtype=torch.int64)
+    words = bitmask.new_zeros(n, -(-k // 64), 8)
+    words.view(n, 8 * words.shape[1])[:, : bitmask.shape[1]] = bitmask
+    counts = popcount(words.view(torch.int64).squeeze(-1)).sum(-1)
     ends = counts.cumsum(0)
     if not torch.equal(row_offsets, ends - counts):
         raise ValueError("row_offsets: do not agree with the bitmask; the weight is damaged")
@@ -40,11 +42,6 @@ def check_bitmask(
             f"compressed: got {compressed.numel()} elements, the bitmask holds {stored}; the weight is damaged"
         )
     return n, k
-
-
-def _byte_counts(device: torch.device) -> Tensor:
-    """Set bits of each byte: uint8 [256]."""
-    return popcount(torch.arange(256, device=device)).to(torch.uint8)
 
 
 def popcount(words: Tensor) -> Tensor:

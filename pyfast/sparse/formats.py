@@ -90,6 +90,13 @@ class SparseWeight(ABC):
     @classmethod
     def from_tensors(cls: type[Self], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Self:
         """Puts a weight together and checks it: shapes, dtypes and the pattern. ValueError where they disagree."""
+        cls._check_scales(tensors, shape)
+        cls._check(tensors, shape)
+        return cls._unchecked(tensors, shape)
+
+    @classmethod
+    def _check_scales(cls, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
+        """ValueError where a tensor is missing or too many, or the scales are not those of int8 values."""
         quantized = "values" in tensors and tensors["values"].dtype == torch.int8
         _check_names(tensors, (*cls.names, "scales") if quantized else cls.names)
         if quantized:
@@ -97,8 +104,6 @@ class SparseWeight(ABC):
             check_tensor("scales", scales, (torch.float32,), (shape[0],))
             if not bool((torch.isfinite(scales) & (scales > 0)).all()):
                 raise ValueError("scales: hold a number that is not positive and finite; the weight is damaged")
-        cls._check(tensors, shape)
-        return cls._unchecked(tensors, shape)
 
     @classmethod
     @abstractmethod
@@ -314,12 +319,15 @@ class BitmapWeight(SparseWeight):
         Raises:
             ValueError: a wrong dtype, shape or device, bits beyond K, or counts that disagree; named in the message.
         """
+        check_tensor("compressed", compressed, STORED_DTYPES, None)
         n, k = check_bitmask(shape, compressed, bitmask, row_offsets)
         values, bitmaps, offsets = bitmask_convert.from_bitmask(
             compressed.contiguous(), bitmask.contiguous(), row_offsets.contiguous(), k
         )
         tensors = {"values": values, "bitmaps": bitmaps, "offsets": offsets}
-        return cls.from_tensors(tensors if scales is None else tensors | {"scales": scales}, (n, k))
+        tensors |= {} if scales is None else {"scales": scales}
+        cls._check_scales(tensors, (n, k))
+        return cls._unchecked(tensors, (n, k))
 
     def to_bitmask(self) -> dict[str, Tensor]:
         """The weight as a row-major bitmask: ``shape`` int64 [2], ``compressed``, ``bitmask`` and ``row_offsets`` (and
