@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   for (int i = 0; i < 4; ++i)
     own[(8 * token_tile + 2 * t + i % 2) * Plan::kSumStride + 4 * q + i / 2 * 2] = sums[q][token_tile][i];
   ptx::syncthreads();
-  finish_sums<T, Plan::kThreads, Plan::kColumns, Plan::kSumStride>(totals, args.out, args.partial, args.tokens,
-                                                                   static_cast<int64_t>(blockIdx.y) * Plan::kColumns);
+  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kColumns, Plan::kSumStride>(
+      totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kColumns);
 }
 
 // Begins the copies of 32 tokens × 128 columns from `column` on; chunk c of token m lies at c ^ (m & 7).

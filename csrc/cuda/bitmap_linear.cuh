@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads)
     own[(8 * token_tile + 2 * t + i % 2) * Plan::kSumStride + 16 * row_tile + g + i / 2 * 8] =
         sums[row_tile][token_tile][i];
   ptx::syncthreads();
-  finish_sums<T, Plan::kThreads, Plan::kRows, Plan::kSumStride>(totals, args.out, args.partial, args.tokens,
-                                                                static_cast<int64_t>(blockIdx.y) * Plan::kRows);
+  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kRows, Plan::kSumStride>(
+      totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kRows);
 }
 
 #endif

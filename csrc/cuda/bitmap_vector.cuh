@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
     if (lane % 2 == 0) totals[token * Plan::kSumStride + warp * kTileRows + lane / 2] = sum;
   }
   ptx::syncthreads();
-  finish_sums<T, Plan::kThreads, Plan::kRows, Plan::kSumStride>(totals, args.out, args.partial, args.tokens,
-                                                                static_cast<int64_t>(blockIdx.y) * Plan::kRows);
+  finish_sums<T, Plan::kThreads, Tokens, Plan::kRows, Plan::kSumStride>(totals, args.out, args.partial, args.tokens, 0,
+                                                                        static_cast<int64_t>(blockIdx.y) * Plan::kRows);
 }
 
 #endif

@@ -2,87 +2,34 @@
 // sparse24_linear.cuh.
 #include "sparse24_linear.cuh"
 
-#include <algorithm>
-#include <array>
-#include <mutex>
-#include <optional>
-
-#include "linear_launch.h"
+#include "split_launch.h"
 
 namespace pyfast::cuda {
 namespace {
 
-constexpr int64_t kMaxSplits = 8;            // the largest cluster that every device grants
+constexpr const char* kName = "sparse24_linear";
 constexpr int64_t kMaxColumns = 1 << 30;     // counted in 32 bits on the device
 constexpr int64_t kMaxTokens = 65535 * 128;  // blocks along z
 
-// What a launch must know of the device and of the code that runs on it.
-struct Prepared {
-  int multiprocessors = 0;
-  bool clusters = false;  // the code that is loaded is for sm_90 or later
-};
-
-// Asks once for each kernel and device, and allows the kernel its shared memory there.
-template <class T, int TokenTiles>
-const Prepared& prepare(int device) {
-  constexpr int kDevices = 64;
-  static std::array<std::once_flag, kDevices> asked;
-  static std::array<Prepared, kDevices> answers;
-  STD_TORCH_CHECK(device >= 0 && device < kDevices, "x: device index ", device, " is more than ", kDevices - 1);
-  std::call_once(asked[static_cast<size_t>(device)], [device] {
-    Prepared& answer = answers[static_cast<size_t>(device)];
-    const auto kernel = sparse24_linear_kernel<T, TokenTiles>;
-    check(cudaDeviceGetAttribute(&answer.multiprocessors, cudaDevAttrMultiProcessorCount, device), "sparse24_linear");
-    cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, kernel), "sparse24_linear");
-    answer.clusters = attributes.ptxVersion >= 90;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Sparse24Plan<TokenTiles>::kSharedBytes),
-          "sparse24_linear");
-  });
-  return answers[static_cast<size_t>(device)];
-}
-
 // How many blocks share the columns of a row tile: enough for three quarters of the multiprocessors, and at least
 // two stages for each block.
-int64_t count_splits(int64_t tiles, int64_t stages, int64_t multiprocessors) {
+int64_t splits_that_fill(int64_t tiles, int64_t stages, int64_t multiprocessors) {
   int64_t splits = std::max<int64_t>(1, multiprocessors / tiles);
   if (4 * tiles * splits < 3 * multiprocessors) ++splits;
-  return std::max<int64_t>(1, std::min({splits, kMaxSplits, stages / 2}));
+  return std::max<int64_t>(1, std::min({splits, kClusterBlocks, stages / 2}));
 }
 
 template <class T, int TokenTiles>
 void launch(const Tensor& x, Sparse24LinearArgs args) {
   using Plan = Sparse24Plan<TokenTiles>;
-  const Prepared& prepared = prepare<T, TokenTiles>(x.get_device_index());
-  const int64_t tiles = ceil_div(args.n, Plan::kRows);
+  constexpr auto kKernel = sparse24_linear_kernel<T, TokenTiles>;
+  const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
+  const int64_t tiles = ceil_div(args.n, Plan::kRows), token_tiles = ceil_div(args.tokens, Plan::kTokens);
   STD_TORCH_CHECK(tiles <= kMaxBlocksY, "values: has ", args.n, " rows, at most ", kMaxBlocksY * Plan::kRows);
   const int64_t stages = ceil_div(args.padded_k, Plan::kColumns);
-  const int64_t token_tiles = ceil_div(args.tokens, Plan::kTokens);
-  const int64_t splits = count_splits(tiles * token_tiles, stages, prepared.multiprocessors);
+  const int64_t splits = splits_that_fill(tiles * token_tiles, stages, facts.multiprocessors);
   args.split_columns = static_cast<int32_t>(ceil_div(stages, splits) * Plan::kColumns);
-
-  std::optional<Tensor> partial;
-  if (splits > 1 && !prepared.clusters) {
-    partial = torch::stable::new_empty(x, {splits, args.tokens, args.n}, ScalarType::Float);
-    args.partial = static_cast<float*>(partial->mutable_data_ptr());
-  }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(splits), static_cast<unsigned>(tiles), static_cast<unsigned>(token_tiles));
-  config.blockDim = dim3(Plan::kThreads);
-  config.dynamicSmemBytes = Plan::kSharedBytes;
-  config.stream = current_stream(x);
-  config.attrs = &cluster;
-  config.numAttrs = splits > 1 && prepared.clusters ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, sparse24_linear_kernel<T, TokenTiles>, args), "sparse24_linear");
-  if (!partial.has_value()) return;
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.n, 256)), static_cast<unsigned>(args.tokens));
-  sparse24_reduce_kernel<T><<<grid, 256, 0, config.stream>>>(args, static_cast<int>(splits));
-  check_launch("sparse24_linear");
+  launch_splits<T, kKernel>(x, args, splits, tiles, Plan::kThreads, Plan::kSharedBytes, kName, token_tiles);
 }
 
 template <class T>

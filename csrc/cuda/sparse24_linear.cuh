@@ -28,7 +28,7 @@
 //
 // The warps that share rows add their sums in shared memory, in order. Where n gives too few blocks, `splits` blocks
 // share a row tile's columns and their sums are added in order too: through distributed shared memory where they form a
-// cluster (sm_90 and up), through float32 partial sums in global memory and sparse24_reduce_kernel elsewhere. Either
+// cluster (sm_90 and up), through float32 partial sums in global memory and reduce_splits_kernel elsewhere. Either
 // way the result does not depend on which block is first.
 //
 // Rows past n repeat the last one and are not stored. Steps past K are skipped, for their metadata would be no legal
@@ -41,11 +41,10 @@
 //   sparse24_linear_kernel<T, 4>    128 registers    87040 bytes of shared memory    up to 32
 //   sparse24_linear_kernel<T, 8>    168 registers    76800 bytes of shared memory    up to 64
 //   sparse24_linear_kernel<T, 16>   168 registers    76800 bytes of shared memory    any number
-//   sparse24_reduce_kernel<T>        40 registers        0 bytes of shared memory
+//   reduce_splits_kernel<T>          40 registers        0 bytes of shared memory
 #pragma once
 
-#include "common.cuh"
-#include "epilogue.cuh"
+#include "split_sums.cuh"
 
 namespace pyfast::cuda {
 
@@ -213,48 +212,8 @@ __global__ void __launch_bounds__(Sparse24Plan<TokenTiles>::kThreads)
     own[(8 * token_tile + 2 * t + i % 2) * Plan::kSumStride + 16 * tile + g + i / 2 * 8] = sums[tile][token_tile][i];
   ptx::syncthreads();
 
-  const int tokens = args.tokens - first_token < Plan::kTokens ? args.tokens - first_token : Plan::kTokens;
-  const int elements = tokens * Plan::kRows;
-  const bool alone = gridDim.x == 1;
-  for (int i = thread; i < elements; i += Plan::kThreads) {
-    const int token = i / Plan::kRows, in_tile = i % Plan::kRows;
-    float* const total = totals + token * Plan::kSumStride + in_tile;
-    float sum = total[0];
-    PYFAST_UNROLL
-    for (int other = 1; other < Plan::kWarpsAlongColumns; ++other) sum += total[other * kSums];
-    const int64_t row = first_row + in_tile;
-    if (!alone && args.partial == nullptr)
-      total[0] = sum;
-    else if (row < args.n && alone)
-      write_output<T>(args.out, first_token + token, row, sum);
-    else if (row < args.n)
-      args.partial[(static_cast<int64_t>(blockIdx.x) * args.tokens + first_token + token) * args.n + row] = sum;
-  }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (alone || args.partial != nullptr) return;
-  ptx::cluster_sync();
-  const int ranks = static_cast<int>(gridDim.x);
-  for (int i = static_cast<int>(blockIdx.x) * Plan::kThreads + thread; i < elements; i += ranks * Plan::kThreads) {
-    const int token = i / Plan::kRows, in_tile = i % Plan::kRows;
-    float sum = 0.0f;
-    for (int rank = 0; rank < ranks; ++rank)
-      sum += ptx::ld_cluster(totals + token * Plan::kSumStride + in_tile, static_cast<uint32_t>(rank));
-    if (first_row + in_tile < args.n) write_output<T>(args.out, first_token + token, first_row + in_tile, sum);
-  }
-  ptx::cluster_sync();
-#endif
-}
-
-// Adds the partial sums of the splits. Grid: x over blocks of 256 rows of W, y over tokens.
-template <class T>
-__global__ void __launch_bounds__(256) sparse24_reduce_kernel(const Sparse24LinearArgs args, int splits) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int token = static_cast<int>(blockIdx.y);
-  if (row >= args.n) return;
-  float sum = 0.0f;
-  for (int split = 0; split < splits; ++split)
-    sum += args.partial[(static_cast<int64_t>(split) * args.tokens + token) * args.n + row];
-  write_output<T>(args.out, token, row, sum);
+  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kRows, Plan::kSumStride, Plan::kWarpsAlongColumns, kSums>(
+      totals, args.out, args.partial, args.tokens, first_token, first_row);
 }
 
 #endif

@@ -62,10 +62,10 @@ inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident
   return best;
 }
 
-// Launches Kernel(args) with `splits` blocks for each of the `row_blocks` row blocks. Args holds tokens, out, partial.
+// Launches Kernel(args) with `splits` blocks for each of row_blocks × token_blocks. Args holds tokens, out, partial.
 template <class T, auto Kernel, class Args>
 void launch_splits(const Tensor& x, Args args, int64_t splits, int64_t row_blocks, int threads, int shared_bytes,
-                   const char* name) {
+                   const char* name, int64_t token_blocks = 1) {
   const KernelFacts& facts = kernel_facts<Kernel>(x.get_device_index(), name);
   STD_TORCH_CHECK(shared_bytes <= facts.most_shared, name, ": needs ", shared_bytes,
                   " bytes of shared memory, the device has ", facts.most_shared);
@@ -81,7 +81,8 @@ void launch_splits(const Tensor& x, Args args, int64_t splits, int64_t row_block
   attribute.val.clusterDim.x = static_cast<unsigned>(splits);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks));
+  config.gridDim =
+      dim3(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = current_stream(x);

@@ -5,7 +5,8 @@
 //   a cluster        (sm_90 and up) blocks read each other's shared memory
 //   several blocks   partial sums [splits, tokens, n] in global memory; reduce_splits_kernel adds them
 //
-// Grid: x over the splits, y over the blocks of rows. A cluster is the splits of a block of rows.
+// Grid: x over the splits, y over the blocks of rows, z over blocks of tokens where there are more than one. A cluster
+// is the splits of a block of rows and tokens.
 #pragma once
 
 #include "common.cuh"
@@ -16,12 +17,13 @@ namespace pyfast::cuda {
 #if defined(PYFAST_KERNELS)
 
 // All threads of the block call this after a barrier. totals[copy][token][row]: the sums of the block in shared memory,
-// Copies of them to be added, Stride floats from token to token, CopyStride from copy to copy. partial is null where
-// the splits are one or a cluster.
-template <class T, int Threads, int Rows, int Stride, int Copies = 1, int CopyStride = 0>
-PYFAST_DEVICE void finish_sums(float* totals, const Epilogue& out, float* partial, int tokens, int64_t first_row) {
+// Copies of them to be added, Stride floats from token to token, CopyStride from copy to copy, for at most Tokens of
+// the `tokens` from first_token on. partial is null where the splits are one or a cluster.
+template <class T, int Threads, int Tokens, int Rows, int Stride, int Copies = 1, int CopyStride = 0>
+PYFAST_DEVICE void finish_sums(float* totals, const Epilogue& out, float* partial, int tokens, int first_token,
+                               int64_t first_row) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int elements = tokens * Rows;
+  const int elements = (tokens - first_token < Tokens ? tokens - first_token : Tokens) * Rows;
   const bool alone = gridDim.x == 1;
   for (int i = thread; i < elements; i += Threads) {
     const int token = i / Rows;
@@ -33,9 +35,9 @@ PYFAST_DEVICE void finish_sums(float* totals, const Epilogue& out, float* partia
     if (!alone && partial == nullptr)
       total[0] = sum;
     else if (row < out.n && alone)
-      write_output<T>(out, token, row, sum);
+      write_output<T>(out, first_token + token, row, sum);
     else if (row < out.n)
-      partial[(static_cast<int64_t>(blockIdx.x) * tokens + token) * out.n + row] = sum;
+      partial[(static_cast<int64_t>(blockIdx.x) * tokens + first_token + token) * out.n + row] = sum;
   }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   if (alone || partial != nullptr) return;
@@ -47,7 +49,7 @@ PYFAST_DEVICE void finish_sums(float* totals, const Epilogue& out, float* partia
     float sum = 0.0f;
     for (int rank = 0; rank < ranks; ++rank)
       sum += ptx::ld_cluster(totals + token * Stride + i % Rows, static_cast<uint32_t>(rank));
-    if (row < out.n) write_output<T>(out, token, row, sum);
+    if (row < out.n) write_output<T>(out, first_token + token, row, sum);
   }
   ptx::cluster_sync();
 #endif

@@ -22,7 +22,7 @@ void launch(Sparse24LinearArgs args, unsigned splits, bool cluster) {
                sparse24_linear_kernel<T, TokenTiles>, args);
   if (two_kernels)
     simt::launch({{static_cast<unsigned>((args.n + 255) / 256), static_cast<unsigned>(args.tokens)}, {256}},
-                 sparse24_reduce_kernel<T>, args, static_cast<int>(splits));
+                 reduce_splits_kernel<T>, args.out, args.partial, static_cast<int>(splits));
 }
 
 template <class T>
