@@ -102,6 +102,15 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[int, int], Any]]] = {
         # the last rank has them all, and the cut of the others is within their words
         wrong(vocab_size=WORDS + 1, vocab_start=lambda rank, world: CUTS[world][rank]),
     ),
+    "vocab_size beyond the student's words": (
+        ValueError,
+        "teacher_shard: got words",
+        wrong(
+            teacher_shard=lambda *at: torch.cat([shards(*at)[1], torch.ones(4, 3)], -1),
+            vocab_size=WORDS + 2,
+            vocab_start=lambda rank, world: CUTS[world][rank],
+        ),
+    ),
     "vocab_size zero": (ValueError, "vocab_size", wrong(vocab_size=0, vocab_start=0)),
     "vocab_start": (ValueError, "vocab_start: got", wrong(vocab_start=lambda rank, world: CUTS[world][rank] + 1)),
     "vocab_start below 0": (ValueError, "vocab_start", wrong(vocab_start=-1)),
