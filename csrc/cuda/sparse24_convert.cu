@@ -92,7 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> sparse24_compress(const Tensor& dense) {
   const torch::stable::accelerator::DeviceGuard guard(dense.get_device_index());
   const Converted to(rows);
   Tensor violation = torch::stable::new_empty(dense, {1}, ScalarType::Long);
-  violation = torch::stable::fill_(violation, -1.0);
+  // -1: all bits set.
+  check(cudaMemsetAsync(violation.mutable_data_ptr(), 0xff, sizeof(int64_t), current_stream(rows)),
+        "sparse24_compress");
   convert<Keep::stored>(rows, nullptr, to, static_cast<uint64_t*>(violation.mutable_data_ptr()));
   return {to.values, to.metadata, violation};
 }
