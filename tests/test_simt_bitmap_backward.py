@@ -141,7 +141,12 @@ MUTANTS = {
         False,
         "no barrier|nobody",
     ),
-    "values: tokens past the last": ("first_token + token < tokens && at", "tokens > 0 && at", False, "outside|past"),
+    "values: tokens past the last": (
+        "first_token + token < tokens && at",
+        "tokens > 0 && at",
+        False,
+        "outside|past|nobody",
+    ),
     "values: tiles past the last row": ("if (at >= args.weight.tiles) return;", "", False, "outside|past"),
 }
 
