@@ -7,7 +7,7 @@ is about twice as fast. All of them compute ``x @ weight.T + bias`` for a weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ def mkl_prepacked(weight: Tensor, tokens: int) -> Linear:
 def onednn_prepacked(weight: Tensor, tokens: int) -> Linear:
     """oneDNN's matmul over a weight reordered for about ``tokens`` rows of x; any number of rows is served. Raises
     RuntimeError where the CPU has no kernel for the dtype."""
-    return partial(onednn_linear, torch.ops.mkldnn._reorder_linear_weight(weight, tokens))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+    return lambda x, bias=None: onednn_linear(packed, x, bias)  # a function: what is packed cannot be copied
 
 
 def onednn_linear(packed: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
