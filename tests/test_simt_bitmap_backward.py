@@ -174,6 +174,7 @@ def test_on_the_gpu(tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
     import pyfast
 
     stored = torch.rand(n, k, device="cuda") < 0.3
+    stored[0, 0] = True
     weight = pyfast.BitmapWeight.from_dense(torch.randn(n, k, device="cuda", dtype=dtype), mask=stored)
     weight.values.requires_grad_(True)
     x, grad = (torch.randn(tokens, width, device="cuda", dtype=dtype) for width in (k, n))
@@ -183,6 +184,6 @@ def test_on_the_gpu(tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
     truth = grad.double() @ weight.to_dense().double()
     assert (grad_x.double() - truth).norm() < 1.1 * rounding * truth.norm()
     dense = grad.double().T @ x.detach().double()
-    truth = pyfast.BitmapWeight.from_dense(torch.where(stored, dense, 0.0).cpu())
+    truth = pyfast.BitmapWeight.from_dense(dense.cpu(), mask=stored.cpu())
     assert truth.values.numel() == grad_values.numel()
     assert (grad_values.double().cpu() - truth.values).norm() < 1.1 * rounding * truth.values.norm()

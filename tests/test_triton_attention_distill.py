@@ -161,10 +161,10 @@ def test_against_float64(outcome: dict[str, Any], name: str) -> None:
         if case.keys == 1:
             assert not got.any()
             continue
-        rounding = distance(exact.to(case.dtype), exact)  # bfloat16 slopes are rounded before their product, too
-        assert distance(got, exact) < (2 * rounding if case.dtype == torch.bfloat16 else 1.05 * rounding) + (
-            1e-3 if name == "near" else 5e-6
-        )
+        # Slopes are rounded before their product, too: to bfloat16, or for float16 to tf32, which on a GPU drops bits.
+        rounding = distance(exact.to(case.dtype), exact)
+        times = 1.05 if case.dtype == torch.float32 else 2.5
+        assert distance(got, exact) < times * rounding + (1e-3 if name == "near" else 5e-6)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -188,8 +188,11 @@ def test_public_loss_on_the_device_and_in_a_graph(teacher_heads: int) -> None:
         loss = pyfast.attention_distillation_loss(*leaves, q_t, k_t)
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
-    exact = pyfast.attention_distillation_loss(*(x.double() for x in (*leaves, q_t, k_t)))
-    for got, want in zip(step(), (exact.detach(), *torch.autograd.grad(exact, leaves)), strict=True):
+    def exact() -> tuple[Tensor, ...]:  # whose graph must not outlive it: a capture may not meet another stream's nodes
+        loss = pyfast.attention_distillation_loss(*(x.double() for x in (*leaves, q_t, k_t)))
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    for got, want in zip(step(), exact(), strict=True):
         assert distance(got, want.double()) < 1e-5
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -88,9 +88,10 @@ def _log_ratio(ls, lt, student_rate, teacher_rate):
 
 @triton.jit
 def _log_ratio_of_totals(sums, student_rate, teacher_rate):
-    """Log-sum-exp of the student's row less that of the teacher's."""
+    """Log-sum-exp of the student's row less that of the teacher's; exactly 0 for equal rows, hence the exact quotient:
+    the fast one of two equal sums may be 1 - 2^-24."""
     highest_s, highest_t, total_s, total_t, _ = sums
-    return _log_ratio(highest_s, highest_t, student_rate, teacher_rate) + tl.log(total_s / total_t)
+    return _log_ratio(highest_s, highest_t, student_rate, teacher_rate) + tl.log(tl.div_rn(total_s, total_t))
 
 
 @triton.jit
