@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Generic, TypeVar
 
 import torch
+
+from pyfast._cuda_clock import flush_l2
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ def interleave(
     max_rounds: int = 1000,
     device: str = "cpu",
     warmup: int = 1,
+    calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time implementations in turn (A B C A B C …), so that a drift of the machine meets them all alike.
@@ -69,11 +71,14 @@ def interleave(
     ``budget_s`` bounds the seconds of all implementations together, the warm-up left out: rounds go on
     until it is spent, never fewer than ``min_rounds``, never more than ``max_rounds``. On ``device="cuda"``
     times come from events and the second-level cache is flushed before each call; the host does not wait in
-    between. What an implementation returns is dropped, inside the clock. Raises ``ImplementationError``
+    between. Where an implementation does its work ``calls`` times, as a CUDA graph of that many does, times are those
+    of one. What an implementation returns is dropped, inside the clock. Raises ``ImplementationError``
     (naming the implementation) where one raises.
     """
     if not impls:
         raise ValueError("impls: at least one implementation is needed")
+    if calls < 1:
+        raise ValueError(f"calls: 1 or more, got {calls}")
     if min_rounds < 1 or max_rounds < min_rounds:
         raise ValueError(f"min_rounds, max_rounds: 1 <= min <= max is needed, got {min_rounds}, {max_rounds}")
     for name, run in impls.items():
@@ -92,7 +97,7 @@ def interleave(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing.of(times) for name, times in samples.items()}
+    return {name: Timing.of([ms / calls for ms in times]) for name, times in samples.items()}
 
 
 def _call(name: str, run: Callable[[], object]) -> None:
@@ -116,7 +121,7 @@ def _cuda_round(
 ) -> None:
     events = {}
     for name, run in impls.items():
-        flush_cuda_l2()
+        flush_l2()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()
@@ -126,18 +131,6 @@ def _cuda_round(
     torch.cuda.synchronize()
     for name, (start, end) in events.items():
         samples[name].append(start.elapsed_time(end))
-
-
-@lru_cache(maxsize=4)
-def _flush_buffer(device_index: int) -> torch.Tensor:
-    l2_bytes = getattr(torch.cuda.get_device_properties(device_index), "L2_cache_size", 0) or 50 << 20
-    return torch.empty(4 * l2_bytes, dtype=torch.uint8, device=f"cuda:{device_index}")
-
-
-def flush_cuda_l2() -> None:
-    """Overwrite a buffer of four times the second-level cache on the current stream. It also keeps the GPU
-    busy while the host launches what comes next, so that the launch is not part of the time."""
-    _flush_buffer(torch.cuda.current_device()).zero_()
 
 
 class Rotating(Generic[T]):

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from pyfast.bench import bars
+from pyfast.bench import bars, bars_cuda
 from pyfast.bench.cases import DTYPES, cpu_variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.loss_case import FLOPS_A_WORD, FLOPS_A_WORD_GRADIENT, Loss, SignalCase, measure, rowwise_truth
@@ -201,10 +201,10 @@ def cases(options: Options) -> list[LossCase]:
         plan[0].every_isa = True
         return [*plan, make(*SHAPES[0], gradient=False)]
     # A GPU is measured at the batches that fill it: the small ones tell of launches, and each case is compiled.
-    plan = [make(rows, vocab, dtype=dtype) for (rows, vocab), dtype in bars.LOSS_CASES["forward_kl"]]
-    plan += [make(rows, vocab, gradient=False) for rows, vocab in SHAPES]
-    plan.append(make(8192, 128256, dtype="bfloat16"))
-    plan += [make(8192, 151936, divergence, dtype="bfloat16") for divergence in bars.LOSS_CASES]
+    full = partial(make, bars_cuda.KL_ROWS, dtype="bfloat16")
+    plan = [make(rows, vocab, dtype="bfloat16") for rows, vocab in SHAPES]
+    plan += [full(32000), full(151936), full(bars_cuda.KL_VOCABULARY, gradient=False)]
+    plan += [full(bars_cuda.KL_VOCABULARY, divergence) for divergence in bars.LOSS_CASES]
     return plan
 
 
@@ -232,4 +232,4 @@ def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Resu
             with progress.step(case.id):
                 results += measure(case, options, floors)
             progress.advance()
-    return results, bars.losses(results, options)
+    return results, (bars if options.device == "cpu" else bars_cuda).losses(results, options)

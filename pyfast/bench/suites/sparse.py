@@ -1,171 +1,35 @@
 """Suite ``sparse``: sparse weights beside the best dense linear, and the rate of conversion.
 
 The task is ``x @ W.T`` with x ``[tokens, K]`` and W ``[N, K]``; pyfast's is ``sparse_linear`` with the kernel of its
-plan, whose layout is made before the clock starts. Weights are cold: each implementation
-rotates over copies of its weight until they exceed four times the last-level cache. All implementations of
-a shape and number of tokens are timed in turn, dense ones of every dtype among them; the fastest dense one
-is the baseline of them all. The floor is the time to read the weight (as that format stores it) and x and
-to write y, at the bandwidth of reading.
+plan, whose layout is made before the clock starts. Weights are cold: each implementation rotates over copies of its
+weight until they exceed four times the last-level cache. On a GPU one CUDA graph holds calls to all copies, so that
+launches from Python are no part of the time. All implementations of a shape and number of tokens are timed in turn,
+dense ones of every dtype among them; the fastest dense one is the baseline of them all. The floor is the time to read
+the weight (as that format stores it) and x and to write y, at the bandwidth of reading.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pyfast.bench import bars, baselines, hardware
+from pyfast._cuda_clock import Captured
+from pyfast.bench import bars, bars_cuda, baselines
 from pyfast.bench.cases import DTYPES, cpu_variants, is_pyfast, keep_runnable, relative_error, time_case, with_isa
 from pyfast.bench.floors import Floors, floor_ms
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Bar, Result
-from pyfast.bench.timing import Rotating, cold
-from pyfast.sparse import Plan, layouts, plan
+from pyfast.bench.sparse_weights import ROWS_CHECKED, Variant, Weights, build, prune, weight_bytes, weights_of
+from pyfast.sparse import layouts
 
 CONVERSION_SHAPE = (4096, 4096)
-_16_BIT_TOKENS = (1, 16)  # numbers of tokens at which bfloat16 is timed
+_16_BIT_TOKENS = (1, 16)  # numbers of tokens at which bfloat16 is timed on a CPU
 _CSR_TOKENS = (1, 16, 128)
-ROWS_CHECKED = 256
-_PATTERNS_2_OF_4 = torch.tensor(
-    [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool
-)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A sparse weight to time: format "2:4", "bitmap" or "csr" (torch's), sparsity 0 to 1, dtype."""
-
-    format: str
-    sparsity: float
-    dtype: str
-    isa: str | None = None  # None: what a user gets
-
-    @property
-    def impl(self) -> str:
-        if self.isa is not None:
-            return f"pyfast[{self.isa}]"
-        return "torch CSR" if self.format == "csr" else "pyfast"
-
-    @property
-    def name(self) -> str:
-        return f"{self.impl} {self.format} {self.sparsity:.2f} {self.dtype}"
-
-
-def prune(weight: torch.Tensor, format: str, sparsity: float) -> torch.Tensor:
-    """The weight with zeros in the pattern of a format, placed at random: exactly two of each four of a
-    row, or ``sparsity`` of the whole. Of drawn weights it does not matter which ones go."""
-    generator = torch.Generator().manual_seed(1)
-    rows, columns = weight.shape
-    if format == "2:4":
-        pattern = torch.randint(0, 6, (rows, columns // 4), generator=generator)
-        kept = _PATTERNS_2_OF_4[pattern].reshape(rows, columns)
-    else:
-        kept = torch.rand(rows, columns, generator=generator) >= sparsity
-    return torch.where(kept, weight, 0.0)  # a product with the mask would leave -0.0, which formats keep
-
-
-def build(dense: torch.Tensor, format: str) -> Any:
-    """The container of a format over a pruned weight."""
-    if format == "csr":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch says at every first use that CSR is a beta
-            csr = dense.to_sparse_csr()
-            # MKL takes 32-bit indices; torch would otherwise convert them at every call.
-            indices = csr.crow_indices().int(), csr.col_indices().int()
-            return torch.sparse_csr_tensor(*indices, csr.values(), csr.shape, check_invariants=True)
-    import pyfast
-
-    kinds: dict[str, Any] = {"2:4": pyfast.Sparse24Weight, "bitmap": pyfast.BitmapWeight}
-    return kinds[format].from_dense(dense)
-
-
-def weight_bytes(weight: Any) -> int:
-    """Bytes of a weight as its format stores it."""
-    if isinstance(weight, torch.Tensor) and weight.layout is torch.sparse_csr:
-        return weight.crow_indices().nbytes + weight.col_indices().nbytes + weight.values().nbytes
-    return int(weight.nbytes)
-
-
-@dataclass
-class Sparse:
-    """A variant, built: copies in rotation, bytes of one copy, non-zeros, and the first rows of the pruned
-    weight to check results with."""
-
-    variant: Variant
-    ring: Rotating[Any]
-    nbytes: int
-    nonzeros: int
-    first_rows: torch.Tensor
-
-    def plan(self, tokens: int) -> Plan | None:
-        """Who serves; None for a weight of torch's."""
-        if self.variant.format == "csr":
-            return None
-        return with_isa(self.variant.isa, lambda: plan(self.ring.items[0], tokens))()
-
-    def prepare(self, tokens: int) -> None:
-        """Makes the layouts of all copies, as :func:`pyfast.sparse.prepare` does for a model."""
-        found = self.plan(tokens)
-        if found is not None and found.kernel != "direct":
-            for weight in self.ring.items:
-                layouts.of(weight).get(found.kernel, weight)
-
-    def linear(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        ring = self.ring
-        if self.variant.format == "csr":
-            return lambda x: (ring() @ x.T).T
-        import pyfast
-
-        return lambda x: pyfast.sparse_linear(x, ring())
-
-
-@dataclass
-class Weights:
-    """Every weight of one shape, shared by the cases of that shape."""
-
-    dense: torch.Tensor
-    sparse: dict[str, Sparse]
-    llc_bytes: int
-    note: str
-
-
-@lru_cache(maxsize=1)
-def _weights(shape: tuple[int, int], variants: tuple[Variant, ...], device: str, seed: int) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(*shape, generator=generator)
-    llc_bytes, note = _affordable_cache(len(variants) + 5) if device == "cpu" else (0, "")
-    built: dict[str, Sparse] = {}
-    for v in variants:
-        if v.isa is not None:
-            built[v.name] = replace(built[replace(v, isa=None).name], variant=v)
-            continue
-        pruned = prune(dense, v.format, v.sparsity).to(device, DTYPES[v.dtype])
-        weight = build(pruned, v.format)
-        nbytes = weight_bytes(weight)
-        ring = cold(_copier(weight), nbytes, llc_bytes)
-        built[v.name] = Sparse(v, ring, nbytes, int(torch.count_nonzero(pruned)), pruned[:ROWS_CHECKED].clone())
-    return Weights(dense.to(device), built, llc_bytes, note)
-
-
-def _copier(weight: Any) -> Callable[[], Any]:
-    if isinstance(weight, torch.Tensor):
-        return weight.clone
-    return lambda: copy.deepcopy(weight)
-
-
-def _affordable_cache(implementations: int) -> tuple[int, str]:
-    """The last-level cache to exceed four times, cut down where the copies would take half of the memory."""
-    llc_bytes = hardware.last_level_cache_bytes()
-    affordable = hardware.available_memory_bytes() // 2 // implementations // 5
-    if llc_bytes <= affordable:
-        return llc_bytes, ""
-    return affordable, "weights only partly cold: too little memory for more copies"
+_COMPILED_TOKENS = (1, 16)  # and on a GPU torch.compile, which searches for seconds a case
 
 
 @dataclass
@@ -190,21 +54,32 @@ class SparseCase:
     @property
     def timed(self) -> tuple[Variant, ...]:
         """The variants that are timed at this number of tokens; cases of one shape share the weights of all."""
-        return tuple(
-            v
-            for v in self.variants
-            if (v.dtype == "float32" or self.tokens in _16_BIT_TOKENS)
-            and (v.isa is None or self.tokens == 1)
-            and (v.format != "csr" or self.tokens in _CSR_TOKENS)
-        )
+        return tuple(v for v in self.variants if self._is_timed(v))
+
+    def _is_timed(self, v: Variant) -> bool:
+        if v.format == "csr":
+            return self.tokens in _CSR_TOKENS
+        if v.format == "cslt":
+            return self.tokens % 8 == 0  # what cuSPARSELt takes
+        if self.device == "cpu":
+            return (v.dtype == "float32" or self.tokens in _16_BIT_TOKENS) and (v.isa is None or self.tokens == 1)
+        return True
 
     @property
     def baselines(self) -> tuple[baselines.Baseline, ...]:
-        return baselines.available(self.device)
+        if self.device == "cpu":
+            return baselines.available(self.device)
+        found = baselines.available(self.device, (torch.bfloat16,))
+        return tuple(b for b in found if b.impl != "torch.compile" or self.tokens in _COMPILED_TOKENS)
 
     def weights(self) -> Weights:
         """The weights of this case's shape; cases of one shape that follow each other share them."""
-        return _weights(self.shape, self.variants, self.device, self.seed)
+        return weights_of(self.shape, self.variants, self.device, self.seed)
+
+    @property
+    def calls(self) -> int:
+        """How many products one call of an implementation makes."""
+        return 1 if self.device == "cpu" else self.weights().rounds()
 
     def x(self) -> torch.Tensor:
         """The input ``[tokens, K]``, float32."""
@@ -224,6 +99,8 @@ class SparseCase:
             sparse = weights.sparse[variant.name]
             sparse.prepare(self.tokens)
             impls[variant.name] = with_isa(variant.isa, _bind(sparse.linear(), x[variant.dtype]))
+        if self.device != "cpu":
+            impls = {name: _captured(run, self.calls) for name, run in impls.items()}
         return keep_runnable(impls, is_pyfast, self.say)
 
     def flops(self, nonzeros: int) -> int:
@@ -235,6 +112,18 @@ class SparseCase:
 
 def _bind(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], object]:
     return lambda: linear(x)
+
+
+def _captured(run: Callable[[], object], calls: int) -> Callable[[], object]:
+    """A CUDA graph of that many calls, captured when it is called first."""
+    made: list[Captured] = []
+
+    def replay() -> object:
+        if not made:
+            made.append(Captured([run] * calls))
+        return made[0]()
+
+    return replay
 
 
 @dataclass
@@ -270,26 +159,9 @@ class ConversionCase:
 
 
 def cases(options: Options) -> list[SparseCase]:
-    """The cases of a run: a square layer, the two shapes of Qwen2.5-0.5B's MLP and, unless quick,
-    Llama-3.1-8B's."""
-    f32, bf16 = "float32", "bfloat16"
-    two_four = [Variant("2:4", 0.5, f32), Variant("2:4", 0.5, bf16)]
-    few = [*two_four, *(Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9)), Variant("bitmap", 0.8, bf16)]
-    all_sparsities = [Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9, 0.95)]
-    all_sparsities += [Variant("bitmap", s, bf16) for s in (0.5, 0.8)]
-    csr = [Variant("csr", s, f32) for s in (0.8, 0.95)]
-    avx2 = [Variant("bitmap", s, f32, "avx2") for s in (0.5, 0.8)] if "pyfast[avx2]" in cpu_variants() else []
-    tokens = (1, 4, 16, 128, 512)
-    plan: list[tuple[tuple[int, int], list[Variant], tuple[int, ...]]]
-    if options.quick:
-        plan = [((4864, 896), few, (1, 16)), ((896, 4864), few, (1,))]
-    else:
-        plan = [
-            ((4096, 4096), [*two_four, *all_sparsities, *csr, *avx2], tokens),
-            ((4864, 896), [*two_four, *all_sparsities], tokens),
-            ((896, 4864), few, (1, 16, 128)),
-            ((14336, 4096), few, (1, 16, 128)),
-        ]
+    """The cases of a run. On a CPU: a square layer, the two shapes of Qwen2.5-0.5B's MLP and, unless quick,
+    Llama-3.1-8B's, in float32 and bfloat16. On a GPU: layers of Llama-3.1-8B and Qwen2.5-7B in bfloat16."""
+    plan = _cpu_plan(options.quick) if options.device == "cpu" else _cuda_plan(options.quick)
     return [
         SparseCase(shape, count, tuple(variants), options.device, options.seed)
         for shape, variants, counts in plan
@@ -297,13 +169,49 @@ def cases(options: Options) -> list[SparseCase]:
     ]
 
 
-def conversions(options: Options) -> list[ConversionCase]:
-    """The conversions of a run."""
-    shape = (1024, 1024) if options.quick else CONVERSION_SHAPE
+_Plan = list[tuple[tuple[int, int], list[Variant], tuple[int, ...]]]
+
+
+def _cpu_plan(quick: bool) -> _Plan:
+    f32, bf16 = "float32", "bfloat16"
+    two_four = [Variant("2:4", 0.5, f32), Variant("2:4", 0.5, bf16)]
+    few = [*two_four, *(Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9)), Variant("bitmap", 0.8, bf16)]
+    if quick:
+        return [((4864, 896), few, (1, 16)), ((896, 4864), few, (1,))]
+    all_sparsities = [Variant("bitmap", s, f32) for s in (0.5, 0.8, 0.9, 0.95)]
+    all_sparsities += [Variant("bitmap", s, bf16) for s in (0.5, 0.8)]
+    csr = [Variant("csr", s, f32) for s in (0.8, 0.95)]
+    avx2 = [Variant("bitmap", s, f32, "avx2") for s in (0.5, 0.8)] if "pyfast[avx2]" in cpu_variants() else []
+    tokens = (1, 4, 16, 128, 512)
     return [
-        ConversionCase(op, format, shape, options.device, options.seed)
-        for format in ("2:4", "bitmap")
-        for op in ("from_dense", "to_dense", "to_indexed")
+        ((4096, 4096), [*two_four, *all_sparsities, *csr, *avx2], tokens),
+        ((4864, 896), [*two_four, *all_sparsities], tokens),
+        ((896, 4864), few, (1, 16, 128)),
+        ((14336, 4096), few, (1, 16, 128)),
+    ]
+
+
+def _cuda_plan(quick: bool) -> _Plan:
+    bf16 = "bfloat16"
+    bitmaps = [Variant("bitmap", s, bf16) for s in bars_cuda.SPARSITIES]
+    two_four = [Variant("2:4", 0.5, bf16), Variant("cslt", 0.5, bf16)]
+    csr = [Variant("csr", s, bf16) for s in (0.8, 0.9)]
+    if quick:
+        return [((4864, 896), [*two_four, *bitmaps], (1, 16))]
+    first, *others = bars_cuda.SPARSE_SHAPES
+    tokens = bars_cuda.SPARSE_TOKENS
+    return [
+        (first, [*two_four, *bitmaps, *csr], (*tokens, 128, 512, 2048)),
+        *((shape, [*two_four, *bitmaps], (*tokens, 512)) for shape in others),
+    ]
+
+
+def conversions(options: Options) -> list[ConversionCase]:
+    """The conversions of a run. The indexed layout is the CPU's."""
+    shape = (1024, 1024) if options.quick else CONVERSION_SHAPE
+    ops = ("from_dense", "to_dense", "to_indexed") if options.device == "cpu" else ("from_dense", "to_dense")
+    return [
+        ConversionCase(op, format, shape, options.device, options.seed) for format in ("2:4", "bitmap") for op in ops
     ]
 
 
@@ -319,12 +227,12 @@ def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Resu
             with progress.step(case.id):
                 results += _measure(case, options, floors)
             progress.advance()
-        _weights.cache_clear()
+        weights_of.cache_clear()
         for conversion in more:
             with progress.step(conversion.id):
                 results.append(_measure_conversion(conversion, options, floors))
             progress.advance()
-    return results, bars.sparse(results, options)
+    return results, (bars if options.device == "cpu" else bars_cuda).sparse(results, options)
 
 
 def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]:
@@ -332,7 +240,10 @@ def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]
     # One token of the shape that is judged gets the time that steady medians take; the rest shows the picture.
     judged = case.tokens == 1 and list(case.shape) == bars.SPARSE_SHAPE
     budget_s = options.budget(2.5 if judged else 1.0 if case.tokens < 128 else 1.5)
-    timings = time_case(impls, budget_s=budget_s, device=case.device, min_rounds=3 if case.tokens >= 128 else 5)
+    min_rounds = 3 if case.tokens >= 128 else 5
+    if case.device != "cpu":  # a graph of dozens of products
+        budget_s, min_rounds = options.budget(0.25), 7
+    timings = time_case(impls, budget_s=budget_s, device=case.device, min_rounds=min_rounds, calls=case.calls)
     weights = case.weights()
     dense = {b.name: b for b in case.baselines if b.name in timings}
     best_name, best = baselines.best(timings, list(dense))
@@ -363,14 +274,14 @@ def _measure(case: SparseCase, options: Options, floors: Floors) -> list[Result]
         chosen = sparse.plan(case.tokens) if sparse else None
         if chosen is not None and chosen.ms is not None:
             metrics |= {"predicted_ms": chosen.ms, "extra_bytes": float(chosen.extra_bytes)}
-            dense_ms = min(ms for name, ms in chosen.alternatives.items() if name in ("dense", "packed"))
+            dense_ms = min(ms for kernel, ms in chosen.alternatives.items() if kernel in ("dense", "packed"))
             metrics["predicted_speedup_same_dtype"] = dense_ms / chosen.ms
         kernel = f"kernel: {chosen.kernel}" if chosen is not None else ""
         rows = sparse.first_rows if sparse else weights.dense[:ROWS_CHECKED].to(DTYPES[dtype])
         results.append(
             Result.timed(
                 timing,
-                format=sparse.variant.format if sparse else "dense",
+                format=sparse.variant.shown_format if sparse else "dense",
                 sparsity=sparse.variant.sparsity if sparse else 0.0,
                 dtype=dtype,
                 impl=sparse.variant.impl if sparse else dense[name].impl,
