@@ -8,6 +8,7 @@ pyfast._cuda   CUDA kernels; stable ABI and abi3; imported only where torch has 
 Environment
     PYFAST_CUDA=1           build pyfast._cuda or fail; 0 leaves it out; unset builds it where nvcc and a CUDA build
                             of torch are there. With 1 a CPU build of torch is enough to compile and link.
+    MAX_JOBS                how many compilers run at once; default: one a CPU
     TORCH_CUDA_ARCH_LIST    the architectures, such as "9.0" or "8.0;9.0+PTX"; default: DEFAULT_CUDA_ARCHS
     PYFAST_NATIVE=0         no native module at all: the plain-torch reference serves
     PYFAST_SANITIZE=1       CPU modules with the address and undefined-behaviour sanitizers (`make sanitize`)
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -139,16 +141,19 @@ class BuildNative(BuildExtension):
         macros = ["-DUSE_CUDA", *(f"-D{name}={value}" for name, value in ABI3_MACROS)]
         macros += [f'-DPYFAST_VERSION="{VERSION}"', f'-DPYFAST_CUDA_ARCHS="{archs}"']
         host_flags = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
-        objects = []
-        for source in extension.sources:
+
+        def compile_one(source: str) -> str:
             target = str(folder / (Path(source).stem + ".o"))
-            objects.append(target)
             if source.endswith(".cu"):
                 command = [f"{home}/bin/nvcc", "-std=c++20", "-O3", *macros, *isystem, *gencode_flags(archs)]
                 command += ["-Werror=all-warnings", f"-Xcompiler={host_flags}"]
             else:
                 command = ["g++", "-std=c++20", "-O3", *macros, *isystem, *host_flags.split(",")]
             self.spawn([*command, "-c", source, "-o", target])
+            return target
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
+            objects = list(pool.map(compile_one, extension.sources))
         output = self.get_ext_fullpath(extension.name)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         # libtorch.so stands between: in a CUDA build of torch it brings in libtorch_cuda.so, whose one symbol (the

@@ -8,9 +8,13 @@
 #   PYTHON   the interpreter that has a CUDA build of torch          [python3]
 #   OUT      where the results go                                    [benchmarks/results/<name of the GPU>]
 #   BUDGET   seconds for everything; steps that find none left fail  [460]
+#   BUILD    0 takes the native modules that lie in pyfast/ as they are
+#   STEPS    the steps to run, of those below                        [all]
 #
 # Results, each written as its step ends, so that a run cut short leaves what it had:
 #   bench.json    figures of the suites done so far
+#   calibration.json  constants of the cost model, as `pyfast calibrate --device cuda` measured them
+#   profile.json  counters of each kernel (Nsight Compute)
 #   steps.tsv     step, seconds, exit status
 #   machine.txt   GPU, driver, clocks and power at the start
 #   clocks.csv    clocks, power and temperature every two seconds
@@ -77,6 +81,7 @@ step() {
   local name=$1 limit=$2 left=$((budget - SECONDS)) begin=$SECONDS status
   shift 2
   ((left < limit)) && limit=$left
+  if [[ -n ${STEPS:-} && " $STEPS " != *" $name "* ]]; then return 0; fi
   echo "== $name" | tee -a "$out/log.txt"
   if ((limit < 5)); then
     echo "no time left" | tee -a "$out/log.txt"
@@ -94,7 +99,9 @@ step() {
 
 build() {
   cd "$root" || return
-  PYFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$architecture "$python" setup.py build_ext --inplace || return
+  if [[ ${BUILD:-1} != 0 ]]; then
+    PYFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=$architecture "$python" setup.py -q build_ext --inplace || return
+  fi
   # The package as it would be installed: the checkout's files, with triton_kernels inside.
   mkdir -p "$work/site/pyfast" && ln -s "$root"/pyfast/* "$root/triton_kernels" "$work/site/pyfast/"
 }
@@ -135,6 +142,24 @@ whole.write_text(report.to_json())
 PYTHON
 }
 
+calibrate() {
+  "$python" -c 'from pyfast.cli import main; main()' calibrate --device cuda || return
+  cp "$PYFAST_CACHE_DIR/calibration.json" "$out/"
+}
+
+profile() {
+  local ncu options
+  ncu=$(command -v ncu || echo "${CUDA_HOME:-/usr/local/cuda}/bin/ncu")
+  if [[ ! -x $ncu ]]; then
+    echo "Nsight Compute is not installed"
+    return 0
+  fi
+  read -ra options < <("$python" "$root/benchmarks/profile_cuda.py" sections)
+  "$ncu" --clock-control none --page raw --csv "${options[@]}" \
+    "$python" "$root/benchmarks/profile_cuda.py" launch >"$work/raw.csv" || return
+  "$python" "$root/benchmarks/profile_cuda.py" read "$work/raw.csv" --json "$out/profile.json"
+}
+
 sanitize() {
   local tool
   tool=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
@@ -143,27 +168,27 @@ sanitize() {
     return 0
   fi
   # Without torch's cache each tensor is an allocation of its own, whose bounds memcheck knows.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 9 \
-    "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -m gpu \
-    -k "decompress and not 2048" "$root/tests/test_cuda_build.py"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 9 "$python" "$root/benchmarks/small_shapes.py"
 }
 
-export -f build info gpu_tests suite sanitize
+export -f build info calibrate profile gpu_tests suite sanitize
 export root python architecture work out
-export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$work/triton MPLCONFIGDIR=$work
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$work/triton MPLCONFIGDIR=$work PYFAST_CACHE_DIR=$work/cache
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 shell=(bash -c '"$@"' bash)
 cd "$work" || exit 1 # not in the checkout, whose folder triton_kernels would hide other projects' module
 
 if step build 180 "${shell[@]}" build; then
   step info 30 "${shell[@]}" info
-  step tests 180 "${shell[@]}" gpu_tests
-  step losses 90 "${shell[@]}" suite losses
+  step calibrate 40 "${shell[@]}" calibrate
   step sparse 90 "${shell[@]}" suite sparse
+  step losses 90 "${shell[@]}" suite losses
+  step profile 60 "${shell[@]}" profile
+  step tests 150 "${shell[@]}" gpu_tests
+  step layers 60 "${shell[@]}" suite layers
+  step model 90 "${shell[@]}" suite model
   step memcheck 60 "${shell[@]}" sanitize memcheck
   step racecheck 60 "${shell[@]}" sanitize racecheck
-  step layers 60 "${shell[@]}" suite layers
-  step model 120 "${shell[@]}" suite model
 fi
 
 echo

@@ -1,0 +1,64 @@
+"""Every CUDA kernel once or twice at small and odd shapes, its results compared with plain torch: what gpu.sh runs
+under compute-sanitizer. Raises AssertionError where a result is wrong; prints ok at the end."""
+
+from __future__ import annotations
+
+import torch
+from pyfast.sparse.sliced import SlicedLayout
+
+import pyfast
+from pyfast.ops.distill_kl import DIVERGENCES
+
+SHAPES = ((50, 136), (97, 1029))
+TOKENS = (1, 3, 8, 13)
+BFLOAT16 = 2.0**-8
+
+
+def near(got: torch.Tensor, truth: torch.Tensor, tolerance: float = BFLOAT16) -> None:
+    """Asserts that the relative error is at most the tolerance."""
+    error = (got.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)
+    assert float(error) <= tolerance, f"relative error {float(error):.2e}, accepted: {tolerance:.2e}"
+
+
+def products() -> None:
+    """Products with both formats, their conversions and gradients."""
+    for n, k in SHAPES:
+        dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        mask = torch.rand(n, k, device="cuda") < 0.4
+        bitmap = pyfast.BitmapWeight.from_dense(dense, mask=mask)
+        assert torch.equal(bitmap.to_dense(), torch.where(mask, dense, 0))
+        pair = pyfast.ops.sparse24_convert.prune(dense)
+        two_four = pyfast.Sparse24Weight(*pair, (n, k))
+        sliced = SlicedLayout.of(bitmap)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+            for weight in (bitmap, two_four):
+                near(pyfast.sparse_linear(x, weight, backend="cuda"), x.double() @ weight.to_dense().double().T)
+            if tokens <= 8:
+                near(sliced.linear(x, None, 0, None), x.double() @ bitmap.to_dense().double().T)
+        values = bitmap.values.requires_grad_()
+        x.requires_grad_()
+        grad = torch.randn(len(x), n, device="cuda", dtype=torch.bfloat16)
+        grad_x, grad_values = torch.autograd.grad(pyfast.sparse_linear(x, bitmap), (x, values), grad)
+        near(grad_x, grad.double() @ bitmap.to_dense().double())
+        near(grad_values, (grad.double().T @ x.detach().double())[mask])
+
+
+def losses() -> None:
+    """Every divergence, in one block and in a cluster of them."""
+    for rows, words in ((3, 1000), (2, 130001)):
+        student, teacher = (torch.randn(rows, words, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        for divergence in DIVERGENCES:
+            leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+            loss = pyfast.distillation_loss(leaf, teacher, divergence, backend="cuda")
+            truth = pyfast.distillation_loss(exact, teacher.double(), divergence, backend="reference")
+            near(loss, truth, 1e-4)
+            near(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(truth, exact)[0], 2 * BFLOAT16)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    products()
+    losses()
+    torch.cuda.synchronize()
+    print("ok")
