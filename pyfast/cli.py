@@ -76,18 +76,25 @@ def calibrate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads [default: torch's own choice].", show_default=False)
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure, in a few seconds, what the sparse kernels' choices rest on, and keep it for this device."""
-    from pyfast.bench import constants
+    from pyfast.bench import constants, cuda_constants
+    from pyfast.bench.options import DEVICES
     from pyfast.bench.progress import Progress
 
+    if device not in DEVICES:
+        _refuse(ValueError(f"device: {device!r} is unknown; accepted are {', '.join(DEVICES)}"))
     try:
         with Progress() as progress:
-            found, path = constants.measure(threads, progress)
+            if device == "cuda":
+                shown = cuda_constants.render(*cuda_constants.measure(progress))
+            else:
+                shown = constants.render(*constants.measure(threads, progress), threads)
     except RuntimeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    _console().print(constants.render(found, path, threads))
+    _console().print(shown)
 
 
 @app.command()

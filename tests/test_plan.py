@@ -378,13 +378,13 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
 def test_where_the_file_lies(monkeypatch, tmp_path):
     monkeypatch.delenv("PYFAST_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert calibration.cache_file() == tmp_path / "pyfast" / "calibration.json"
+    assert sparse.cache.cache_file() == tmp_path / "pyfast" / "calibration.json"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification: to be ignored
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert calibration.cache_file() == tmp_path / "home" / ".cache" / "pyfast" / "calibration.json"
+    assert sparse.cache.cache_file() == tmp_path / "home" / ".cache" / "pyfast" / "calibration.json"
     for off in ("", "none"):
         monkeypatch.setenv("PYFAST_CACHE_DIR", off)
-        assert calibration.cache_file() is None and calibration.kept_in(2, "avx512") is None
+        assert sparse.cache.cache_file() is None and calibration.kept_in(2, "avx512") is None
 
 
 def ticking(seconds):

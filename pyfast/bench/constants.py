@@ -41,7 +41,8 @@ def _machine(found: Constants, kept: str) -> Table:
     return table
 
 
-def _table(title: str, first: str, columns: list[str]) -> Table:
+def plain_table(title: str, first: str, columns: list[str]) -> Table:
+    """A table without rows yet; the first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column(first)
     for column in columns:
@@ -49,46 +50,47 @@ def _table(title: str, first: str, columns: list[str]) -> Table:
     return table
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """Figures of a row."""
     return [f"{value:.3g}" for value in row]
 
 
 def _indexed(found: Constants) -> Table:
-    table = _table("indexed kernel, ps", "tokens at once", [str(tile) for tile in TILES])
-    table.add_row("an entry", *_cells(found.entry))
-    table.add_row("a list", *_cells(found.list_start))
+    table = plain_table("indexed kernel, ps", "tokens at once", [str(tile) for tile in TILES])
+    table.add_row("an entry", *cells(found.entry))
+    table.add_row("a list", *cells(found.list_start))
     return table
 
 
 def _direct(found: Constants) -> Table:
     columns = [f"bitmap, {density:.0%} stored" for density in DENSITIES]
-    table = _table("direct kernels, ps a position", "dtype, tokens at once", [*columns, "2:4"])
+    table = plain_table("direct kernels, ps a position", "dtype, tokens at once", [*columns, "2:4"])
     for dtype, rates in found.rates.items():
         for group, row, two_four in zip(GROUPS, rates.bitmap, rates.sparse24, strict=True):
-            table.add_row(f"{dtype}, {group}", *_cells((*row, two_four)))
+            table.add_row(f"{dtype}, {group}", *cells((*row, two_four)))
         table.add_row(
             f"{dtype}, decompressed",
             "",
             "",
-            *_cells((rates.bitmap_decompress,)),
+            *cells((rates.bitmap_decompress,)),
             "",
-            *_cells((rates.sparse24_decompress,)),
+            *cells((rates.sparse24_decompress,)),
         )
     return table
 
 
 def _dense(found: Constants) -> Table:
-    table = _table("dense kernels, ps a position with all tokens", "dtype", [f"{t} tokens" for t in DENSE_TOKENS])
+    table = plain_table("dense kernels, ps a position with all tokens", "dtype", [f"{t} tokens" for t in DENSE_TOKENS])
     for dtype, rates in found.rates.items():
-        table.add_row(f"{dtype}, F.linear", *_cells(rates.dense))
+        table.add_row(f"{dtype}, F.linear", *cells(rates.dense))
         if rates.packed:
-            table.add_row(f"{dtype}, packed", *_cells(rates.packed))
+            table.add_row(f"{dtype}, packed", *cells(rates.packed))
     return table
 
 
 def _break_even(threads: int | None) -> Table:
     """Predicted with the constants in use, which are the ones just measured."""
-    table = _table("a bitmap weight is expected to pay from", "layer, dtype", [f"{t} tokens" for t in TOKENS])
+    table = plain_table("a bitmap weight is expected to pay from", "layer, dtype", [f"{t} tokens" for t in TOKENS])
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
             found = [break_even(shape, tokens, dtype, threads=threads) for tokens in TOKENS]

@@ -3,21 +3,14 @@
 ``pyfast calibrate`` (or :func:`calibrate`) runs each kernel on weights of a few megabytes, in a few seconds. Nothing is
 ever timed inside a forward pass: without a calibration the built-in constants serve.
 
-The file is ``calibration.json`` in ``$XDG_CACHE_HOME/pyfast`` (``~/.cache/pyfast``); ``PYFAST_CACHE_DIR`` names another
-directory, or ``none`` to neither read nor write. It holds one entry a device: processor, threads and ISA. An entry
-counts only for the library that made it (version, native module, torch): after an upgrade it is passed over, with a
-warning, until the next calibration.
+``pyfast/sparse/cache.py`` says where. A processor, a number of threads and an ISA are a device.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
@@ -33,13 +26,12 @@ from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast._version import __version__
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
-from pyfast.sparse import dense
+from pyfast.sparse import cache, dense
 from pyfast.sparse.cost_model import DENSE_TOKENS, DENSITIES, GROUPS, TILES, Constants, Rates, Row, built_in, entries
 from pyfast.sparse.cost_model import Work as _Work
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
 from pyfast.sparse.layouts import PACKED_TOKENS, IndexedLayout
 
-SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPE = (1024, 2048)
 _READ_AT_MOST = 512 << 20
@@ -64,35 +56,18 @@ def library() -> str:
     return f"pyfast {__version__}, native {digest}, torch {torch.__version__}"
 
 
-def cache_file() -> Path | None:
-    """Where calibrations are kept; None where ``PYFAST_CACHE_DIR`` is ``none`` or there is no home directory."""
-    named = os.environ.get("PYFAST_CACHE_DIR")
-    if named is not None:
-        return None if named in ("", "none") else Path(named) / "calibration.json"
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(base) if base and os.path.isabs(base) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder / "pyfast" / "calibration.json"
-
-
 @lru_cache(maxsize=64)
 def constants(threads: int, isa: str) -> Constants:
     """The constants for this many threads and an ISA: those of the last calibration, else the built-in ones. Read from
     the file once a process."""
     if (threads, isa) in _measured:
         return _measured[threads, isa]
-    path = cache_file()
-    entry = {} if path is None else _read(path).get(device(threads, isa), {})
-    if entry:
-        if entry.get("library") == library():
-            try:
-                return from_json(entry["constants"])
-            except (KeyError, TypeError, ValueError) as error:
-                _warn(f"{path}: the entry of this device is damaged ({error}); `pyfast calibrate` writes it anew")
-        else:
-            _warn("the calibration of this device was made with another library; `pyfast calibrate` renews it")
+    plain = cache.constants_of(device(threads, isa), library())
+    if plain is not None:
+        try:
+            return from_json(plain)
+        except (KeyError, TypeError, ValueError) as error:
+            cache.damaged(error)
     packs = dense.runs(dense.onednn_prepacked, torch.float32)
     return built_in(isa, threads, packs=packs, bfloat16=_bfloat16())
 
@@ -104,80 +79,28 @@ def _bfloat16() -> float:
     return 1 / 2 if torch.cpu._is_avx512_bf16_supported() else 1.0
 
 
-_generation = 0
 _measured: dict[tuple[int, str], Constants] = {}  # in this process
-
-
-def generation() -> int:
-    """Rises where the constants may have changed: whoever remembers a choice goes by it."""
-    return _generation
 
 
 def forget() -> None:
     """Lets the file be read again, and forgets what this process has measured."""
-    global _generation
     _measured.clear()
     constants.cache_clear()
-    _generation += 1
+    cache.changed()
 
 
 def save(found: Constants, threads: int, isa: str) -> Path | None:
     """Adds a calibration to the file, which is there whole or not at all, and uses it from now on in this process.
     None, with a warning, where it cannot be written."""
-    global _generation
     constants.cache_clear()
-    _generation += 1
+    cache.changed()
     _measured[threads, isa] = found
-    path = cache_file()
-    if path is None:
-        return None
-    entries = _read(path)
-    entries[device(threads, isa)] = {"library": library(), "constants": to_json(found)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"schema": SCHEMA, "devices": entries}, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        _warn(f"{path}: cannot be written ({error.strerror}); the calibration ends with this process")
-        return None
-    return path
+    return cache.store(device(threads, isa), library(), to_json(found))
 
 
 def kept_in(threads: int, isa: str) -> Path | None:
     """The file that holds a calibration of this device by this library; None where none does."""
-    path = cache_file()
-    entry = {} if path is None else _read(path).get(device(threads, isa), {})
-    return path if entry.get("library") == library() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The entries of the file, by device; nothing, with a warning, where it is not one."""
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        if whole["schema"] != SCHEMA:
-            return {}
-        entries = whole["devices"]
-        if not (isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())):
-            raise TypeError("devices")
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        _warn(f"{path}: cannot be read ({error.strerror})")
-        return {}
-    except (ValueError, KeyError, TypeError):
-        _warn(f"{path}: is damaged and is ignored; `pyfast calibrate` writes it anew")
-        return {}
-    return entries
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, UserWarning, stacklevel=3)
+    return cache.kept_in(device(threads, isa), library())
 
 
 def to_json(found: Constants) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
     container (what is stored, saved and trained)
         │  read as it is                                  "direct"     nothing more in memory
-        ├─ bitmap_to_indexed, sparse24_to_indexed ──►     "indexed"    about 5 bytes a stored element
-        └─ to_dense ──┬───────────────────────────►       "dense"      the dense weight
-                      └─ packed by oneDNN ────────►       "packed"     the dense weight, in oneDNN's blocks
+        ├─ bitmap_to_indexed, sparse24_to_indexed ──►     "indexed"    CPU: about 5 bytes a stored element
+        ├─ rows in slices of 32 ────────────────────►     "sliced"     GPU: about 3 bytes a stored element
+        └─ to_dense ──┬─────────────────────────────►     "dense"      the dense weight
+                      ├─ packed by oneDNN ──────────►     "packed"     CPU: the dense weight, in oneDNN's blocks
+                      └─ compressed by cuSPARSELt ──►     "cusparselt" GPU: 9/16 of the dense weight
 
 A layout is made at the first call that wants it, which takes about as long as reading a dense weight a few times. It
 belongs to one container and holds for the values it was made from. It is dropped where a tensor of the container has
@@ -35,10 +37,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pyfast.ops.indexed_linear import indexed_linear
 from pyfast.reference.epilogue import epilogue
 from pyfast.sparse import dense
+from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import SparseWeight
+from pyfast.sparse.sliced import SlicedLayout
 
 POLICIES = ("auto", "indexed", "none")
-KINDS = ("indexed", "dense", "packed")
+SPARSE_KINDS = ("indexed", "sliced", "cusparselt")
+KINDS = (*SPARSE_KINDS, "packed", "dense")  # where two are expected to be alike the earlier one is taken
 PACKED_TOKENS = 16  # oneDNN packs for a number of rows; its blocks serve any
 NARROW_BLOCK_DENSITY = 0.3  # from here on a row's list in 128 columns is long enough
 
@@ -58,7 +63,8 @@ _policy = _policy_from_environment()
 def set_layouts(policy: str) -> str:
     """Which derived layouts sparse weights may keep in memory, in the whole process; returns the policy before.
 
-    ``"auto"``: whatever is expected to be fastest, a dense copy of the weight included. ``"indexed"``: no dense copies.
+    ``"auto"``: whatever is expected to be fastest, a dense copy of the weight included. ``"indexed"``: no dense copies,
+    only forms that store what the weight stores.
     ``"none"``: none; every call reads the weight as it is stored. Layouts that exist stay until :func:`drop_layouts`.
     The environment variable ``PYFAST_LAYOUTS`` sets the policy at the start. ValueError for another name.
     """
@@ -76,7 +82,7 @@ def policy() -> str:
 
 def allowed(kind: str) -> bool:
     """Whether the policy allows this kind of layout."""
-    return _policy == "auto" or (_policy == "indexed" and kind == "indexed")
+    return _policy == "auto" or (_policy == "indexed" and kind in SPARSE_KINDS)
 
 
 def panel_rows(n: int, threads: int) -> int:
@@ -168,9 +174,11 @@ class PackedLayout:
         return epilogue(dense.onednn_linear(self.packed, x.contiguous(), whole), activation, mul)
 
 
-Layout = IndexedLayout | DenseLayout | PackedLayout
-_MAKERS: dict[str, Callable[[SparseWeight], Layout]] = {
+Layout = IndexedLayout | SlicedLayout | CusparseltLayout | DenseLayout | PackedLayout
+_MAKERS: dict[str, Callable[[Any], Layout]] = {
     "indexed": IndexedLayout.of,
+    "sliced": SlicedLayout.of,
+    "cusparselt": CusparseltLayout.of,
     "dense": DenseLayout.of,
     "packed": PackedLayout.of,
 }
@@ -209,8 +217,9 @@ class Layouts:
         self.choices: dict[Any, str] = {}  # of planning.py
 
     def get(self, kind: str, weight: SparseWeight) -> Layout | None:
-        """The layout of this kind, made where it is not there. None at the first call after a change, for tensors
-        whose changes cannot be seen (made in inference mode), and, with a warning, where it cannot be made."""
+        """The layout of this kind, made where it is not there. None at the first call after a change, while a CUDA graph
+        is captured, for tensors whose changes cannot be seen (made in inference mode), and, with a warning, where it
+        cannot be made."""
         held = self._held
         if held is not None and kind in held[1] and held[0].matches(weight):
             return held[1][kind]
@@ -228,7 +237,7 @@ class Layouts:
                 if self._changed:
                     self._changed = False
                     return None
-            if kind in self._refused:
+            if kind in self._refused or (weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return None
             # Outside inference mode, so that what is kept can be used everywhere.
             try:

@@ -25,6 +25,7 @@ _WEIGHTS = (Sparse24Weight, BitmapWeight)
 _BITMAP = torch.ops.pyfast.bitmap_linear.default
 _SPARSE24 = torch.ops.pyfast.sparse24_linear.default
 _LOCK = threading.Lock()
+_HAS_KERNELS = {"cpu": _native.CPU is not None, "cuda": _native.CUDA is not None}
 
 
 def sparse_linear(
@@ -78,7 +79,7 @@ def _inferred(
     rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None, backend: str | None
 ) -> Tensor:
     """The product without gradients: by the layout of the plan, where the weight can keep one."""
-    if backend is None and _native.CPU is not None and not torch.compiler.is_compiling() and _ordinary(rows, weight):
+    if backend is None and not torch.compiler.is_compiling() and _ordinary(rows, weight):
         kernel = choose(weight, rows.shape[0])
         if kernel != "direct" and (layout := layouts.of(weight).get(kernel, weight)) is not None:
             return layout.linear(rows, bias, activation, mul)
@@ -87,10 +88,11 @@ def _inferred(
 
 
 def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:
-    """Whether layouts can be had: tensors on the CPU, no subclasses, and nobody who watches the operators."""
+    """Whether layouts can be had: tensors on a device with kernels, no subclasses, and nobody who watches the
+    operators."""
     values = weight.values
     return (
-        values.device.type == "cpu"
+        _HAS_KERNELS.get(values.device.type, False)
         and rows.dtype in backends.FAST_DTYPES
         and rows.shape[0] > 0
         and type(rows) is Tensor
@@ -114,7 +116,7 @@ def _direct(
 def _native_direct(
     rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None
 ) -> Tensor:
-    """The same by the native kernel, known to serve: the shortest way for one token."""
+    """The same by the kernels of the device, known to serve: the shortest way for one token."""
     if isinstance(weight, Sparse24Weight):
         return _SPARSE24(rows, weight.values, weight.metadata, weight.scales, bias, activation, mul)
     assert isinstance(weight, BitmapWeight)

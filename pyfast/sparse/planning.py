@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyfast import _native, backends
-from pyfast.sparse import calibration, cost_model, layouts
+from pyfast.sparse import cache, calibration, cost_model, cuda_calibration, cuda_costs, layouts
 from pyfast.sparse.cost_model import Work
 from pyfast.sparse.formats import SparseWeight
 
@@ -22,8 +22,8 @@ class Plan:
     """Who serves a product without gradients, and what it is expected to take.
 
     Attributes:
-        kernel: ``"direct"`` (the weight as it is stored), ``"indexed"``, ``"dense"`` or ``"packed"`` (derived layouts,
-            :mod:`pyfast.sparse.layouts`).
+        kernel: ``"direct"`` (the weight as it is stored), ``"indexed"``, ``"sliced"``, ``"cusparselt"``, ``"dense"`` or
+            ``"packed"`` (derived layouts, :mod:`pyfast.sparse.layouts`).
         ms: expected milliseconds; None where there is no model of the device.
         alternatives: the same of every kernel that could serve, the dense ones always among them.
         extra_bytes: memory that the kernel keeps beside the stored weight.
@@ -40,8 +40,8 @@ class Plan:
 
 
 def plan(weight: SparseWeight, tokens: int) -> Plan:
-    """The plan for x ``[tokens, K]`` against a weight, with torch's present number of threads, the ISA in use and the
-    policy of :func:`pyfast.sparse.set_layouts`. Nothing is timed and nothing is made.
+    """The plan for x ``[tokens, K]`` against a weight, under the policy of :func:`pyfast.sparse.set_layouts`; on a CPU
+    with torch's present number of threads and the ISA in use. Nothing is timed and nothing is made.
 
     Where a gradient is wanted, and under torch.compile and torch.export, the direct kernel serves whatever the plan.
 
@@ -58,17 +58,17 @@ def plan(weight: SparseWeight, tokens: int) -> Plan:
     if fixed is not None:
         return Plan("direct", None, {}, 0, fixed, "fixed")
     work = work_of(weight, tokens)
-    constants = calibration.constants(work.threads, _isa())
-    expected = cost_model.predict(constants, work)
+    if weight.device.type == "cuda":
+        on_gpu = cuda_calibration.constants(weight.device.index or 0)
+        expected, source = cuda_costs.predict(on_gpu, work), on_gpu.source
+        bytes_of = cuda_costs.layout_bytes
+    else:
+        constants = calibration.constants(work.threads, _isa())
+        expected, source = cost_model.predict(constants, work), constants.source
+        bytes_of = cost_model.layout_bytes
     kernel = _pick(expected)
-    return Plan(
-        kernel,
-        expected[kernel],
-        expected,
-        cost_model.layout_bytes(work, kernel),
-        _reason(kernel, expected, work),
-        constants.source,
-    )
+    reason = _reason(kernel, expected, work)
+    return Plan(kernel, expected[kernel], expected, bytes_of(work, kernel), reason, source)
 
 
 def break_even(
@@ -103,7 +103,7 @@ def break_even(
 
 def choose(weight: SparseWeight, tokens: int) -> str:
     """The kernel of :func:`plan`, remembered by the weight: what a forward pass asks."""
-    key = tokens, torch.get_num_threads(), _isa(), layouts.policy(), calibration.generation()
+    key = tokens, torch.get_num_threads(), _isa(), layouts.policy(), cache.generation()
     choices = layouts.of(weight).choices
     kernel = choices.get(key)
     if kernel is None:
@@ -127,9 +127,14 @@ def _isa() -> str:
 
 def _fixed(weight: SparseWeight) -> str | None:
     """Why there is nothing to choose, or None."""
-    if weight.device.type != "cpu":
-        return f"on {weight.device.type} there is one kernel"
-    if _native.CPU is None:
+    if weight.device.type == "cuda":
+        if _native.CUDA is None:
+            return f"the plain-torch reference serves: {_native.CUDA_REASON}"
+        if weight.dtype == torch.int8:
+            return "int8 weights are decompressed at each call on a GPU"
+    elif weight.device.type != "cpu":
+        return f"on {weight.device.type} the plain-torch reference serves"
+    elif _native.CPU is None:
         return f"the plain-torch reference serves: {_native.CPU_REASON}"
     if weight.dtype not in _DTYPES:
         return f"the plain-torch reference serves: there is no native kernel for {weight.dtype}"
@@ -138,7 +143,7 @@ def _fixed(weight: SparseWeight) -> str | None:
 
 def _pick(expected: Mapping[str, float]) -> str:
     best = "direct"
-    for kernel in ("indexed", "packed", "dense"):
+    for kernel in layouts.KINDS:
         if kernel in expected and layouts.allowed(kernel) and expected[kernel] * NOISE < expected[best]:
             best = kernel
     return best

@@ -1,0 +1,158 @@
+"""The constants of the cost model for a GPU, measured there and kept on disk (``pyfast calibrate --device cuda``).
+
+Each product is timed in a CUDA graph that goes over copies of its weight until they exceed four times the second-level
+cache: what a model sees whose weights do not fit it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pyfast import _cuda_clock, _native
+from pyfast._version import __version__
+from pyfast.ops import sparse24_convert
+from pyfast.ops.bitmap_linear import bitmap_linear
+from pyfast.ops.sparse24_linear import sparse24_linear
+from pyfast.sparse import cache, cuda_costs
+from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants, Row
+from pyfast.sparse.cusparselt import CusparseltLayout
+from pyfast.sparse.cusparselt import refusal as cusparselt_refusal
+from pyfast.sparse.formats import BitmapWeight, Sparse24Weight
+from pyfast.sparse.sliced import SlicedLayout
+
+SHAPE = (8192, 8192)
+_SMALL = (64, 128)
+_CALLS = 8  # in a graph, at the least
+
+
+@lru_cache(maxsize=1)
+def library() -> str:
+    """Which library made an entry."""
+    path = getattr(_native.CUDA, "__file__", None)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else "none"
+    return f"pyfast {__version__}, native {digest}, torch {torch.__version__}"
+
+
+_measured: dict[str, CudaConstants] = {}  # in this process
+
+
+def constants(index: int) -> CudaConstants:
+    """The constants of a GPU: those of its last calibration, else those of an H100."""
+    return _constants(torch.cuda.get_device_name(index))
+
+
+@lru_cache(maxsize=16)
+def _constants(device: str) -> CudaConstants:
+    if device in _measured:
+        return _measured[device]
+    plain = cache.constants_of(device, library())
+    if plain is not None:
+        try:
+            return cuda_costs.from_json(plain, "calibrated")
+        except (KeyError, TypeError, ValueError) as error:
+            cache.damaged(error)
+    return cuda_costs.built_in()
+
+
+def save(found: CudaConstants) -> Path | None:
+    """Keeps a calibration, and uses it from now on in this process; the file, or None where it cannot be written."""
+    _constants.cache_clear()
+    cache.changed()
+    _measured[found.device] = found
+    return cache.store(found.device, library(), cuda_costs.to_json(found))
+
+
+def calibrate(
+    *, say: Callable[[str], None] = lambda what: None, shape: tuple[int, int] = SHAPE, dtype: torch.dtype = torch.bfloat16
+) -> CudaConstants:
+    """Measures the constants of the current GPU, saves them and gives them back: a few seconds.
+
+    Raises:
+        RuntimeError: there is no GPU, or no CUDA kernels.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("calibrate: torch sees no GPU")
+    if _native.CUDA is None:
+        raise RuntimeError(f"calibrate: {_native.CUDA_REASON}")
+    with torch.inference_mode():
+        found = _measure(say, shape, dtype)
+    save(found)
+    return found
+
+
+def _measure(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dtype) -> CudaConstants:
+    n, k = shape
+    dense = torch.randn(n, k, device="cuda", dtype=dtype)
+    x = {tokens: torch.randn(tokens, k, device="cuda", dtype=dtype) for tokens in sorted({*FEW_TOKENS, *MANY_TOKENS})}
+
+    def row(items: list[Any], nbytes: int, multiply: Callable[[Tensor, Any], object], tokens: tuple[int, ...]) -> Row:
+        return tuple(_picoseconds(items, lambda item, count=count: multiply(x[count], item), n * k) for count in tokens)  # type: ignore[misc]
+
+    say("dense products")
+    found: dict[str, Any] = {"dense": row(_copies(dense, dense.nbytes), dense.nbytes, linear, MANY_TOKENS)}
+    say("2:4")
+    pair = sparse24_convert.prune(dense)
+    two_four = Sparse24Weight(*pair, shape)
+    items = _copies(two_four, two_four.nbytes)
+    found["sparse24"] = row(items, two_four.nbytes, _direct24, FEW_TOKENS)
+    found["sparse24_decompress"] = _picoseconds(items, lambda item: item.to_dense(), n * k)
+    found["cusparselt"] = ()
+    if cusparselt_refusal(two_four) is None:
+        layouts = [CusparseltLayout.of(item) for item in items]
+        found["cusparselt"] = row(layouts, layouts[0].nbytes, lambda x, item: item.linear(x, None, 0, None), MANY_TOKENS)
+        del layouts
+    del items
+    few: list[Row] = []
+    sliced: list[Row] = []
+    decompress: list[float] = []
+    for density in DENSITIES:
+        say(f"bitmap, {density:.0%} stored")
+        weight = BitmapWeight.from_dense(dense, mask=torch.rand(n, k, device="cuda") < density)
+        items = _copies(weight, weight.nbytes)
+        few.append(row(items, weight.nbytes, _direct, FEW_TOKENS))
+        decompress.append(_picoseconds(items, lambda item: item.to_dense(), n * k))
+        layouts = [SlicedLayout.of(item) for item in items]
+        sliced.append(row(layouts, weight.nbytes, lambda x, item: item.linear(x, None, 0, None), SLICED_TOKENS))
+        del items, layouts
+    small = BitmapWeight.from_dense(torch.ones(_SMALL, device="cuda", dtype=dtype))
+    one = torch.ones(1, _SMALL[1], device="cuda", dtype=dtype)
+    return CudaConstants(
+        source="calibrated",
+        device=torch.cuda.get_device_name(),
+        launch_us=_picoseconds([small], lambda item: _direct(one, item), 1) * 1e-6,
+        bitmap=tuple(zip(*few, strict=True)),
+        bitmap_decompress=tuple(decompress),
+        sliced=tuple(zip(*sliced, strict=True)),
+        **found,
+    )
+
+
+def _copies(weight: Any, nbytes: int) -> list[Any]:
+    """The weight and copies of it, together more than four times the second-level cache."""
+    count = 4 * _cuda_clock.l2_bytes() // nbytes
+    return [weight, *(weight.clone() if isinstance(weight, Tensor) else copy.deepcopy(weight) for _ in range(count))]
+
+
+def _picoseconds(items: list[Any], call: Callable[[Any], object], positions: int) -> float:
+    """Of a position, by calls over all items in one CUDA graph."""
+    rounds = -(-_CALLS // len(items))
+    captured = _cuda_clock.Captured([lambda item=item: call(item) for item in items] * rounds)  # type: ignore[misc]
+    return _cuda_clock.median_ms(captured) / (rounds * len(items)) * 1e9 / positions
+
+
+def _direct(x: Tensor, weight: BitmapWeight) -> Tensor:
+    tables = weight.values, weight.bitmaps, weight.offsets
+    return bitmap_linear(x, *tables, None, None, weight.shape[0], 0, None, "cuda")
+
+
+def _direct24(x: Tensor, weight: Sparse24Weight) -> Tensor:
+    return sparse24_linear(x, weight.values, weight.metadata, None, None, 0, None, "cuda")

@@ -1,0 +1,158 @@
+"""What a product with a sparse weight is expected to take on a GPU, by each kernel that can serve it.
+
+    time = a launch + positions of the matrix · time of one
+
+The time of a position is that of the whole product by the number of tokens and by density, as ``pyfast calibrate
+--device cuda`` measures it with cold weights in CUDA graphs, or as it was measured on an H100 (``cuda_built_in.json``).
+
+    direct      the weight as it is stored: our kernels to 64 tokens; above, decompression and the dense product
+    sliced      bitmap weights, to 8 tokens, by the layout of ``sliced.py``
+    cusparselt  2:4 weights, by NVIDIA's library
+    dense       the dense product (``F.linear``)
+
+Only 16-bit weights have kernels of their own. Others are decompressed at each call: their dense product reads twice the
+bytes of a 16-bit one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from pyfast.sparse.cost_model import Work, interpolate
+
+FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)  # each ends what one kernel of the direct product takes at once
+SLICED_TOKENS = (1, 2, 4, 8)
+MANY_TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048)  # of the dense library and of cuSPARSELt
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
+HALVES = ("bfloat16", "float16")
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CudaConstants:
+    """What the cost model knows of a GPU; times in picoseconds a position but for ``launch_us``.
+
+    Attributes:
+        source: ``"calibrated"`` or ``"built-in"``.
+        device: the name of the GPU that was measured.
+        launch_us: of a product that has next to nothing to do, in a CUDA graph.
+        bitmap: for each of ``FEW_TOKENS`` a row over ``DENSITIES``.
+        bitmap_decompress: over ``DENSITIES``.
+        sliced: for each of ``SLICED_TOKENS`` a row over ``DENSITIES``.
+        sparse24: for each of ``FEW_TOKENS``.
+        sparse24_decompress: of a position.
+        cusparselt: for each of ``MANY_TOKENS``; empty where the library is not there.
+        dense: for each of ``MANY_TOKENS``.
+    """
+
+    source: str
+    device: str
+    launch_us: float
+    bitmap: tuple[Row, ...]
+    bitmap_decompress: Row
+    sliced: tuple[Row, ...]
+    sparse24: Row
+    sparse24_decompress: float
+    cusparselt: Row
+    dense: Row
+
+
+def predict(constants: CudaConstants, work: Work) -> dict[str, float]:
+    """Milliseconds of each kernel that can serve the product."""
+    positions = work.n * work.k
+    wider = work.itemsize / 2  # than what was measured
+    two_four = work.format == "2:4"
+
+    def ms(picoseconds: float) -> float:
+        return constants.launch_us * 1e-3 + picoseconds * positions * 1e-9
+
+    dense = wider * _many(constants.dense, work.tokens)
+    found = {"dense": ms(dense)}
+    if work.dtype in HALVES and work.tokens <= FEW_TOKENS[-1]:
+        row = _few(FEW_TOKENS, constants.sparse24 if two_four else constants.bitmap, work.tokens)
+        found["direct"] = ms(row if isinstance(row, float) else interpolate(DENSITIES, row, work.density))
+    else:
+        decompress = constants.bitmap_decompress
+        one = constants.sparse24_decompress if two_four else interpolate(DENSITIES, decompress, work.density)
+        found["direct"] = ms(wider * one + dense) + constants.launch_us * 1e-3
+    if work.dtype in HALVES and not two_four and work.tokens <= SLICED_TOKENS[-1]:
+        row = _few(SLICED_TOKENS, constants.sliced, work.tokens)
+        found["sliced"] = ms(interpolate(DENSITIES, row, work.density))
+    if work.dtype in HALVES and two_four and constants.cusparselt:
+        found["cusparselt"] = ms(_many(constants.cusparselt, work.tokens))
+    return found
+
+
+def layout_bytes(work: Work, kernel: str) -> int:
+    """Bytes in memory beside the container, about."""
+    positions = work.n * work.k
+    if kernel == "direct":
+        return 0
+    if kernel == "sliced":
+        return 3 * work.stored
+    return positions * 9 // 8 if kernel == "cusparselt" else work.dense_bytes
+
+
+def _few(tiers: tuple[int, ...], rows: Any, tokens: int) -> Any:
+    """The entry of the smallest tier that holds the tokens."""
+    return rows[next(i for i, tier in enumerate(tiers) if tier >= tokens)]
+
+
+def _many(row: Row, tokens: int) -> float:
+    if tokens <= MANY_TOKENS[-1]:
+        return interpolate(MANY_TOKENS, row, tokens)
+    return row[-1] * tokens / MANY_TOKENS[-1]
+
+
+def to_json(found: CudaConstants) -> dict[str, Any]:
+    """The constants as plain values."""
+    return asdict(found)
+
+
+def from_json(plain: dict[str, Any], source: str) -> CudaConstants:
+    """The constants that :func:`to_json` wrote. KeyError, TypeError or ValueError for anything else."""
+    device = plain["device"]
+    if not isinstance(device, str):
+        raise ValueError("device: a name was expected")
+    cusparselt = plain["cusparselt"]
+    return CudaConstants(
+        source=source,
+        device=device,
+        launch_us=_number(plain["launch_us"]),
+        bitmap=tuple(_row(row, len(DENSITIES)) for row in _sized(plain["bitmap"], len(FEW_TOKENS))),
+        bitmap_decompress=_row(plain["bitmap_decompress"], len(DENSITIES)),
+        sliced=tuple(_row(row, len(DENSITIES)) for row in _sized(plain["sliced"], len(SLICED_TOKENS))),
+        sparse24=_row(plain["sparse24"], len(FEW_TOKENS)),
+        sparse24_decompress=_number(plain["sparse24_decompress"]),
+        cusparselt=_row(cusparselt, len(MANY_TOKENS)) if cusparselt else (),
+        dense=_row(plain["dense"], len(MANY_TOKENS)),
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no time")
+    return float(value)
+
+
+def _sized(values: Any, size: int) -> list[Any]:
+    if not isinstance(values, list | tuple) or len(values) != size:
+        raise ValueError(f"{size} values were expected")
+    return list(values)
+
+
+def _row(values: Any, size: int) -> Row:
+    return tuple(_number(value) for value in _sized(values, size))
+
+
+@lru_cache(maxsize=1)
+def built_in() -> CudaConstants:
+    """The constants of an H100, as they were measured there."""
+    text = resources.files("pyfast.sparse").joinpath("cuda_built_in.json").read_text(encoding="utf-8")
+    return from_json(json.loads(text), "built-in")
