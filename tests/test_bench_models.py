@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, BertTokenizer
 
-from pyfast.bench import baselines, encoder, models, variants
+from pyfast.bench import baselines, decoding, encoder, models, variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
@@ -235,11 +235,37 @@ def test_hopeless_dense_variants_are_timed_once(tiny):
 
 def test_decoding_step_by_step_is_greedy_generation(tiny):
     model = models.build("tiny-llama").model
-    prompt = variants.random_prompt(model, 6, seed=0, device="cpu")
-    decoder = variants.Decoder(model, prompt)
+    prompt = decoding.random_prompt(model, 6, seed=0, device="cpu")
+    decoder = decoding.Decoder(model, prompt)
     got = [int(decoder.token)] + [int(decoder.step()) for _ in range(4)]
     want = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, 6:]
     assert got == want.tolist()
+
+
+class Uncaptured:
+    """Stands for a CUDA graph: runs once at its making, and at each call."""
+
+    def __init__(self, calls):
+        self.calls = calls
+        self()
+
+    def __call__(self):
+        return [call() for call in self.calls][-1]
+
+
+def test_decoding_over_a_cache_of_fixed_size_is_greedy_generation(tiny, monkeypatch):
+    monkeypatch.setattr(decoding, "Captured", Uncaptured)
+    monkeypatch.setattr(decoding, "_CACHE_TOKENS", 12)
+    model = models.build("tiny-llama").model
+    prompt = decoding.random_prompt(model, 6, seed=0, device="cpu")
+    decoder = decoding.CapturedDecoder(model, prompt)
+    got = [int(decoder.token)] + [int(decoder.step()) for _ in range(4)]
+    want = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 6:].tolist()
+    assert got == want[1:]
+    for _ in range(6):  # the cache of 12 places begins again after the prompt
+        assert decoder.step().shape == (1, 1)
+    logits = decoding.captured_prefiller(model, prompt)()
+    torch.testing.assert_close(logits, decoding.prefiller(model, prompt)())
 
 
 def test_the_best_dense_is_the_fastest_uncompressed_one(tiny):

@@ -10,27 +10,24 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from pyfast.bench import hardware
+from pyfast.bench import decoding, hardware
 from pyfast.bench.baselines import Baseline
+from pyfast.bench.decoding import Call
 from pyfast.bench.floors import Floors, floor_ms
 from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Result
 from pyfast.bench.timing import Timing, interleave
 
 M = TypeVar("M", bound=nn.Module)
-Call = Callable[[], object]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-PROMPT_TOKENS = 64  # the cache a decoded token looks back upon, at the start
-PREFILL_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -193,56 +190,9 @@ def flops(model: nn.Module, tokens: int) -> int:
     return sum(2 * _stored_weights(m) * (1 if m is head else tokens) for m in model.modules())
 
 
-class Decoder:
-    """Decoding of one sequence with the cache: each ``step`` is one token, greedily chosen, on the host's
-    clock."""
-
-    def __init__(self, model: nn.Module, prompt: torch.Tensor) -> None:
-        self.model = model
-        with torch.inference_mode():
-            out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-            self.cache = out.past_key_values
-            self.token = out.logits[:, -1].argmax(-1, keepdim=True)
-
-    def step(self) -> torch.Tensor:
-        """Decode one token; its id [1, 1]."""
-        with torch.inference_mode():
-            out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.token = out.logits[:, -1].argmax(-1, keepdim=True)
-        return self.token
-
-
-def prefiller(model: nn.Module, prompt: torch.Tensor) -> Call:
-    """A call that reads ``prompt`` [1, T] into a fresh cache and gives the logits of its last token."""
-
-    def prefill() -> object:
-        with torch.inference_mode():
-            return model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits
-
-    return prefill
-
-
 def config_of(model: nn.Module) -> Any:
     """The transformers configuration of a model."""
     return model.config
-
-
-def random_prompt(model: nn.Module, tokens: int, seed: int, device: str) -> torch.Tensor:
-    """Word ids [1, tokens], the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(int(config_of(model).vocab_size), (1, tokens), generator=generator).to(device)
-
-
-def call(model: nn.Module, op: str, *, device: str, seed: int) -> Call:
-    """What is timed of a model: one more token decoded (``"decode"``), or a prompt read (``"prefill"``)."""
-    if op == "decode":
-        return Decoder(model, random_prompt(model, PROMPT_TOKENS, seed, device)).step
-    return prefiller(model, random_prompt(model, PREFILL_TOKENS, seed, device))
-
-
-def tokens_of(op: str) -> int:
-    """Tokens in one call of an operation."""
-    return 1 if op == "decode" else PREFILL_TOKENS
 
 
 def time_op(
@@ -250,7 +200,7 @@ def time_op(
 ) -> dict[str, Timing]:
     """Times of one operation, the variants in turn; ``rounds`` are the fewest and the most, ``budget_s`` is
     that of one variant. A decoder is called twice beforehand, so that its cache has grown once."""
-    calls = {v.name: call(v.model, op, device=device, seed=seed) for v in wanted}
+    calls = {v.name: decoding.call(v.model, op, device=device, seed=seed) for v in wanted}
     low, high = rounds
     return interleave(
         calls,

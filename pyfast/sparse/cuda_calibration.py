@@ -72,7 +72,10 @@ def save(found: CudaConstants) -> Path | None:
 
 
 def calibrate(
-    *, say: Callable[[str], None] = lambda what: None, shape: tuple[int, int] = SHAPE, dtype: torch.dtype = torch.bfloat16
+    *,
+    say: Callable[[str], None] = lambda what: None,
+    shape: tuple[int, int] = SHAPE,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> CudaConstants:
     """Measures the constants of the current GPU, saves them and gives them back: a few seconds.
 
@@ -94,44 +97,39 @@ def _measure(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dt
     dense = torch.randn(n, k, device="cuda", dtype=dtype)
     x = {tokens: torch.randn(tokens, k, device="cuda", dtype=dtype) for tokens in sorted({*FEW_TOKENS, *MANY_TOKENS})}
 
-    def row(items: list[Any], nbytes: int, multiply: Callable[[Tensor, Any], object], tokens: tuple[int, ...]) -> Row:
-        return tuple(_picoseconds(items, lambda item, count=count: multiply(x[count], item), n * k) for count in tokens)  # type: ignore[misc]
+    def times(items: list[Any], multiply: Callable[[Tensor, Any], object], tokens: tuple[int, ...]) -> Row:
+        def of(count: int) -> float:
+            return _picoseconds(items, lambda item: multiply(x[count], item), n * k)
+
+        return tuple(of(count) for count in tokens)
 
     say("dense products")
-    found: dict[str, Any] = {"dense": row(_copies(dense, dense.nbytes), dense.nbytes, linear, MANY_TOKENS)}
+    found: dict[str, Any] = {"dense": times(_copies(dense, dense.nbytes), linear, MANY_TOKENS)}
     say("2:4")
-    pair = sparse24_convert.prune(dense)
-    two_four = Sparse24Weight(*pair, shape)
+    two_four = Sparse24Weight(*sparse24_convert.prune(dense), shape)
     items = _copies(two_four, two_four.nbytes)
-    found["sparse24"] = row(items, two_four.nbytes, _direct24, FEW_TOKENS)
-    found["sparse24_decompress"] = _picoseconds(items, lambda item: item.to_dense(), n * k)
+    found["sparse24"] = times(items, _direct24, FEW_TOKENS)
+    found["sparse24_decompress"] = _picoseconds(items, _to_dense, n * k)
     found["cusparselt"] = ()
     if cusparselt_refusal(two_four) is None:
-        layouts = [CusparseltLayout.of(item) for item in items]
-        found["cusparselt"] = row(layouts, layouts[0].nbytes, lambda x, item: item.linear(x, None, 0, None), MANY_TOKENS)
-        del layouts
-    del items
-    few: list[Row] = []
-    sliced: list[Row] = []
-    decompress: list[float] = []
+        found["cusparselt"] = times([CusparseltLayout.of(item) for item in items], _by_layout, MANY_TOKENS)
+    bitmaps: dict[str, list[Any]] = {"bitmap": [], "sliced": [], "bitmap_decompress": []}
     for density in DENSITIES:
         say(f"bitmap, {density:.0%} stored")
         weight = BitmapWeight.from_dense(dense, mask=torch.rand(n, k, device="cuda") < density)
         items = _copies(weight, weight.nbytes)
-        few.append(row(items, weight.nbytes, _direct, FEW_TOKENS))
-        decompress.append(_picoseconds(items, lambda item: item.to_dense(), n * k))
-        layouts = [SlicedLayout.of(item) for item in items]
-        sliced.append(row(layouts, weight.nbytes, lambda x, item: item.linear(x, None, 0, None), SLICED_TOKENS))
-        del items, layouts
+        bitmaps["bitmap"].append(times(items, _direct, FEW_TOKENS))
+        bitmaps["sliced"].append(times([SlicedLayout.of(item) for item in items], _by_layout, SLICED_TOKENS))
+        bitmaps["bitmap_decompress"].append(_picoseconds(items, _to_dense, n * k))
     small = BitmapWeight.from_dense(torch.ones(_SMALL, device="cuda", dtype=dtype))
     one = torch.ones(1, _SMALL[1], device="cuda", dtype=dtype)
     return CudaConstants(
         source="calibrated",
         device=torch.cuda.get_device_name(),
         launch_us=_picoseconds([small], lambda item: _direct(one, item), 1) * 1e-6,
-        bitmap=tuple(zip(*few, strict=True)),
-        bitmap_decompress=tuple(decompress),
-        sliced=tuple(zip(*sliced, strict=True)),
+        bitmap=tuple(zip(*bitmaps["bitmap"], strict=True)),
+        bitmap_decompress=tuple(bitmaps["bitmap_decompress"]),
+        sliced=tuple(zip(*bitmaps["sliced"], strict=True)),
         **found,
     )
 
@@ -156,3 +154,13 @@ def _direct(x: Tensor, weight: BitmapWeight) -> Tensor:
 
 def _direct24(x: Tensor, weight: Sparse24Weight) -> Tensor:
     return sparse24_linear(x, weight.values, weight.metadata, None, None, 0, None, "cuda")
+
+
+def _by_layout(x: Tensor, layout: Any) -> Tensor:
+    y: Tensor = layout.linear(x, None, 0, None)
+    return y
+
+
+def _to_dense(weight: Any) -> Tensor:
+    dense: Tensor = weight.to_dense()
+    return dense

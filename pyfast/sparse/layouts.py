@@ -217,9 +217,9 @@ class Layouts:
         self.choices: dict[Any, str] = {}  # of planning.py
 
     def get(self, kind: str, weight: SparseWeight) -> Layout | None:
-        """The layout of this kind, made where it is not there. None at the first call after a change, while a CUDA graph
-        is captured, for tensors whose changes cannot be seen (made in inference mode), and, with a warning, where it
-        cannot be made."""
+        """The layout of this kind, made where it is not there. None at the first call after a change, while a CUDA
+        graph is captured, for tensors whose changes cannot be seen (made in inference mode), and, with a warning, where
+        it cannot be made."""
         held = self._held
         if held is not None and kind in held[1] and held[0].matches(weight):
             return held[1][kind]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pyfast.bench import models, variants
+from pyfast.bench import decoding, models, variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
@@ -67,10 +67,10 @@ class Case:
             made[self.name(removed)] = Variant(what, model, self.dtype, "F.linear", built.note)
         return made
 
-    def implementations(self) -> dict[str, variants.Call]:
+    def implementations(self) -> dict[str, decoding.Call]:
         """By name; each call decodes one more token, or reads the prompt once."""
         return {
-            name: variants.call(variant.model, self.op, device=self.device, seed=self.seed)
+            name: decoding.call(variant.model, self.op, device=self.device, seed=self.seed)
             for name, variant in self.stacks().items()
         }
 
@@ -123,7 +123,7 @@ def measure(case: Case, options: Options, floors: Floors) -> list[Result]:
 
 def _row(case: Case, variant: Variant, timing: Timing, whole: Variant, whole_timing: Timing, floors: Floors) -> Result:
     work = variants.streamed_bytes if case.op == "decode" else _operations
-    tokens = variants.tokens_of(case.op)
+    tokens = decoding.tokens_of(case.op)
     rate = "tokens_per_s" if case.op == "decode" else "prefill_tokens_per_s"
     predicted = work(whole.model) / work(variant.model)
     measured = whole_timing.ms / timing.ms
@@ -151,4 +151,4 @@ def _row(case: Case, variant: Variant, timing: Timing, whole: Variant, whole_tim
 
 
 def _operations(model: nn.Module) -> int:
-    return variants.flops(model, variants.PREFILL_TOKENS)
+    return variants.flops(model, decoding.PREFILL_TOKENS)

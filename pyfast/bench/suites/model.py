@@ -13,7 +13,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pyfast.bench import baselines, encoder, models, variants
+from pyfast.bench import baselines, decoding, encoder, models, variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.models import Built
 from pyfast.bench.options import Options
@@ -64,14 +64,14 @@ class OperationCase:
         """The dense model, each compression, and the removal of layers."""
         return ["dense", *(what.label for what in variants.COMPRESSIONS), "layers removed"]
 
-    def implementations(self) -> dict[str, variants.Call]:
+    def implementations(self) -> dict[str, decoding.Call]:
         """By name; each call decodes one more token, or reads the prompt once."""
         built = models.build(self.model.model, DTYPES[self.dtype], self.model.layers, device=self.device)
         made = {"dense": built.model}
         made |= {what.label: variants.compress(built.model, what) for what in variants.COMPRESSIONS}
         gone = _last_layers(variants.config_of(built.model).num_hidden_layers)
         made["layers removed"] = variants.without_layers(built.model, gone, verify=False)
-        return {name: variants.call(model, self.op, device=self.device, seed=self.seed) for name, model in made.items()}
+        return {name: decoding.call(model, self.op, device=self.device, seed=self.seed) for name, model in made.items()}
 
 
 @dataclass
@@ -207,7 +207,7 @@ def _dense(case: Case, options: Options) -> _Dense:
 
 
 def _packed(plain: Variant, kind: baselines.Baseline, ops: tuple[str, ...]) -> Variant:
-    model = variants.packed(plain.model, kind, [variants.tokens_of(op) for op in ops])
+    model = variants.packed(plain.model, kind, [decoding.tokens_of(op) for op in ops])
     return Variant(plain.what, model, plain.dtype, kind.impl, ops=ops)
 
 
@@ -338,7 +338,7 @@ def _references(dense: Sequence[Variant], timings: _Timings) -> dict[str, _Refer
                 best.dtype,
                 by_name[best.name].ms,
                 variants.streamed_bytes(best.model),
-                variants.flops(best.model, variants.PREFILL_TOKENS),
+                variants.flops(best.model, decoding.PREFILL_TOKENS),
             )
     return found
 
@@ -363,7 +363,7 @@ def _rows(
             memory["peak_bytes"] = float(held + growth)
         for op in variant.ops:
             timing = timings[op][variant.name]
-            tokens = variants.tokens_of(op)
+            tokens = decoding.tokens_of(op)
             rate = "prefill_tokens_per_s" if op == "prefill" else "tokens_per_s"
             metrics = {rate: 1000 * tokens / timing.ms, **memory, **_predicted(variant, op, best.get(op))}
             metrics |= variants.same_dtype_speedup(variant, dense, timings[op])
@@ -397,16 +397,16 @@ def _predicted(variant: Variant, op: str, best: _Reference | None) -> dict[str, 
     if op == "decode":
         return {"predicted_speedup": best.streamed / variants.streamed_bytes(variant.model)}
     if variant.what.format == "layers" and variant.dtype == best.dtype:
-        return {"predicted_speedup": best.flops / variants.flops(variant.model, variants.PREFILL_TOKENS)}
+        return {"predicted_speedup": best.flops / variants.flops(variant.model, decoding.PREFILL_TOKENS)}
     return {}
 
 
-def _typical(variant: Variant, options: Options) -> variants.Call:
+def _typical(variant: Variant, options: Options) -> decoding.Call:
     """Prefill and a few decoded tokens: the run over which peak memory is taken."""
-    prompt = variants.random_prompt(variant.model, variants.PREFILL_TOKENS, options.seed, options.device)
+    prompt = decoding.random_prompt(variant.model, decoding.PREFILL_TOKENS, options.seed, options.device)
 
     def work() -> None:
-        decoder = variants.Decoder(variant.model, prompt)
+        decoder = decoding.Decoder(variant.model, prompt)
         for _ in range(2):
             decoder.step()
 
