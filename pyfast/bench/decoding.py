@@ -63,11 +63,12 @@ class CapturedDecoder:
 
     def step(self) -> torch.Tensor:
         """Decode one token; its id [1, 1]."""
-        if self._length == _CACHE_TOKENS:
-            _set_length(self._cache, self._prompt_tokens)
-            self._length = self._prompt_tokens
-        self._length += 1
-        token: torch.Tensor = self._advance()
+        with torch.inference_mode():
+            if self._length == _CACHE_TOKENS:
+                _set_length(self._cache, self._prompt_tokens)
+                self._length = self._prompt_tokens
+            self._length += 1
+            token: torch.Tensor = self._advance()
         return token
 
 
@@ -94,7 +95,13 @@ def captured_prefiller(model: nn.Module, prompt: torch.Tensor) -> Call:
 
     with torch.inference_mode():
         prefill()  # the cache gets its memory
-        return Captured([again])
+        replay = Captured([again])
+
+    def replayed() -> object:
+        with torch.inference_mode():
+            return replay()
+
+    return replayed
 
 
 def random_prompt(model: nn.Module, tokens: int, seed: int, device: str) -> torch.Tensor:
