@@ -76,14 +76,16 @@ def _sparse_many_tokens(rows: list[Result]) -> Iterable[Finding]:
     shapes = list(dict.fromkeys(tuple(r.shape) for r in sparse))
     shapes.sort(key=lambda s: s != (4096, 4096))
     for shape in shapes[:1]:
-        points = {t: speedup_points(sparse, shape=shape, tokens=t, dtype="float32") for t in (1, 16, 128)}
+        dtypes = [r.dtype for r in sparse if tuple(r.shape) == shape]
+        dtype = "float32" if "float32" in dtypes else dtypes[0]
+        points = {t: speedup_points(sparse, shape=shape, tokens=t, dtype=dtype) for t in (1, 16, 32, 128)}
         told = {t: break_even_text(p) for t, p in points.items() if len(p) > 1}
         if told:
             last = max(told)
             yield Finding(
                 f"From which sparsity it pays, {last} token{'s' if last > 1 else ''}",
                 told[last],
-                f"Bitmap, {_size(shape)}, float32 against the best dense of any dtype: "
+                f"Bitmap, {_size(shape)}, {dtype} against the best dense of any dtype: "
                 + "; ".join(f"{t} token{'s' if t > 1 else ''}: {text}" for t, text in told.items())
                 + ".",
             )

@@ -18,7 +18,7 @@ from pyfast.bench import runner, tables
 from pyfast.bench.breakeven import break_even_text, speedup_points
 from pyfast.bench.schema import Report, Result
 
-_TOKENS = (1, 16, 128)
+_TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 8, 32, 512)}
 
 
 def update(text: str, reports: Sequence[Report], ops: Iterable[tuple[str, str]]) -> str:
@@ -40,17 +40,26 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 def results(report: Report) -> str:
     """Markdown of one report: a paragraph on the device, then a table a suite, then the bars."""
-    e = report.environment
-    about = f"**{e.get('device')}**: {e.get('threads')} threads, torch {e.get('torch')}"
-    about += f", kernels {e['isa']}" if e.get("isa") else ""
-    if "copy_gbps" in e:
-        about += f"; copies at {e['copy_gbps']:.0f} GB/s, dense float32 at {e['dense_gflops']:.0f} GFLOP/s"
-    about += f" (commit {e['commit']})." if e.get("commit") else "."
-    parts = [about]
+    parts = [_about(report)]
     parts += [part for part in (_losses(report), _sparse(report)) if part]
     parts += [_others(report, suite) for suite in ("layers", "model") if report.select(suite=suite)]
     parts += [_bars(report)] if report.bars else []
     return "\n\n".join(parts)
+
+
+def _about(report: Report) -> str:
+    """The device of a report, what it can do at best, and the commit that was measured."""
+    e = report.environment
+    if e.get("device_type") == "cuda":
+        about = f"**{e.get('device')}**: torch {e.get('torch')}, CUDA {e.get('cuda')}, Triton {e.get('triton')}"
+        dense = f"dense bfloat16 at {e.get('dense_bf16_gflops', 0) / 1e3:.0f} TFLOP/s"
+    else:
+        about = f"**{e.get('device')}**: {e.get('threads')} threads, torch {e.get('torch')}"
+        about += f", kernels {e['isa']}" if e.get("isa") else ""
+        dense = f"dense float32 at {e.get('dense_gflops', 0):.0f} GFLOP/s"
+    if "copy_gbps" in e:
+        about += f"; copies at {e['copy_gbps']:.0f} GB/s, {dense}"
+    return about + (f" (commit {e['commit']})." if e.get("commit") else ".")
 
 
 def backends(ops: Iterable[tuple[str, str]]) -> str:
@@ -146,7 +155,8 @@ def _extra_memory(r: Result) -> str:
 
 def _sparse(report: Report) -> str:
     found = [r for r in report.select(suite="sparse", op="sparse_linear") if r.format != "dense"]
-    tokens = [t for t in _TOKENS if any(r.tokens == t for r in found)]
+    candidates = _TOKENS[str(report.environment.get("device_type", "cpu"))]
+    tokens = [t for t in candidates if any(r.tokens == t for r in found)]
     rows = []
     for shape in tables.sparse_shapes(found):
         size = "x".join(map(str, shape))
