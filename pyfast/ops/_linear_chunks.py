@@ -291,9 +291,16 @@ def tokens_a_chunk(words: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
-    """total (+)= left · right, into float32. A product in 16 bits is added a panel of rows at a time."""
+    """total (+)= left · right, into float32. cuBLAS adds a product of 16 bits to float32 by itself; on the CPU it is
+    rounded and added a panel of rows at a time."""
     if left.dtype == torch.float32:
         torch.addmm(total, left, right, beta=0 if overwrite else 1, out=total)
+        return
+    if left.is_cuda and overwrite:
+        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=total)
+        return
+    if left.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
         return
     panel = max(1, PANEL_BYTES // (right.shape[1] * right.element_size()))
     for begin in range(0, total.shape[0], panel):
