@@ -26,9 +26,10 @@
 //   lane 4g + t     bits 0–15: row g + 16·(t / 2),  bits 16–31: row g + 8 + 16·(t / 2),  columns 16·(t % 2) … + 15
 //   instructions    2 ldmatrix (values), T ldmatrix (x), 2·T mma.sp for T tiles of 8 tokens, 1 prmt; 2 loads for both
 //
-// A stage costs a warp 74, 78, 87 and 121 instructions at 8, 16, 32 and 64 tokens on sm_90: a third of an instruction a
-// cycle and multiprocessor at the rate of the memory up to 16 tokens, two thirds at 64. For that nothing of a copy may
-// be computed anew (Sparse24Copies); ptx::keep and the second argument of __launch_bounds__ hold the compiler to it.
+// A stage costs a warp 74, 82, 91 and 124 instructions at 8, 16, 32 and 64 tokens on sm_90. At the rate of the memory
+// that is under half an instruction a cycle and multiprocessor to 32 tokens, two thirds at 64. For that nothing of a
+// copy may be computed anew (Sparse24Copies); ptx::keep and the second argument of __launch_bounds__ hold the compiler
+// to it.
 //
 // Two blocks share a multiprocessor. Where n gives too few blocks, `splits` of them share a row tile's columns, so
 // that all run at once; 3 or 4 stages of each are asked for before anything else. Warps that share rows add their sums
