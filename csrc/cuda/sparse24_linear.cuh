@@ -32,7 +32,7 @@
 // to it.
 //
 // Two blocks share a multiprocessor. Where n gives too few blocks, `splits` of them share a row tile's columns, so
-// that all run at once; 3 or 4 stages of each are asked for before anything else. Warps that share rows add their sums
+// that all run at once; 2 to 4 stages of each are asked for before anything else. Warps that share rows add their sums
 // in shared memory, in order, and blocks theirs, in order too: through distributed shared memory where they form a
 // cluster (sm_90 and up), through float32 partial sums in global memory and reduce_splits_kernel elsewhere. Either way
 // the result does not depend on which block is first.
