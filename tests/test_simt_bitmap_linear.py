@@ -249,7 +249,7 @@ MUTANTS = {
     ),
     "cluster leaves too early": (
         "split_sums.cuh",
-        "sum);\n  }\n  ptx::cluster_sync();",
+        "sum);\n  }\n  ptx::cluster_leave();",
         "sum);\n  }",
         1,
         "is the last of its block to exit|has exited",

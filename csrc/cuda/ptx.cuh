@@ -124,6 +124,16 @@ PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) { 
 // prmt: nibble i of selector names the byte (0–3 of a, 4–7 of b) that becomes byte i.
 PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
+// No instruction: the value stays in its register, the compiler may not compute it again where it is used.
+template <class T>
+PYFAST_DEVICE void keep(T& value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+}
+
 // ---- Global memory ------------------------------------------------------------------------------------------------
 // Pointers are multiples of the size of what they point to.
 
@@ -188,6 +198,18 @@ PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count) {
                : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
                : "memory");
   return number;
+}
+
+// ---- Shared memory ------------------------------------------------------------------------------------------------
+
+// ld.shared: where the compiler cannot see that the pointer is one to shared memory, a plain load would look for it.
+PYFAST_DEVICE Words2 ld_shared(const Words2* from) {
+  Words2 words;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "r"(shared_address(from))
+               : "memory");
+  return words;
 }
 
 // ---- Copies into shared memory ------------------------------------------------------------------------------------
@@ -368,12 +390,23 @@ PYFAST_DEVICE uint32_t cluster_size() {
 }
 
 // barrier.cluster arrive.release, wait.acquire: all threads of the cluster; orders their memory accesses. One comes
-// before the first access to another block's shared memory (the block may not have begun) and one after the last (it
-// may have ended).
+// before the first access to another block's shared memory (the block may not have begun) and one, or a cluster_leave,
+// after the last (it may have ended).
 PYFAST_DEVICE void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n\t"
       "barrier.cluster.wait.acquire.aligned;"
+      :
+      :
+      : "memory");
+}
+
+// barrier.cluster arrive.relaxed, wait: all threads of the cluster; orders nothing, and so waits for no store. After
+// the last access to another block's shared memory, whose value has been used: that block may have ended otherwise.
+PYFAST_DEVICE void cluster_leave() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n\t"
+      "barrier.cluster.wait.aligned;"
       :
       :
       : "memory");

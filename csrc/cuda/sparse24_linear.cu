@@ -11,23 +11,16 @@ constexpr const char* kName = "sparse24_linear";
 constexpr int64_t kMaxColumns = 1 << 30;     // counted in 32 bits on the device
 constexpr int64_t kMaxTokens = 65535 * 128;  // blocks along z
 
-// How many blocks share the columns of a row tile: enough for three quarters of the multiprocessors, and at least
-// two stages for each block.
-int64_t splits_that_fill(int64_t tiles, int64_t stages, int64_t multiprocessors) {
-  int64_t splits = std::max<int64_t>(1, multiprocessors / tiles);
-  if (4 * tiles * splits < 3 * multiprocessors) ++splits;
-  return std::max<int64_t>(1, std::min({splits, kClusterBlocks, stages / 2}));
-}
-
 template <class T, int TokenTiles>
 void launch(const Tensor& x, Sparse24LinearArgs args) {
   using Plan = Sparse24Plan<TokenTiles>;
   constexpr auto kKernel = sparse24_linear_kernel<T, TokenTiles>;
-  const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
   const int64_t tiles = ceil_div(args.n, Plan::kRows), token_tiles = ceil_div(args.tokens, Plan::kTokens);
   STD_TORCH_CHECK(tiles <= kMaxBlocksY, "values: has ", args.n, " rows, at most ", kMaxBlocksY * Plan::kRows);
   const int64_t stages = ceil_div(args.padded_k, Plan::kColumns);
-  const int64_t splits = splits_that_fill(tiles * token_tiles, stages, facts.multiprocessors);
+  const Residents& residents =
+      resident_in_clusters<kKernel>(x.get_device_index(), Plan::kThreads, Plan::kSharedBytes, kName);
+  const int64_t splits = count_splits(tiles * token_tiles, stages, residents);
   args.split_columns = static_cast<int32_t>(ceil_div(stages, splits) * Plan::kColumns);
   launch_splits<T, kKernel>(x, args, splits, tiles, Plan::kThreads, Plan::kSharedBytes, kName, token_tiles);
 }

@@ -19,10 +19,11 @@ struct KernelFacts {
   bool clusters = false;  // the code that is loaded is for sm_90 or later
 };
 
+inline constexpr int kDevices = 64;
+
 // Asks once for each kernel and device, and allows the kernel all the shared memory that a block may have there.
 template <auto Kernel>
 const KernelFacts& kernel_facts(int device, const char* name) {
-  constexpr int kDevices = 64;
   static std::array<std::once_flag, kDevices> asked;
   static std::array<KernelFacts, kDevices> answers;
   STD_TORCH_CHECK(device >= 0 && device < kDevices, "x: device index ", device, " is more than ", kDevices - 1);
@@ -49,17 +50,66 @@ inline int64_t resident_blocks(const KernelFacts& facts, int shared_bytes) {
 
 inline constexpr int64_t kClusterBlocks = 8;  // the largest cluster that every device grants
 
-// How many blocks share the `stages` of a row of `row_blocks`, when `resident` blocks run at once: the number that ends
-// first, a block taking its stages and about three more to begin and end.
-inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident) {
+// A cluster along x.
+inline cudaLaunchAttribute cluster_attribute(int64_t blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+using Residents = std::array<int64_t, kClusterBlocks + 1>;
+
+// How many blocks run at once when they come in clusters of 1 … kClusterBlocks: fewer than without, for a cluster lies
+// in one group of multiprocessors as a whole. For a kernel that is always launched with these threads and bytes; asks
+// once for each device.
+template <auto Kernel>
+const Residents& resident_in_clusters(int device, int threads, int shared_bytes, const char* name) {
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<Residents, kDevices> answers;
+  const KernelFacts& facts = kernel_facts<Kernel>(device, name);
+  std::call_once(asked[static_cast<size_t>(device)], [&] {
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, Kernel, threads, static_cast<size_t>(shared_bytes)),
+          name);
+    Residents residents;
+    residents.fill(std::max<int64_t>(1, static_cast<int64_t>(blocks) * facts.multiprocessors));
+    for (int64_t splits = 2; facts.clusters && splits <= kClusterBlocks; ++splits) {
+      cudaLaunchAttribute attribute = cluster_attribute(splits);
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(splits));
+      config.blockDim = dim3(static_cast<unsigned>(threads));
+      config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      int clusters = 0;
+      check(cudaOccupancyMaxActiveClusters(&clusters, Kernel, &config), name);
+      residents[static_cast<size_t>(splits)] = std::max<int64_t>(1, clusters * splits);
+    }
+    answers[static_cast<size_t>(device)] = residents;
+  });
+  return answers[static_cast<size_t>(device)];
+}
+
+// How many blocks share the `stages` of a row of `row_blocks`, when residents[splits] blocks run at once: the number
+// that ends first, a block taking its stages and about three more to begin and end.
+inline int64_t count_splits(int64_t row_blocks, int64_t stages, const Residents& residents) {
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kClusterBlocks, stages / 2)); ++splits) {
-    const int64_t time = ceil_div(row_blocks * splits, resident) * (ceil_div(stages, splits) + 3);
+    const int64_t waves = ceil_div(row_blocks * splits, residents[static_cast<size_t>(splits)]);
+    const int64_t time = waves * (ceil_div(stages, splits) + 3);
     if (splits > 1 && time >= least) continue;
     best = splits;
     least = time;
   }
   return best;
+}
+
+inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident) {
+  Residents residents;
+  residents.fill(resident);
+  return count_splits(row_blocks, stages, residents);
 }
 
 // Launches Kernel(args) with `splits` blocks for each of row_blocks × token_blocks. Args holds tokens, out, partial.
@@ -76,10 +126,7 @@ void launch_splits(const Tensor& x, Args args, int64_t splits, int64_t row_block
     partial = torch::stable::new_empty(x, {splits, tokens, n}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(splits);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = cluster_attribute(splits);
   cudaLaunchConfig_t config{};
   config.gridDim =
       dim3(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));

@@ -51,7 +51,7 @@ PYFAST_DEVICE void finish_sums(float* totals, const Epilogue& out, float* partia
       sum += ptx::ld_cluster(totals + token * Stride + i % Rows, static_cast<uint32_t>(rank));
     if (row < out.n) write_output<T>(out, first_token + token, row, sum);
   }
-  ptx::cluster_sync();
+  ptx::cluster_leave();
 #endif
 }
 

@@ -47,6 +47,10 @@ __global__ void dense_product(const uint16_t* a, const uint16_t* bt, float* c) {
   ptx::syncthreads();
   uint32_t a_words[4], b_words[2];
   float sums[4] = {};
+  const Words2 first = ptx::ld_shared(reinterpret_cast<const Words2*>(&a_tile[0][0]));
+  uint32_t kept = first.x ^ *reinterpret_cast<const uint32_t*>(&a_tile[0][0]);  // 0
+  ptx::keep(kept);
+  sums[0] = static_cast<float>(kept);
   ptx::ldmatrix<4>(a_words, &a_tile[lane % 16][lane / 16 * 8]);
   ptx::ldmatrix<2>(b_words, &b_tile[lane % 8][lane / 8 % 2 * 8]);
   ptx::mma_m16n8k16<T>(sums, a_words, b_words, sums);
@@ -138,7 +142,8 @@ __global__ void cluster_sums(const float* numbers, float* out) {
     ptx::st_cluster(&sent, (ptx::cluster_rank() + 1) % ptx::cluster_size(), sum);
   }
   ptx::cluster_sync();
-  if (threadIdx.x == 0) out[blockIdx.x] += 1000.0f * sent;
+  if (threadIdx.x == 0) out[blockIdx.x] += 1000.0f * sent + 0.0f * ptx::ld_cluster(&own, 0);
+  ptx::cluster_leave();
 }
 
 #endif

@@ -73,6 +73,9 @@ PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 template <class T>
+PYFAST_DEVICE void keep(T&) {}
+
+template <class T>
 PYFAST_DEVICE T load(const T* from, Where where) {
   T value;
   simt::load(&value, from, sizeof(T), where);
@@ -97,6 +100,8 @@ PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value, Where where = Where:
 PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count, Where where = Where::current()) {
   return simt::ticket(counter, count, where);
 }
+
+PYFAST_DEVICE Words2 ld_shared(const Words2* from, Where where = Where::current()) { return load(from, where); }
 
 template <int Bytes>
 PYFAST_DEVICE void cp_async(void* shared, const void* global, int source_bytes = Bytes,
@@ -166,6 +171,7 @@ PYFAST_DEVICE uint32_t pack(float first, float second) {
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 PYFAST_DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
 PYFAST_DEVICE void cluster_sync(Where where = Where::current()) { simt::cluster_barrier(where); }
+PYFAST_DEVICE void cluster_leave(Where where = Where::current()) { simt::cluster_barrier(where); }
 template <class T>
 PYFAST_DEVICE T* map_shared_rank(T* shared, uint32_t rank, Where where = Where::current()) {
   return static_cast<T*>(simt::map_shared(shared, rank, where));
