@@ -22,10 +22,9 @@ from pyfast._version import __version__
 from pyfast.ops import sparse24_convert
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
-from pyfast.sparse import cache, cuda_costs
+from pyfast.sparse import cache, cuda_costs, cusparselt
 from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants, Row
 from pyfast.sparse.cusparselt import CusparseltLayout
-from pyfast.sparse.cusparselt import refusal as cusparselt_refusal
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight
 from pyfast.sparse.sliced import SlicedLayout
 
@@ -111,7 +110,7 @@ def _measure(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dt
     found["sparse24"] = times(items, _direct24, FEW_TOKENS)
     found["sparse24_decompress"] = _picoseconds(items, _to_dense, n * k)
     found["cusparselt"] = ()
-    if cusparselt_refusal(two_four) is None:
+    if cusparselt.serves(shape, dense.device):
         found["cusparselt"] = times([CusparseltLayout.of(item) for item in items], _by_layout, MANY_TOKENS)
     bitmaps: dict[str, list[Any]] = {"bitmap": [], "sliced": [], "bitmap_decompress": []}
     for density in DENSITIES:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyfast import _native, backends
-from pyfast.sparse import cache, calibration, cost_model, cuda_calibration, cuda_costs, layouts
+from pyfast.sparse import cache, calibration, cost_model, cuda_calibration, cuda_costs, cusparselt, layouts
 from pyfast.sparse.cost_model import Work
 from pyfast.sparse.formats import SparseWeight
 
@@ -61,6 +61,8 @@ def plan(weight: SparseWeight, tokens: int) -> Plan:
     if weight.device.type == "cuda":
         on_gpu = cuda_calibration.constants(weight.device.index or 0)
         expected, source = cuda_costs.predict(on_gpu, work), on_gpu.source
+        if not cusparselt.serves(weight.shape, weight.device):
+            expected.pop("cusparselt", None)
         bytes_of = cuda_costs.layout_bytes
     else:
         constants = calibration.constants(work.threads, _isa())
