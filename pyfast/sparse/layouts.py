@@ -243,7 +243,7 @@ class Layouts:
             try:
                 with torch.inference_mode(False), torch.no_grad():
                     layout = _MAKERS[kind](weight)
-            except RuntimeError as error:  # out of memory, or a weight beyond what the layout can count
+            except (RuntimeError, ValueError) as error:  # out of memory, or a weight beyond what the layout can count
                 self._refused.add(kind)
                 reason = str(error).splitlines()[0]
                 warnings.warn(
