@@ -46,6 +46,11 @@ def pattern(rng: np.random.Generator, n: int, k: int, density: float) -> np.ndar
     return stored
 
 
+def whole_rows(x: np.ndarray) -> np.ndarray:
+    """Rows of a multiple of 64 elements, as the launcher makes them."""
+    return np.pad(x, ((0, 0), (0, -x.shape[1] % 64)))
+
+
 def error(
     tokens: int,
     n: int,
@@ -76,8 +81,8 @@ def error(
         truth = truth * host.float_from_bits(mul, kind)
     y = host.Output((tokens, n), np.uint16)
     mean = len(values) // len(bitmaps) if mean is None else mean
-    numbers = [tokens, n, k, len(values), mean, list(ACTIVATIONS).index(activation), splits, int(cluster)]
-    pointers = [x, values, bitmaps, offsets, bias if extras else None, mul if extras else None, y]
+    numbers = [tokens, n, k, k + -k % 64, len(values), mean, list(ACTIVATIONS).index(activation), splits, int(cluster)]
+    pointers = [whole_rows(x), values, bitmaps, offsets, bias if extras else None, mul if extras else None, y]
     (library or host.build("bitmap_linear")).run("bitmap_linear", *pointers, *numbers, int(kind == "bf16"), order=order)
     rounding = 2.0 ** (-8 if kind == "bf16" else -11)
     return np.linalg.norm(host.float_from_bits(y.array, kind) - truth) / max(np.linalg.norm(truth), 1e-9) / rounding
