@@ -55,7 +55,7 @@ struct BitmapRing {
   // Begins copies until the ring is full: what lies before `at` is read no more.
   PYFAST_DEVICE void fetch(int lane) {
     unsigned char* const own = ring + 16 * lane;
-    for (; static_cast<int32_t>(at + (Bytes - Step) - fetched) >= 0 && fetched < end; fetched += Step) {
+    while (static_cast<int32_t>(at + (Bytes - Step) - fetched) >= 0 && fetched < end) {
       const uint32_t place = fetched & (Bytes - 1);
       const bool mirror = place == 0 && lane < kMirror / 16;
       if (end - fetched >= Step) {
@@ -63,6 +63,7 @@ struct BitmapRing {
         PYFAST_UNROLL
         for (int i = 0; i < Step; i += kCopy) ptx::cp_async<16>(own + place + i, from + i);
         if (mirror) ptx::cp_async<16>(own + Bytes, from);
+        fetched += Step;
       } else {
         for (uint32_t i = 0; fetched + i < end; i += kCopy) {
           const int left = static_cast<int>(end - fetched - i) - 16 * lane, bytes = left < 16 ? left : 16;
@@ -70,6 +71,7 @@ struct BitmapRing {
           ptx::cp_async<16>(own + place + i, source + fetched + i, bytes);
           if (mirror && i == 0) ptx::cp_async<16>(own + Bytes, source + fetched, bytes);
         }
+        fetched = end;
       }
     }
   }
