@@ -238,7 +238,7 @@ MUTANTS = {
         {},
     ),
     "a position beyond the ring": ("bitmap_ring.cuh", "base + (from[1] & (Bytes - 1))", "base + from[1]", 6, ".", {}),
-    "reads past the values": ("bitmap_ring.cuh", "bytes = left < 16 ? left : 16", "bytes = 16", 6, "outside|past", {}),
+    "reads past the values": ("bitmap_ring.cuh", "rest - cut, cut);", "rest - cut, 16);", 6, "outside|past", {}),
     "a step past the values": ("bitmap_ring.cuh", "if (end - fetched >= Step)", "if (Step > 0)", 6, "outside|past", {}),
     "values of the tile before": ("bitmap_ring.cuh", "at = 2 * head", "at = 0", 6, None, {}),
     "tiles past the last row": ("bitmap_linear.cuh", "row >= row_tiles ? 0 : ", "", 6, "outside|past", {}),

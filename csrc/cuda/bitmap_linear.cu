@@ -20,7 +20,7 @@ void launch_matrix(const Tensor& x, BitmapLinearArgs args) {
   const int64_t row_blocks = ceil_div(args.out.n, Plan::kRows);
   const int64_t stages = ceil_div(args.weight.tiles_a_row, Plan::kStageTiles);
   const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
-  const int64_t splits = count_splits(row_blocks, stages, resident_blocks(facts, Plan::kSharedBytes));
+  const int64_t splits = count_splits_by_issue(row_blocks, stages, facts.multiprocessors, 16 / Plan::kWarps);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
   launch_splits<T, kKernel>(x, args, splits, row_blocks, Plan::kThreads, Plan::kSharedBytes, kName);

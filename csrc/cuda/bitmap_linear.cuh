@@ -127,15 +127,15 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
                            2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileColumns + 16 * t);
 
   // The bits of the two tiles of a stage, a stage ahead.
-  uint16_t bits[2][2];
+  uint16_t bits[2][2] = {};
   const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
   const auto fetch_bits = [&](int there) {
     PYFAST_UNROLL
     for (int slot = 0; slot < 2; ++slot) {
       const uint16_t* const from = quarters + 64 * (Plan::kRowTiles == 2 ? slot * below : slot);
-      const bool inside = there > (Plan::kRowTiles == 2 ? 0 : slot);
-      bits[slot][0] = inside ? ptx::ld_nc(from) : uint16_t{0};
-      bits[slot][1] = inside ? ptx::ld_nc(from + 32) : uint16_t{0};
+      if (there <= slot / Plan::kRowTiles) continue;
+      bits[slot][0] = ptx::ld_nc(from);
+      bits[slot][1] = ptx::ld_nc(from + 32);
     }
     quarters += 64 * Plan::kColumnTiles;
   };
@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
     PYFAST_UNROLL
     for (int slot = 0; slot < 2; ++slot)
       held[slot] = static_cast<uint32_t>(bits[slot][0]) | static_cast<uint32_t>(bits[slot][1]) << 16;
+    if (Plan::kColumnTiles == 2 && left == 1) held[1] = 0;  // none is there
     fetch_bits(left - Plan::kColumnTiles);
     PYFAST_UNROLL
     for (int i = 0; i < Plan::kRowTiles; ++i) {
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
       }
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
-        const unsigned char* const from = x + args.token_tiles[token_tile] + 2 * right * kTileColumns + 16 * kHalf;
+        const unsigned char* const from = x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
         const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
         const uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
         PYFAST_UNROLL

@@ -58,19 +58,20 @@ struct BitmapRing {
     while (static_cast<int32_t>(at + (Bytes - Step) - fetched) >= 0 && fetched < end) {
       const uint32_t place = fetched & (Bytes - 1);
       const bool mirror = place == 0 && lane < kMirror / 16;
+      const unsigned char* const from = source + fetched;
       if (end - fetched >= Step) {
-        const unsigned char* const from = source + fetched;
         PYFAST_UNROLL
         for (int i = 0; i < Step; i += kCopy) ptx::cp_async<16>(own + place + i, from + i);
         if (mirror) ptx::cp_async<16>(own + Bytes, from);
         fetched += Step;
       } else {
-        for (uint32_t i = 0; fetched + i < end; i += kCopy) {
-          const int left = static_cast<int>(end - fetched - i) - 16 * lane, bytes = left < 16 ? left : 16;
-          if (left <= 0) break;
-          ptx::cp_async<16>(own + place + i, source + fetched + i, bytes);
-          if (mirror && i == 0) ptx::cp_async<16>(own + Bytes, source + fetched, bytes);
-        }
+        // Whole chunks, then the one that the end cuts.
+        const int rest = static_cast<int>(end - fetched) - 16 * lane, cut = rest % kCopy;
+        PYFAST_UNROLL
+        for (int i = 0; i < Step; i += kCopy)
+          if (rest >= i + 16) ptx::cp_async<16>(own + place + i, from + i);
+        if (cut > 0 && cut < 16) ptx::cp_async<16>(own + place + rest - cut, from + rest - cut, cut);
+        if (mirror && rest > 0) ptx::cp_async<16>(own + Bytes, from, rest < 16 ? rest : 16);
         fetched = end;
       }
     }
