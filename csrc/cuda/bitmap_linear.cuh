@@ -1,47 +1,47 @@
 // bitmap_linear on tensor cores: y = f(x Wᵀ + bias) · mul with W in bitmap form (bitmap_tiles.cuh), for 5 to 64 tokens.
 //
-//   x [tokens, k]   16 bits, rows at multiples of 16 bytes (k a multiple of 8)
+//   x [tokens, k]   16 bits, rows at multiples of 16 bytes, k a multiple of 64: where W has fewer columns, x is zero
 //   y [tokens, n]   sums and epilogue in float32, rounded once
 //
-// Bytes. At density d a position costs 2d + 1/8 + 1/128 (values, bitmap, offset) of the dense 2, each read from memory
-// once. Every block reads x again, from L2: 8·⌈tokens/8⌉/(8d·rows) of the values' bytes, rows = 64 up to 16 tokens and
-// 128 above.
+// Bytes. At density d a position costs 2d + 1/8 (values, bitmap) of the dense 2, each read from memory once. Every
+// block reads x again, from L2: 8·⌈tokens/8⌉/(8d·rows) of the values' bytes, rows = 64 up to 16 tokens and 128 above.
 //
-// Decode. mma.m16n8k16 adds over columns, in any order that its two operands agree on. In the order chosen here lane
-// 4g + t owns columns 16t … 16t + 15 of the rows g and g + 8 of a tile, four of them a step:
+// A warp goes along a row of tiles, or two of them above 16 tokens, where they share the loads of x. Two tiles are a
+// stage, side by side or one below the other. For each stage it
 //
-//   step s, register    a[0]  row g      columns 16t + 4s, + 1        b[0]  x of the token g, columns 16t + 4s, + 1
-//                       a[1]  row g + 8  the same                     b[1]                             + 2, + 3
-//                       a[2]  row g      columns 16t + 4s + 2, + 3
-//                       a[3]  row g + 8  the same
+//   waits for the copies that it began a stage ago (no other warp is waited for), and begins the next: values in stream
+//   order into its ring (bitmap_ring.cuh), bits of the next stage into registers
+//   counts the bits of both tiles, which tells where each lane's values lie (bitmap_expand.cuh)
+//   for half of the columns at a time: expands them, loads x from L1, where the warps of a block meet, multiplies
 //
-// so that a lane's values are two runs of neighbours. Where they begin: one POPC for each run and one scan of both at
-// once over the warp, for 1024 positions. From there on the pointer moves by the bits themselves: a predicated 2-byte
-// load and a predicated add a position, a PRMT a pair, and no further POPC. x needs no ldmatrix: the 16 columns of a
-// lane are two 16-byte loads for all four steps.
+// Half of the columns, because that is half of the registers that wait for mma: the lane's 16 columns of x are two
+// loads of 16 bytes anyway.
 //
-// Instructions of a warp for a tile, in round numbers: 32 × 4 + 16 to expand, 25 for the scan, 35 to fetch, and 4
-// mma.sync, 2 loads for each 8 tokens. An H100 takes 1024 dense positions in 153 cycles of an SM at 3.0 TB/s, in which
-// its four schedulers issue 612. The loads from shared memory weigh as much: simulated at random bits, the 32 loads of
-// a tile take 69, 52, 40, 31 passes at 50, 70, 80, 90 % (the lanes' runs meet in the banks), and about 25 more go to
-// copies, bitmaps, shuffles and x. Predicted at 8 tokens, the larger of bytes, issue at 80 % and passes at 85 %, over
-// dense: 1.35, 1.7, 2.0, 2.4 times.
+// Instructions of a warp for a tile, counted in the code for sm_90; fetching depends on what is stored, here at 50 and
+// 80 %, the rest does not:
 //
-// A block is 4 warps. Each does the tiles of its own rows through its own pipeline (bitmap_stream.cuh), two tiles of a
-// stage: side by side up to 16 tokens, one below the other above, where they share the loads of x. x of a stage is
-// fetched by the whole block, 16-byte chunk c of token m at c ^ (m & 1), so that the loads of two tokens meet no bank
-// twice. Where n gives too few blocks, several share the columns (split_sums.cuh).
+//   token tiles           1     2     4     8
+//   expand, multiply    162   167   187   207
+//   fetch, 50 %          15    15    26    26
+//   fetch, 80 %           6     6    10    10
 //
-// Resources, those of bitmap_vector.cuh too (tests/test_cuda_build.py compares; the shared memory is the launch's and
-// depends on the density: here at 50 %, and for 8 stages of x):
+// An H100 takes 1024 dense positions in 183 cycles of a multiprocessor at the 2.7 TB/s that a dense product reaches, in
+// which it issues about 470 instructions of a warp. The loads from shared memory weigh as much: simulated at random
+// bits, the 32 loads of a tile take 69, 52, 40, 31 passes at 50, 70, 80, 90 % (the lanes' runs meet in the banks), and
+// about 30 more go to copies, shuffles and x. The grid is chosen by that: count_splits_by_issue.
 //
-//   bitmap_linear_kernel<T, 1>      72 registers    44160 bytes of shared memory    up to 8 tokens
-//   bitmap_linear_kernel<T, 2>      80 registers    50304 bytes of shared memory    up to 16
-//   bitmap_linear_kernel<T, 4>     128 registers    50304 bytes of shared memory    up to 32
-//   bitmap_linear_kernel<T, 8>     168 registers    62592 bytes of shared memory    up to 64
+// Where n gives too few blocks, several share the columns (split_sums.cuh).
+//
+// Resources, those of bitmap_vector.cuh too (tests/test_cuda_build.py compares; the shared memory of
+// bitmap_vector_kernel is the launch's and depends on the density: here at 50 %, and for 8 stages of x):
+//
+//   bitmap_linear_kernel<T, 1>      80 registers    32896 bytes of shared memory    up to 8 tokens
+//   bitmap_linear_kernel<T, 2>      96 registers    32896 bytes of shared memory    up to 16
+//   bitmap_linear_kernel<T, 4>     128 registers    66048 bytes of shared memory    up to 32
+//   bitmap_linear_kernel<T, 8>     216 registers    33792 bytes of shared memory    up to 64
 //   bitmap_vector_kernel<T, 1>      56 registers    40064 bytes of shared memory    1 token
-//   bitmap_vector_kernel<T, 2>      48 registers    42112 bytes of shared memory    2
-//   bitmap_vector_kernel<T, 4>      56 registers    46208 bytes of shared memory    3 and 4
+//   bitmap_vector_kernel<T, 2>      56 registers    42112 bytes of shared memory    2
+//   bitmap_vector_kernel<T, 4>      64 registers    46208 bytes of shared memory    3 and 4
 //   reduce_splits_kernel<T>         40 registers        0 bytes of shared memory
 #pragma once
 
@@ -85,10 +85,10 @@ struct BitmapLinearPlan {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocks = TokenTiles == 1 ? 6 : TokenTiles == 2 ? 5 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
-  static constexpr int kRingBytes = 8192 / kRowTiles;
+  static constexpr int kRingBytes = 8192 / kRowTiles, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
   static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
-  static constexpr int kPipelineBytes = kWarps * kRowTiles * (kRingBytes + 32);
+  static constexpr int kPipelineBytes = kWarps * kRowTiles * kRingSpace;
   static constexpr int kSharedBytes =
       kPipelineBytes > kColumnWarps* kSumBytes ? kPipelineBytes : kColumnWarps * kSumBytes;
 };
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
 
   // `left` tiles from column tile `first` on, of kRowTiles row tiles from `row` on. Below the last one the last one is
   // done once more, and not stored.
-  const int row_tiles = static_cast<int>(args.weight.tiles / args.weight.tiles_a_row);
+  const int row_tiles = static_cast<int>((args.out.n + kTileRows - 1) / kTileRows);
   const int row = (static_cast<int>(blockIdx.y) * Plan::kRowWarps + row_warp) * Plan::kRowTiles;
   const int share = args.split_stages * Plan::kColumnTiles;
   const int first = (static_cast<int>(blockIdx.x) * Plan::kColumnWarps + part) * share;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   const int below = row + 1 < row_tiles ? tiles_a_row : 0;  // from a row tile to the next
   PYFAST_UNROLL
   for (int i = 0; i < Plan::kRowTiles; ++i)
-    rings[i].open(args.weight, shared + (warp * Plan::kRowTiles + i) * Ring::kSharedBytes, number + i * below, left,
+    rings[i].open(args.weight, shared + (warp * Plan::kRowTiles + i) * Plan::kRingSpace, number + i * below, left,
                   lane);
   // The lane's columns of x, of the token g of the first token tile; with up to 8 tokens there may be none.
   const unsigned char* x = reinterpret_cast<const unsigned char*>(args.x) +
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
       }
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
-        const unsigned char* const from = x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
+        const unsigned char* const from =
+            x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
         const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
         const uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
         PYFAST_UNROLL

@@ -17,19 +17,20 @@
 
 namespace pyfast::cuda {
 
+inline constexpr int kRingMirrorBytes = 32;
+
 #if defined(PYFAST_KERNELS)
 
+// Bytes: a power of two.
 template <int Bytes, int Step>
 struct BitmapRing {
   static constexpr int kCopy = 512;  // of a warp's cp.async
-  static constexpr int kMirror = 32;
-  static constexpr int kSharedBytes = Bytes + kMirror;
 
   unsigned char* ring;
   const unsigned char* source;  // of the lane's chunk of the first step
   uint32_t at, fetched, end;    // positions: of the next value, of the next step, behind the last value
 
-  // The values of `tiles` tiles of a row from tile `first` on; `memory` has kSharedBytes at a multiple of 16.
+  // The values of `tiles` tiles of a row from tile `first` on; `memory`: Bytes and the mirror, at a multiple of 16.
   PYFAST_DEVICE void open(const BitmapWeight<const uint16_t>& weight, unsigned char* memory, int64_t first, int tiles,
                           int lane) {
     int64_t from = 0, to = 0;
@@ -57,7 +58,7 @@ struct BitmapRing {
     unsigned char* const own = ring + 16 * lane;
     while (static_cast<int32_t>(at + (Bytes - Step) - fetched) >= 0 && fetched < end) {
       const uint32_t place = fetched & (Bytes - 1);
-      const bool mirror = place == 0 && lane < kMirror / 16;
+      const bool mirror = place == 0 && lane < kRingMirrorBytes / 16;
       const unsigned char* const from = source + fetched;
       if (end - fetched >= Step) {
         PYFAST_UNROLL

@@ -62,8 +62,8 @@ inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident
   return best;
 }
 
-// The same for kernels that are bound by what a multiprocessor issues: however many blocks it runs at once, it ends with
-// the last of its share. `enough` blocks keep it busy; half as many take two thirds of their time.
+// The same for kernels that are bound by what a multiprocessor issues: however many blocks it runs at once, it ends
+// with the last of its share. `enough` blocks keep it busy; half as many take two thirds of their time.
 inline int64_t count_splits_by_issue(int64_t row_blocks, int64_t stages, int64_t multiprocessors, int64_t enough) {
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kClusterBlocks, stages / 2)); ++splits) {
