@@ -97,6 +97,23 @@ def test_shuffles_votes_and_numbers(library: host.Library) -> None:
     np.testing.assert_array_equal(out.array[7].view(np.uint16).reshape(8, 8), words.view(np.uint16).reshape(8, 8).T)
 
 
+def test_marked_pairs_and_sums_of_products(library: host.Library) -> None:
+    rng = np.random.default_rng(4)
+    words = rng.integers(0, 2**32, 32, dtype=np.uint32)
+    values = rng.integers(0, 2**16, (32, 8), dtype=np.uint16)
+    out = host.Output((8, 32), np.uint32)
+    library.run("marked_pairs", words, values, out)
+    marked = (words[:, None] >> np.arange(8, 16, dtype=np.uint32) & 1) == 1
+    taken = np.where(marked, np.take_along_axis(values, np.cumsum(marked, 1) - marked, 1), 0)
+    np.testing.assert_array_equal(out.array[:4], np.ascontiguousarray(taken.astype(np.uint16)).view(np.uint32).T)
+    parts = words.view(np.uint8).reshape(32, 4).astype(np.uint32), words.view(np.uint16).reshape(32, 2)
+    np.testing.assert_array_equal(out.array[4], 7 + parts[0] @ np.array([1, 2, 3, 4], np.uint32))
+    np.testing.assert_array_equal(out.array[5], 7 + parts[1].astype(np.uint32) @ np.array([3, 5], np.uint32))
+    for row, by in ((6, 1), (7, 16)):
+        below = np.append(np.zeros(by, np.uint32), words[:-by])
+        np.testing.assert_array_equal(out.array[row], words + below)
+
+
 def run_rows(library: host.Library, order: int = 0, rows: int = 7) -> bool:
     words = np.random.default_rng(3).integers(0, 2**32, (rows, 32), dtype=np.uint32)
     out = host.Output(words.shape, np.uint32)

@@ -115,7 +115,12 @@ MUTANTS = {
         True,
         "no barrier",
     ),
-    "grad_x: not transposed": ("upper[pair] = ptx::transpose_matrix(upper[pair]);", "", True, None),
+    "grad_x: not transposed": (
+        "upper[pair / 4][pair % 4] = ptx::transpose_matrix(upper[pair / 4][pair % 4]);",
+        "",
+        True,
+        None,
+    ),
     "grad_x: swizzle forgotten": (
         "grad + token * 64 + (chunk ^ (token / 2 & 3)) * 16",
         "grad + token * 64 + chunk * 16",

@@ -29,6 +29,7 @@
 
 #include "bitmap_convert.cuh"
 #include "bitmap_linear.cuh"
+#include "bitmap_stream.cuh"
 
 namespace pyfast::cuda {
 
@@ -72,6 +73,41 @@ struct BitmapGradValuesArgs {
 };
 
 #if defined(PYFAST_KERNELS)
+
+// The 16 columns of a run whose values lie in global memory.
+PYFAST_DEVICE void gather_run(uint32_t bits, const uint16_t* values, uint32_t (&words)[2][4]) {
+  PYFAST_UNROLL
+  for (int pair = 0; pair < 8; ++pair) {
+    uint32_t first = 0, second = 0;
+    if (bits >> 2 * pair & 1u) first = *values++;
+    if (bits >> 2 * pair & 2u) second = *values++;
+    words[pair / 4][pair % 4] = ptx::byte_permute(first, second, 0x5410u);
+  }
+}
+
+// [warp] The elements of a tile that lies in a slot of the stream: upper[half][i] holds columns 16t + 8·half + 2i and +
+// 1 of the row g, lower those of the row g + 8.
+template <class Stream>
+PYFAST_DEVICE void expand_tile(const Stream& stream, const unsigned char* slot, const typename Stream::Tile& tile,
+                               uint32_t (&upper)[2][4], uint32_t (&lower)[2][4]) {
+  const uint16_t* const quarters = reinterpret_cast<const uint16_t*>(slot) + stream.lane;
+  BitmapRuns runs = bitmap_runs(static_cast<uint32_t>(quarters[0]) | static_cast<uint32_t>(quarters[32]) << 16);
+  if (ptx::dot2(runs.total, 0x0101u, 0) != static_cast<uint32_t>(2 * tile.count)) runs.bits = 0;
+  if (tile.fits) {
+    const uint32_t values = ptx::shared_address(slot + kTileBitmapBytes) + static_cast<uint32_t>(2 * tile.head);
+    uint32_t from[2];
+    bitmap_runs_begin(runs, values, from);
+    expand_half<0, 0>(runs, from[0], upper[0]);
+    expand_half<0, 1>(runs, from[0], upper[1]);
+    expand_half<1, 0>(runs, from[1], lower[0]);
+    expand_half<1, 1>(runs, from[1], lower[1]);
+  } else {
+    uint32_t from[2];
+    bitmap_runs_begin(runs, 0, from);
+    gather_run(runs.bits & 0xffffu, stream.weight.values + tile.begin + from[0] / 2, upper);
+    gather_run(runs.bits >> 16, stream.weight.values + tile.begin + from[1] / 2, lower);
+  }
+}
 
 // args.x is grad [tokens, n], args.k its columns that may be read, args.out.n the columns of W. Grid: x over the splits
 // of the rows of W, y over 256 columns.
@@ -120,12 +156,12 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     const unsigned char* const slots = stream.slots + stage % Plan::kStages * stage_bytes;
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
-      uint32_t upper[8], lower[8];
+      uint32_t upper[2][4], lower[2][4];
       expand_tile(stream, slots + tile * stream.slot_bytes(), stream.tile_of(stage, tile), upper, lower);
       PYFAST_UNROLL
       for (int pair = 0; pair < 8; ++pair) {
-        upper[pair] = ptx::transpose_matrix(upper[pair]);
-        lower[pair] = ptx::transpose_matrix(lower[pair]);
+        upper[pair / 4][pair % 4] = ptx::transpose_matrix(upper[pair / 4][pair % 4]);
+        lower[pair / 4][pair % 4] = ptx::transpose_matrix(lower[pair / 4][pair % 4]);
       }
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
@@ -134,7 +170,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
         ptx::ldmatrix<2>(b, grad + token * 64 + (chunk ^ (token / 2 & 3)) * 16);
         PYFAST_UNROLL
         for (int q = 0; q < 4; ++q) {
-          const uint32_t a[4] = {upper[2 * q], upper[2 * q + 1], lower[2 * q], lower[2 * q + 1]};
+          const int half = q / 2, pair = q % 2 * 2;
+          const uint32_t a[4] = {upper[half][pair], upper[half][pair + 1], lower[half][pair], lower[half][pair + 1]};
           ptx::mma_m16n8k16<T>(sums[q][token_tile], a, b, sums[q][token_tile]);
         }
       }

@@ -56,7 +56,7 @@ struct BitmapPlaces {
 
 PYFAST_DEVICE BitmapPlaces bitmap_places(const uint32_t* bitmaps, uint32_t tile, int lane) {
   const uint32_t word = bitmaps[static_cast<int64_t>(tile) * 32 + lane];
-  const uint32_t own = static_cast<uint32_t>(ptx::popc(word)), scan = inclusive_scan(own, lane);
+  const uint32_t own = static_cast<uint32_t>(ptx::popc(word)), scan = inclusive_scan(own);
   return {word, scan - own, static_cast<int>(ptx::shfl(scan, 31))};
 }
 

@@ -18,12 +18,12 @@ void launch_matrix(const Tensor& x, BitmapLinearArgs args) {
   using Plan = BitmapLinearPlan<TokenTiles>;
   constexpr auto kKernel = bitmap_linear_kernel<T, TokenTiles>;
   const int64_t row_blocks = ceil_div(args.out.n, Plan::kRows);
-  const int64_t stages = ceil_div(args.weight.tiles_a_row, Plan::kColumnTiles);
-  const int shared_bytes = Plan::shared_bytes(args.room, 0);
+  const int64_t stages = ceil_div(args.weight.tiles_a_row, Plan::kStageTiles);
   const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
-  const int64_t splits = count_splits(row_blocks, stages, resident_blocks(facts, shared_bytes));
+  const int64_t splits = count_splits_by_issue(row_blocks, stages, facts.multiprocessors, 16 / Plan::kWarps);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
-  launch_splits<T, kKernel>(x, args, splits, row_blocks, Plan::kThreads, shared_bytes, kName);
+  set_token_tiles(args);
+  launch_splits<T, kKernel>(x, args, splits, row_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
 }
 
 template <class T, int Tokens>
@@ -77,7 +77,7 @@ Tensor bitmap_linear_few(const Tensor& x, const Tensor& values, const Tensor& bi
   BitmapLinearArgs args{};
   args.out = make_epilogue(y, bias, activation, mul);
   if (tokens == 0 || n == 0) return y;
-  const Tensor rows = aligned_rows(x), read = aligned_start(values), bits = aligned_start(bitmaps);
+  const Tensor rows = aligned_rows(x, kTileColumns), read = aligned_start(values), bits = aligned_start(bitmaps);
   args.weight = bitmap_view(static_cast<const uint16_t*>(read.const_data_ptr()), read.size(0), bits, offsets, k);
   args.x = static_cast<const uint16_t*>(rows.const_data_ptr());
   args.x_stride = rows.stride(0);

@@ -1,51 +1,52 @@
 // bitmap_linear on tensor cores: y = f(x Wᵀ + bias) · mul with W in bitmap form (bitmap_tiles.cuh), for 5 to 64 tokens.
 //
-//   x [tokens, k]   16 bits, rows at multiples of 16 bytes (k a multiple of 8)
+//   x [tokens, k]   16 bits, rows at multiples of 16 bytes, k a multiple of 64: where W has fewer columns, x is zero
 //   y [tokens, n]   sums and epilogue in float32, rounded once
 //
-// Bytes. At density d a position costs 2d + 1/8 + 1/128 (values, bitmap, offset) of the dense 2, each read from memory
-// once. Every block reads x again, from L2: 8·⌈tokens/8⌉/(8d·rows) of the values' bytes, rows = 64 up to 16 tokens and
-// 128 above.
+// Bytes. At density d a position costs 2d + 1/8 (values, bitmap) of the dense 2, each read from memory once. Every
+// block reads x again, from L2: 8·⌈tokens/8⌉/(8d·rows) of the values' bytes, rows = 64 up to 16 tokens and 128 above.
 //
-// Decode. mma.m16n8k16 adds over columns, in any order that its two operands agree on. In the order chosen here lane
-// 4g + t owns columns 16t … 16t + 15 of the rows g and g + 8 of a tile, four of them a step:
+// A warp goes along a row of tiles, or two of them above 16 tokens, where they share the loads of x. Two tiles are a
+// stage, side by side or one below the other. For each stage it
 //
-//   step s, register    a[0]  row g      columns 16t + 4s, + 1        b[0]  x of the token g, columns 16t + 4s, + 1
-//                       a[1]  row g + 8  the same                     b[1]                             + 2, + 3
-//                       a[2]  row g      columns 16t + 4s + 2, + 3
-//                       a[3]  row g + 8  the same
+//   waits for the copies that it began a stage ago (no other warp is waited for), and begins the next: values in stream
+//   order into its ring (bitmap_ring.cuh), bits of the next stage into registers
+//   counts the bits of both tiles, which tells where each lane's values lie (bitmap_expand.cuh)
+//   for half of the columns at a time: expands them, loads x from L1, where the warps of a block meet, multiplies
 //
-// so that a lane's values are two runs of neighbours. Where they begin: one POPC for each run and one scan of both at
-// once over the warp, for 1024 positions. From there on the pointer moves by the bits themselves: a predicated 2-byte
-// load and a predicated add a position, a PRMT a pair, and no further POPC. x needs no ldmatrix: the 16 columns of a
-// lane are two 16-byte loads for all four steps.
+// Half of the columns, because that is half of the registers that wait for mma: the lane's 16 columns of x are two
+// loads of 16 bytes anyway.
 //
-// Instructions of a warp for a tile, in round numbers: 32 × 4 + 16 to expand, 25 for the scan, 35 to fetch, and 4
-// mma.sync, 2 loads for each 8 tokens. An H100 takes 1024 dense positions in 153 cycles of an SM at 3.0 TB/s, in which
-// its four schedulers issue 612. The loads from shared memory weigh as much: simulated at random bits, the 32 loads of
-// a tile take 69, 52, 40, 31 passes at 50, 70, 80, 90 % (the lanes' runs meet in the banks), and about 25 more go to
-// copies, bitmaps, shuffles and x. Predicted at 8 tokens, the larger of bytes, issue at 80 % and passes at 85 %, over
-// dense: 1.35, 1.7, 2.0, 2.4 times.
+// Instructions of a warp for a tile, counted in the code for sm_90; fetching depends on what is stored, here at 50 and
+// 80 %, the rest does not:
 //
-// A block is 4 warps. Each does the tiles of its own rows through its own pipeline (bitmap_stream.cuh), two tiles of a
-// stage: side by side up to 16 tokens, one below the other above, where they share the loads of x. x of a stage is
-// fetched by the whole block, 16-byte chunk c of token m at c ^ (m & 1), so that the loads of two tokens meet no bank
-// twice. Where n gives too few blocks, several share the columns (split_sums.cuh).
+//   token tiles           1     2     4     8
+//   expand, multiply    162   167   187   207
+//   fetch, 50 %          15    15    26    26
+//   fetch, 80 %           6     6    10    10
 //
-// Resources, those of bitmap_vector.cuh too (tests/test_cuda_build.py compares; the shared memory is the launch's and
-// depends on the density: here at 50 %, and for 8 stages of x):
+// An H100 takes 1024 dense positions in 183 cycles of a multiprocessor at the 2.7 TB/s that a dense product reaches, in
+// which it issues about 470 instructions of a warp. The loads from shared memory weigh as much: simulated at random
+// bits, the 32 loads of a tile take 69, 52, 40, 31 passes at 50, 70, 80, 90 % (the lanes' runs meet in the banks), and
+// about 30 more go to copies, shuffles and x. The grid is chosen by that: count_splits_by_issue.
 //
-//   bitmap_linear_kernel<T, 1>      72 registers    44160 bytes of shared memory    up to 8 tokens
-//   bitmap_linear_kernel<T, 2>      80 registers    50304 bytes of shared memory    up to 16
-//   bitmap_linear_kernel<T, 4>     128 registers    50304 bytes of shared memory    up to 32
-//   bitmap_linear_kernel<T, 8>     168 registers    62592 bytes of shared memory    up to 64
+// Where n gives too few blocks, several share the columns (split_sums.cuh).
+//
+// Resources, those of bitmap_vector.cuh too (tests/test_cuda_build.py compares; the shared memory of
+// bitmap_vector_kernel is the launch's and depends on the density: here at 50 %, and for 8 stages of x):
+//
+//   bitmap_linear_kernel<T, 1>      80 registers    32896 bytes of shared memory    up to 8 tokens
+//   bitmap_linear_kernel<T, 2>      96 registers    32896 bytes of shared memory    up to 16
+//   bitmap_linear_kernel<T, 4>     128 registers    66048 bytes of shared memory    up to 32
+//   bitmap_linear_kernel<T, 8>     216 registers    33792 bytes of shared memory    up to 64
 //   bitmap_vector_kernel<T, 1>      56 registers    40064 bytes of shared memory    1 token
-//   bitmap_vector_kernel<T, 2>      48 registers    42112 bytes of shared memory    2
-//   bitmap_vector_kernel<T, 4>      56 registers    46208 bytes of shared memory    3 and 4
+//   bitmap_vector_kernel<T, 2>      56 registers    42112 bytes of shared memory    2
+//   bitmap_vector_kernel<T, 4>      64 registers    46208 bytes of shared memory    3 and 4
 //   reduce_splits_kernel<T>         40 registers        0 bytes of shared memory
 #pragma once
 
-#include "bitmap_stream.cuh"
+#include "bitmap_expand.cuh"
+#include "bitmap_ring.cuh"
 #include "split_sums.cuh"
 
 namespace pyfast::cuda {
@@ -56,159 +57,176 @@ struct BitmapLinearArgs {
   int64_t x_stride;      // elements from token to token
   int32_t tokens, k;     // k: columns of x that may be read
   int32_t split_stages;  // of a block
-  int32_t room;          // bitmap_room
+  int32_t room;          // bitmap_room, of bitmap_stream.cuh
   float* partial;        // split_sums.cuh
   Epilogue out;
+  int64_t token_tiles[8];  // of bitmap_linear_kernel: bytes from x to the first row of each token tile
 };
+
+// Token tiles have 8 tokens. Above 8 in all, the last ones end with the last token and repeat some of those before;
+// what is summed twice is stored once.
+PYFAST_HOST_DEVICE int first_token(int token_tile, int tokens) {
+  return token_tile == 0 || 8 * token_tile <= tokens - 8 ? 8 * token_tile : tokens - 8;
+}
+
+inline void set_token_tiles(BitmapLinearArgs& args) {
+  for (int i = 0; i < 8; ++i) args.token_tiles[i] = first_token(i, args.tokens) * args.x_stride * 2;
+}
 
 template <int TokenTiles>
 struct BitmapLinearPlan {
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTokens = 8 * TokenTiles;
-  static constexpr int kRowTiles = TokenTiles <= 2 ? 1 : 2;  // of a warp
-  static constexpr int kColumnTiles = 2 / kRowTiles;         // of a stage
-  static constexpr int kRows = kTileRows * kRowTiles * kWarps;
-  static constexpr int kColumns = kTileColumns * kColumnTiles;
-  static constexpr int kStages = 3;
-  static constexpr int kXBytes = kTokens * kColumns * 2;
+  static constexpr int kRowTiles = TokenTiles <= 2 ? 1 : 2;        // of a warp
+  static constexpr int kColumnTiles = 2 / kRowTiles;               // of a stage
+  static constexpr int kRowWarps = 4;                              // one below the other
+  static constexpr int kColumnWarps = TokenTiles == 4 ? 2 : 1;     // side by side, their sums are added
+  static constexpr int kStageTiles = kColumnTiles * kColumnWarps;  // of a block
+  static constexpr int kWarps = kRowWarps * kColumnWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocks = TokenTiles == 1 ? 6 : TokenTiles == 2 ? 5 : 2;
+  static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
+  static constexpr int kRingBytes = 8192 / kRowTiles, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
-
-  static PYFAST_HOST_DEVICE constexpr int stage_bytes(int room) {
-    return kXBytes + kWarps * 2 * (kTileBitmapBytes + room);
-  }
-  static PYFAST_HOST_DEVICE constexpr int shared_bytes(int room, int) {
-    const int pipeline = kStages * stage_bytes(room) + kWarps * 2 * kStages * 4 * 8;
-    const int sums = kTokens * kSumStride * 4;
-    return pipeline > sums ? pipeline : sums;
-  }
+  static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
+  static constexpr int kPipelineBytes = kWarps * kRowTiles * kRingSpace;
+  static constexpr int kSharedBytes =
+      kPipelineBytes > kColumnWarps* kSumBytes ? kPipelineBytes : kColumnWarps * kSumBytes;
 };
 
 #if defined(PYFAST_KERNELS)
 
-// The 16 elements of a quarter row as eight registers: values[0], values[1], … where a bit is set, else zero.
-PYFAST_DEVICE void expand_quarter(uint32_t bits, const uint16_t* values, uint32_t (&pairs)[8]) {
-  PYFAST_UNROLL
-  for (int pair = 0; pair < 8; ++pair) {
-    uint32_t first = 0, second = 0;
-    if (bits >> 2 * pair & 1u) first = *values++;
-    if (bits >> 2 * pair & 2u) second = *values++;
-    pairs[pair] = ptx::byte_permute(first, second, 0x5410u);
-  }
-}
-
-// [warp] The elements of a tile as fragments: upper[2s], lower[2s], upper[2s + 1], lower[2s + 1] are a[0 … 3] of step
-// s.
-template <class Stream>
-PYFAST_DEVICE void expand_tile(const Stream& stream, const unsigned char* slot, const typename Stream::Tile& tile,
-                               uint32_t (&upper)[8], uint32_t (&lower)[8]) {
-  const uint16_t* const quarters = reinterpret_cast<const uint16_t*>(slot);
-  uint32_t first = quarters[stream.lane], second = quarters[32 + stream.lane];
-  const uint32_t counts = static_cast<uint32_t>(ptx::popc(first) | ptx::popc(second) << 16);
-  const uint32_t scan = inclusive_scan(counts, stream.lane);
-  const uint32_t total = ptx::shfl(scan, 31), before = scan - counts;
-  const int rows_0_to_7 = static_cast<int>(total & 0xffffu);
-  if (rows_0_to_7 + static_cast<int>(total >> 16) != tile.count) first = second = 0;
-  const int at = static_cast<int>(before & 0xffffu), below = rows_0_to_7 + static_cast<int>(before >> 16);
-  if (tile.fits) {
-    const uint16_t* const values = reinterpret_cast<const uint16_t*>(slot + kTileBitmapBytes) + tile.head;
-    expand_quarter(first, values + at, upper);
-    expand_quarter(second, values + below, lower);
-  } else {
-    const uint16_t* const values = stream.weight.values + tile.begin;
-    expand_quarter(first, values + at, upper);
-    expand_quarter(second, values + below, lower);
-  }
-}
-
 template <class T, int TokenTiles>
-__global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads)
+__global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, BitmapLinearPlan<TokenTiles>::kBlocks)
     bitmap_linear_kernel(const BitmapLinearArgs args) {
   using Plan = BitmapLinearPlan<TokenTiles>;
-  using Stream = BitmapStream<Plan::kStages, Plan::kRowTiles>;
+  using Ring = BitmapRing<Plan::kRingBytes, Plan::kRingBytes / 4>;
   PYFAST_DYNAMIC_SHARED(shared);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int g = lane / 4, t = lane % 4;
-  const int stage_bytes = Plan::stage_bytes(args.room);
-  const int all_stages = (static_cast<int>(args.weight.tiles_a_row) + Plan::kColumnTiles - 1) / Plan::kColumnTiles;
-  const int first_stage = static_cast<int>(blockIdx.x) * args.split_stages;
-  const int64_t first_row_tile = (static_cast<int64_t>(blockIdx.y) * Plan::kWarps + warp) * Plan::kRowTiles;
-  const Stream stream{args.weight,
-                      shared + Plan::kXBytes + warp * 2 * (kTileBitmapBytes + args.room),
-                      stage_bytes,
-                      args.room,
-                      reinterpret_cast<int64_t*>(shared + Plan::kStages * stage_bytes) + warp * 8 * Plan::kStages,
-                      first_row_tile,
-                      first_stage * Plan::kColumnTiles,
-                      all_stages - first_stage < args.split_stages ? all_stages - first_stage : args.split_stages,
-                      lane};
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
+  const int row_warp = static_cast<int>(threadIdx.x / 32 % Plan::kRowWarps);
+  const int part = Plan::kColumnWarps == 1 ? 0 : static_cast<int>(threadIdx.x / (32 * Plan::kRowWarps));
+  const int tiles_a_row = static_cast<int>(args.weight.tiles_a_row);
 
-  const auto fetch_x = [&](int stage) {
-    if (stage >= stream.stages) return;
-    constexpr int kChunks = Plan::kColumns / 8;  // of a token
-    unsigned char* const to = shared + stage % Plan::kStages * stage_bytes;
-    const int column = (first_stage + stage) * Plan::kColumns;
+  // `left` tiles from column tile `first` on, of kRowTiles row tiles from `row` on. Below the last one the last one is
+  // done once more, and not stored.
+  const int row_tiles = static_cast<int>((args.out.n + kTileRows - 1) / kTileRows);
+  const int row = (static_cast<int>(blockIdx.y) * Plan::kRowWarps + row_warp) * Plan::kRowTiles;
+  const int share = args.split_stages * Plan::kColumnTiles;
+  const int first = (static_cast<int>(blockIdx.x) * Plan::kColumnWarps + part) * share;
+  int left = row >= row_tiles ? 0 : tiles_a_row - first < share ? tiles_a_row - first : share;
+
+  Ring rings[Plan::kRowTiles];
+  const int64_t number = static_cast<int64_t>(row) * tiles_a_row + first;
+  const int below = row + 1 < row_tiles ? tiles_a_row : 0;  // from a row tile to the next
+  PYFAST_UNROLL
+  for (int i = 0; i < Plan::kRowTiles; ++i)
+    rings[i].open(args.weight, shared + (warp * Plan::kRowTiles + i) * Plan::kRingSpace, number + i * below, left,
+                  lane);
+  // The lane's columns of x, of the token g of the first token tile; with up to 8 tokens there may be none.
+  const unsigned char* x = reinterpret_cast<const unsigned char*>(args.x) +
+                           2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileColumns + 16 * t);
+
+  // The bits of the two tiles of a stage, a stage ahead.
+  uint16_t bits[2][2] = {};
+  const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
+  const auto fetch_bits = [&](int there) {
     PYFAST_UNROLL
-    for (int i = thread; i < Plan::kTokens * kChunks; i += Plan::kThreads) {
-      const int token = i / kChunks, chunk = i % kChunks;
-      const bool there = token < args.tokens && column + 8 * chunk < args.k;
-      ptx::cp_async<16>(to + (token * kChunks + (chunk ^ (token & 1))) * 16,
-                        args.x + (there ? token * args.x_stride + column + 8 * chunk : 0), there ? 16 : 0);
+    for (int slot = 0; slot < 2; ++slot) {
+      const uint16_t* const from = quarters + 64 * (Plan::kRowTiles == 2 ? slot * below : slot);
+      if (there <= slot / Plan::kRowTiles) continue;
+      bits[slot][0] = ptx::ld_nc(from);
+      bits[slot][1] = ptx::ld_nc(from + 32);
     }
+    quarters += 64 * Plan::kColumnTiles;
   };
-  stream.begin(fetch_x);
+  const auto arrive = [] {
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::syncwarp();
+  };
+  fetch_bits(left);
+  PYFAST_UNROLL
+  for (int i = 0; i < Plan::kRowTiles; ++i) rings[i].fetch(lane);
 
   float sums[Plan::kRowTiles][TokenTiles][4] = {};
-  for (int stage = 0; stage < stream.stages; ++stage) {
-    ptx::cp_async_wait<Plan::kStages - 2>();
-    ptx::syncthreads();
-    fetch_x(stage + Plan::kStages - 1);  // where every warp has done the stage before
-    stream.fetch(stage + Plan::kStages - 1);
-    ptx::cp_async_commit();
-    const unsigned char* const x = shared + stage % Plan::kStages * stage_bytes;
-    const unsigned char* const slots = stream.slots + stage % Plan::kStages * stage_bytes;
+  for (; left > 0; left -= Plan::kColumnTiles) {
+    uint32_t arrived[Plan::kRowTiles], held[2];
+    arrive();
     PYFAST_UNROLL
-    for (int column_tile = 0; column_tile < Plan::kColumnTiles; ++column_tile) {
-      uint32_t upper[Plan::kRowTiles][8], lower[Plan::kRowTiles][8];
+    for (int slot = 0; slot < 2; ++slot)
+      held[slot] = static_cast<uint32_t>(bits[slot][0]) | static_cast<uint32_t>(bits[slot][1]) << 16;
+    if (Plan::kColumnTiles == 2 && left == 1) held[1] = 0;  // none is there
+    fetch_bits(left - Plan::kColumnTiles);
+    PYFAST_UNROLL
+    for (int i = 0; i < Plan::kRowTiles; ++i) {
+      arrived[i] = rings[i].fetched;
+      rings[i].fetch(lane);
+    }
+
+    BitmapRuns runs[2];
+    uint32_t at[2][2];
+    PYFAST_UNROLL
+    for (int slot = 0; slot < 2; ++slot) {
+      runs[slot] = bitmap_runs(held[slot]);
+      rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
+    }
+    bool late = false;
+    PYFAST_UNROLL
+    for (int i = 0; i < Plan::kRowTiles; ++i) late = late || rings[i].at > arrived[i];
+    if (late) {
+      arrive();
       PYFAST_UNROLL
-      for (int row_tile = 0; row_tile < Plan::kRowTiles; ++row_tile) {
-        const int tile = column_tile + row_tile;
-        expand_tile(stream, slots + tile * stream.slot_bytes(), stream.tile_of(stage, tile), upper[row_tile],
-                    lower[row_tile]);
+      for (int slot = 0; slot < 2; ++slot)
+        if (rings[slot % Plan::kRowTiles].at > rings[slot % Plan::kRowTiles].end) runs[slot].bits = 0;
+    }
+
+    // Half of a tile's columns: steps 2·half and 2·half + 1.
+    const auto multiply = [&](auto half, int right) {
+      constexpr int kHalf = decltype(half)::value;
+      uint32_t upper[Plan::kRowTiles][4], lower[Plan::kRowTiles][4];
+      PYFAST_UNROLL
+      for (int i = 0; i < Plan::kRowTiles; ++i) {
+        expand_half<0, kHalf>(runs[i + right], at[i + right][0], upper[i]);
+        expand_half<1, kHalf>(runs[i + right], at[i + right][1], lower[i]);
       }
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
-        const int token = 8 * token_tile + g, chunk = 8 * column_tile + 2 * t;
-        const unsigned char* const row = x + token * Plan::kColumns * 2;
-        const Words4 b[2] = {*reinterpret_cast<const Words4*>(row + (chunk ^ (token & 1)) * 16),
-                             *reinterpret_cast<const Words4*>(row + ((chunk + 1) ^ (token & 1)) * 16)};
+        const unsigned char* const from =
+            x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
+        const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
+        const uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
         PYFAST_UNROLL
-        for (int step = 0; step < 4; ++step) {
-          const Words4& words = b[step / 2];
-          const uint32_t both[2] = {step % 2 == 0 ? words.x : words.z, step % 2 == 0 ? words.y : words.w};
-          PYFAST_UNROLL
-          for (int row_tile = 0; row_tile < Plan::kRowTiles; ++row_tile) {
-            const uint32_t a[4] = {upper[row_tile][2 * step], lower[row_tile][2 * step], upper[row_tile][2 * step + 1],
-                                   lower[row_tile][2 * step + 1]};
-            ptx::mma_m16n8k16<T>(sums[row_tile][token_tile], a, both, sums[row_tile][token_tile]);
-          }
+        for (int step = 0; step < 2; ++step) PYFAST_UNROLL
+        for (int i = 0; i < Plan::kRowTiles; ++i) {
+          const uint32_t a[4] = {upper[i][2 * step], lower[i][2 * step], upper[i][2 * step + 1],
+                                 lower[i][2 * step + 1]};
+          ptx::mma_m16n8k16<T>(sums[i][token_tile], a, b[step], sums[i][token_tile]);
         }
       }
+    };
+    PYFAST_UNROLL
+    for (int right = 0; right < Plan::kColumnTiles; ++right) {
+      if (right > 0 && left <= right) break;
+      multiply(std::integral_constant<int, 0>{}, right);
+      multiply(std::integral_constant<int, 1>{}, right);
     }
+    x += 2 * Plan::kColumnTiles * kTileColumns;
   }
+  ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   ptx::syncthreads();
 
   float* const totals = reinterpret_cast<float*>(shared);
-  float* const own = totals + warp * Plan::kRowTiles * kTileRows;
+  float* const own = totals + part * (Plan::kSumBytes / 4) + row_warp * Plan::kRowTiles * kTileRows;
   PYFAST_UNROLL
-  for (int row_tile = 0; row_tile < Plan::kRowTiles; ++row_tile) PYFAST_UNROLL
+  for (int i = 0; i < Plan::kRowTiles; ++i) PYFAST_UNROLL
   for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
-  for (int i = 0; i < 4; ++i)
-    own[(8 * token_tile + 2 * t + i % 2) * Plan::kSumStride + 16 * row_tile + g + i / 2 * 8] =
-        sums[row_tile][token_tile][i];
+  for (int j = 0; j < 4; ++j) {
+    const int token = first_token(token_tile, args.tokens) + 2 * t + j % 2;
+    if (token >= 8 * token_tile) own[token * Plan::kSumStride + 16 * i + g + j / 2 * 8] = sums[i][token_tile][j];
+  }
   ptx::syncthreads();
-  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kRows, Plan::kSumStride>(
+  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kRows, Plan::kSumStride, Plan::kColumnWarps, Plan::kSumBytes / 4>(
       totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kRows);
 }
 

@@ -36,13 +36,12 @@ PYFAST_HOST_DEVICE int bitmap_readable(int64_t begin, int count, int64_t stored)
 #if defined(PYFAST_KERNELS)
 
 // [warp] The sum of `count` over the lanes up to and including this one.
-PYFAST_DEVICE uint32_t inclusive_scan(uint32_t count, int lane) {
-  PYFAST_UNROLL
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t below = ptx::shfl_up(count, distance);
-    if (lane >= distance) count += below;
-  }
-  return count;
+PYFAST_DEVICE uint32_t inclusive_scan(uint32_t count) {
+  count = ptx::add_from_below<1>(count);
+  count = ptx::add_from_below<2>(count);
+  count = ptx::add_from_below<4>(count);
+  count = ptx::add_from_below<8>(count);
+  return ptx::add_from_below<16>(count);
 }
 
 #endif

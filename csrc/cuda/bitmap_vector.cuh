@@ -27,6 +27,7 @@
 #pragma once
 
 #include "bitmap_linear.cuh"
+#include "bitmap_stream.cuh"
 
 namespace pyfast::cuda {
 
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
       const unsigned char* const slot = stream.slots + stage % Plan::kStages * stage_bytes + i * stream.slot_bytes();
       const uint16_t* const row = x + (stage * Plan::kColumns + i * kTileColumns + lane % 2 * 32) * Tokens;
       uint32_t bits = reinterpret_cast<const uint32_t*>(slot)[lane];
-      const uint32_t count = static_cast<uint32_t>(ptx::popc(bits)), scan = inclusive_scan(count, lane);
+      const uint32_t count = static_cast<uint32_t>(ptx::popc(bits)), scan = inclusive_scan(count);
       if (static_cast<int>(ptx::shfl(scan, 31)) != tile.count || bits == 0) continue;
       if (tile.fits) {
         const int at = tile.head + static_cast<int>(scan - count);

@@ -40,11 +40,12 @@ inline Epilogue make_epilogue(const Tensor& y, const std::optional<Tensor>& bias
   return out;
 }
 
-// x [tokens, k] of 16 bits with rows at multiples of 16 bytes: a copy, padded with zeros, where it is not so.
-inline Tensor aligned_rows(const Tensor& x) {
-  const int64_t tail = x.size(1) % 8;
+// x [tokens, k] of 16 bits with rows of a multiple of `columns` (8 or a multiple of it) elements, at multiples of 16
+// bytes: a copy, padded with zeros, where it is not so.
+inline Tensor aligned_rows(const Tensor& x, int64_t columns = 8) {
+  const int64_t tail = x.size(1) % columns;
   const Tensor rows = x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
-  if (tail != 0) return torch::stable::pad(rows, {0, 8 - tail});
+  if (tail != 0) return torch::stable::pad(rows, {0, columns - tail});
   const bool aligned = is_aligned(rows.const_data_ptr(), 16) && (rows.size(0) == 1 || rows.stride(0) % 8 == 0);
   return aligned ? rows : torch::stable::clone(torch::stable::contiguous(rows));
 }

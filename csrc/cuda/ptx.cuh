@@ -59,6 +59,7 @@ inline constexpr bool kIsTensorCoreType = kIsBFloat16<T> || std::is_same_v<T, Fl
 
 namespace pyfast::cuda::ptx {
 
+// Where a variable lies in the shared memory of the block, in bytes; there are no others than below 2^18.
 PYFAST_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -102,6 +103,19 @@ PYFAST_DEVICE T shfl_down(T value, int by, uint32_t mask = kFullWarp) {
   return __shfl_down_sync(mask, value, static_cast<unsigned>(by));
 }
 
+// shfl.up and an addition under its predicate: value and that of lane (own - By), the own value where there is none.
+template <int By>
+PYFAST_DEVICE uint32_t add_from_below(uint32_t value) {
+  asm volatile(
+      "{ .reg .pred there;\n\t"
+      ".reg .b32 below;\n\t"
+      "shfl.sync.up.b32 below|there, %0, %1, 0, 0xffffffff;\n\t"
+      "@there add.u32 %0, %0, below; }"
+      : "+r"(value)
+      : "n"(By));
+  return value;
+}
+
 // vote.ballot: bit i is the predicate of lane i.
 PYFAST_DEVICE uint32_t ballot(bool predicate, uint32_t mask = kFullWarp) { return __ballot_sync(mask, predicate); }
 PYFAST_DEVICE bool any(bool predicate, uint32_t mask = kFullWarp) { return __any_sync(mask, predicate) != 0; }
@@ -134,10 +148,22 @@ PYFAST_DEVICE void keep(T& value) {
     asm volatile("" : "+r"(value));
 }
 
+// dp4a: sum plus the bytes of a times those of b. dp2a.lo: sum plus the halves of a times the two lower bytes of b.
+PYFAST_DEVICE uint32_t dot4(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
+PYFAST_DEVICE uint32_t dot2(uint32_t a, uint32_t b, uint32_t sum) {
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
 // ---- Global memory ------------------------------------------------------------------------------------------------
 // Pointers are multiples of the size of what they point to.
 
 // ld.global.nc: memory that no thread writes while the kernel runs.
+PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from) {
+  uint16_t half;
+  asm("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(__cvta_generic_to_global(from)));
+  return half;
+}
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from) {
   uint32_t word;
   asm("ld.global.nc.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
@@ -238,6 +264,33 @@ PYFAST_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" : :
 template <int Pending>
 PYFAST_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(Pending) : "memory");
+}
+
+// ---- Shared memory under predicates --------------------------------------------------------------------------------
+
+// ld.shared.u16 of 8 places, each where its bit, the First-th of `bits` or one of the 7 above it, is set; else zero.
+// Place 2i lies at the shared address at[i], place 2i + 1 ends at at[i + 1]; words[i] holds both, the first in the
+// lower half. The tests of 7 bits stand together because ptxas then takes them out of the register at once (R2P).
+template <int First>
+PYFAST_DEVICE void load_marked(uint32_t (&words)[4], uint32_t bits, const uint32_t (&at)[5]) {
+#define PYFAST_TEST(place) "and.b32 word, %9, (1 << (%10 + " #place "));\n\tsetp.ne.u32 p" #place ", word, 0;\n\t"
+#define PYFAST_LOAD(place, address) \
+  "mov.b32 v" #place ", 0;\n\t@p" #place " ld.shared.u16 v" #place ", [" address "];\n\t"
+  asm volatile(
+      "{ .reg .pred p<8>;\n\t"
+      ".reg .b32 v<8>, word;\n\t"  //
+      PYFAST_TEST(0) PYFAST_TEST(1) PYFAST_TEST(2) PYFAST_TEST(3) PYFAST_TEST(4) PYFAST_TEST(5) PYFAST_TEST(6)
+      PYFAST_LOAD(0, "%4") PYFAST_LOAD(1, "%5+-2") PYFAST_LOAD(2, "%5") PYFAST_LOAD(3, "%6+-2")
+      PYFAST_LOAD(4, "%6") PYFAST_LOAD(5, "%7+-2") PYFAST_LOAD(6, "%7") PYFAST_TEST(7) PYFAST_LOAD(7, "%8+-2")
+      "prmt.b32 %0, v0, v1, 0x5410;\n\t"
+      "prmt.b32 %1, v2, v3, 0x5410;\n\t"
+      "prmt.b32 %2, v4, v5, 0x5410;\n\t"
+      "prmt.b32 %3, v6, v7, 0x5410; }"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+      : "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(bits), "n"(First)
+      : "memory");
+#undef PYFAST_TEST
+#undef PYFAST_LOAD
 }
 
 // ---- Tensor cores -------------------------------------------------------------------------------------------------

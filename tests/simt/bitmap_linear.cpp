@@ -7,33 +7,39 @@ using namespace pyfast::cuda;
 
 namespace {
 
+int stages_of_split(const BitmapLinearArgs& args, int stage_tiles, unsigned splits) {
+  const int stages = (static_cast<int>(args.weight.tiles_a_row) + stage_tiles - 1) / stage_tiles;
+  return (stages + static_cast<int>(splits) - 1) / static_cast<int>(splits);
+}
+
 template <class Plan, class T, class Kernel>
-void launch(BitmapLinearArgs args, Kernel kernel, unsigned splits, bool cluster) {
-  const int stages = (static_cast<int>(args.weight.tiles_a_row) + Plan::kColumnTiles - 1) / Plan::kColumnTiles;
-  args.split_stages = (stages + static_cast<int>(splits) - 1) / static_cast<int>(splits);
+void launch(BitmapLinearArgs args, Kernel kernel, int shared_bytes, unsigned splits, bool cluster) {
   const bool two_kernels = splits > 1 && !cluster;
   if (two_kernels)
     args.partial =
         static_cast<float*>(simt::scratch(static_cast<size_t>(splits * args.tokens * args.out.n) * sizeof(float)));
   const unsigned blocks = static_cast<unsigned>((args.out.n + Plan::kRows - 1) / Plan::kRows);
-  simt::launch({{splits, blocks},
-                {Plan::kThreads},
-                cluster ? splits : 1,
-                static_cast<size_t>(Plan::shared_bytes(args.room, args.split_stages))},
-               kernel, args);
+  simt::launch({{splits, blocks}, {Plan::kThreads}, cluster ? splits : 1, static_cast<size_t>(shared_bytes)}, kernel,
+               args);
   if (two_kernels)
     simt::launch({{static_cast<unsigned>((args.out.n + 255) / 256), static_cast<unsigned>(args.tokens)}, {256}},
                  reduce_splits_kernel<T>, args.out, args.partial, static_cast<int>(splits));
 }
 
 template <class T, int TokenTiles>
-void matrix(const BitmapLinearArgs& args, unsigned splits, bool cluster) {
-  launch<BitmapLinearPlan<TokenTiles>, T>(args, bitmap_linear_kernel<T, TokenTiles>, splits, cluster);
+void matrix(BitmapLinearArgs args, unsigned splits, bool cluster) {
+  using Plan = BitmapLinearPlan<TokenTiles>;
+  args.split_stages = stages_of_split(args, Plan::kStageTiles, splits);
+  set_token_tiles(args);
+  launch<Plan, T>(args, bitmap_linear_kernel<T, TokenTiles>, Plan::kSharedBytes, splits, cluster);
 }
 
 template <class T, int Tokens>
-void vector(const BitmapLinearArgs& args, unsigned splits, bool cluster) {
-  launch<BitmapVectorPlan<Tokens>, T>(args, bitmap_vector_kernel<T, Tokens>, splits, cluster);
+void vector(BitmapLinearArgs args, unsigned splits, bool cluster) {
+  using Plan = BitmapVectorPlan<Tokens>;
+  args.split_stages = stages_of_split(args, Plan::kColumnTiles, splits);
+  const int shared_bytes = Plan::shared_bytes(args.room, args.split_stages);
+  launch<Plan, T>(args, bitmap_vector_kernel<T, Tokens>, shared_bytes, splits, cluster);
 }
 
 template <class T>
@@ -58,13 +64,13 @@ void choose(const BitmapLinearArgs& args, unsigned splits, bool cluster) {
 
 SIMT_EXPORT bitmap_linear(const uint16_t* x, const uint16_t* values, const uint32_t* bitmaps, const int64_t* offsets,
                           const uint16_t* bias, const uint16_t* mul, uint16_t* y, int64_t tokens, int64_t n, int64_t k,
-                          int64_t stored, int64_t mean, int64_t activation, int64_t splits, int64_t cluster,
-                          int64_t bfloat16) {
+                          int64_t width, int64_t stored, int64_t mean, int64_t activation, int64_t splits,
+                          int64_t cluster, int64_t bfloat16) {
   const int64_t across = (k + kTileColumns - 1) / kTileColumns, down = (n + kTileRows - 1) / kTileRows;
   BitmapLinearArgs args{};
   args.weight = {values, bitmaps, offsets, stored, static_cast<uint32_t>(across * down), static_cast<uint32_t>(across)};
-  args.x = x, args.x_stride = k;
-  args.tokens = static_cast<int32_t>(tokens), args.k = static_cast<int32_t>(k);
+  args.x = x, args.x_stride = width;
+  args.tokens = static_cast<int32_t>(tokens), args.k = static_cast<int32_t>(width);
   args.room = bitmap_room(mean);
   args.out = {bias, mul, y, n, static_cast<Activation>(activation)};
   if (bfloat16) {
@@ -78,10 +84,10 @@ SIMT_EXPORT bitmap_linear(const uint16_t* x, const uint16_t* values, const uint3
 // those of 1, 2 and 4 tokens.
 SIMT_EXPORT bitmap_shared_bytes(int32_t* bytes, int64_t mean, int64_t stages) {
   const int room = bitmap_room(mean), split_stages = static_cast<int>(stages);
-  bytes[0] = BitmapLinearPlan<1>::shared_bytes(room, split_stages);
-  bytes[1] = BitmapLinearPlan<2>::shared_bytes(room, split_stages);
-  bytes[2] = BitmapLinearPlan<4>::shared_bytes(room, split_stages);
-  bytes[3] = BitmapLinearPlan<8>::shared_bytes(room, split_stages);
+  bytes[0] = BitmapLinearPlan<1>::kSharedBytes;
+  bytes[1] = BitmapLinearPlan<2>::kSharedBytes;
+  bytes[2] = BitmapLinearPlan<4>::kSharedBytes;
+  bytes[3] = BitmapLinearPlan<8>::kSharedBytes;
   bytes[4] = BitmapVectorPlan<1>::shared_bytes(room, split_stages);
   bytes[5] = BitmapVectorPlan<2>::shared_bytes(room, split_stages);
   bytes[6] = BitmapVectorPlan<4>::shared_bytes(room, split_stages);

@@ -96,7 +96,8 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   const bool agree = ptx::any(odd) == (last != 0) && ptx::all(odd) == (last == 32);
   const uint32_t swapped = ptx::byte_permute(word, next, 0x7610u);  // lower half of word, upper half of next
   const Floats2 pair = ptx::unpack<BFloat16>(ptx::pack<BFloat16>(1.5f, static_cast<float>(ptx::popc(word))));
-  const Float16 half = ptx::from_float<Float16>(ptx::exp2_approx(3.0f) + ptx::log2_approx(4.0f) * ptx::reciprocal_approx(1.0f));
+  const Float16 half =
+      ptx::from_float<Float16>(ptx::exp2_approx(3.0f) + ptx::log2_approx(4.0f) * ptx::reciprocal_approx(1.0f));
   out[lane] = static_cast<uint32_t>(ptx::popc(below)) + 100u * scan;
   out[32 + lane] = agree;
   out[64 + lane] = swapped;
@@ -105,6 +106,24 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   out[160 + lane] = static_cast<uint32_t>(ptx::highest_bit(word | 1u));
   out[192 + lane] = ptx::funnel_right(word, next, static_cast<uint32_t>(lane));
   out[224 + lane] = ptx::transpose_matrix(word);
+}
+
+// Each lane marks 16 of its words' bits: out[lane] = its first marked values of the 8 that `values` gives each lane, as
+// pairs at the places of the bits 8 to 15; out4, the sums of dot2 and dot4, add_from_below of all distances.
+__global__ void marked_pairs(const uint32_t* words, const uint16_t* values, uint32_t* out) {
+  PYFAST_DYNAMIC_SHARED(bytes);
+  uint16_t* const own = reinterpret_cast<uint16_t*>(bytes) + threadIdx.x * 8;
+  for (int i = 0; i < 8; ++i) own[i] = ptx::ld_nc(values + threadIdx.x * 8 + i);
+  const uint32_t word = words[threadIdx.x];
+  uint32_t at[5], pairs[4];
+  at[0] = ptx::shared_address(own);
+  for (int i = 0; i < 4; ++i) at[i + 1] = at[i] + 2 * ptx::popc(word >> (8 + 2 * i) & 3u);
+  ptx::load_marked<8>(pairs, word, at);
+  for (int i = 0; i < 4; ++i) out[32 * i + threadIdx.x] = pairs[i];
+  out[128 + threadIdx.x] = ptx::dot4(word, 0x04030201u, 7);
+  out[160 + threadIdx.x] = ptx::dot2(word, 0xffff0503u, 7);
+  out[192 + threadIdx.x] = ptx::add_from_below<1>(word);
+  out[224 + threadIdx.x] = ptx::add_from_below<16>(word);
 }
 
 // Copies 32·4 words with cp.async<4> in `Stages` stages, so that loads and the reversal of each row overlap.

@@ -19,6 +19,16 @@ namespace pyfast::cuda::ptx {
 
 using simt::Where;
 
+PYFAST_DEVICE int lane_index() {
+  const simt::Dim3 index = simt::thread_index(), size = simt::block_size();
+  return static_cast<int>((index.x + size.x * (index.y + size.y * index.z)) % 32);
+}
+
+// Addresses count from the memory of the launch, the only one that kernels address by number.
+PYFAST_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - simt::dynamic_shared());
+}
+
 PYFAST_DEVICE void syncthreads(Where where = Where::current()) { simt::block_barrier(where); }
 PYFAST_DEVICE void syncwarp(uint32_t mask = kFullWarp, Where where = Where::current()) {
   simt::warp_barrier(mask, where);
@@ -44,6 +54,12 @@ PYFAST_DEVICE T shfl_up(T value, int by, uint32_t mask = kFullWarp, Where where 
 template <class T>
 PYFAST_DEVICE T shfl_down(T value, int by, uint32_t mask = kFullWarp, Where where = Where::current()) {
   return shuffle(simt::Shuffle::down, value, by, mask, where);
+}
+
+template <int By>
+PYFAST_DEVICE uint32_t add_from_below(uint32_t value, Where where = Where::current()) {
+  const uint32_t below = shfl_up(value, By, kFullWarp, where);
+  return value + (lane_index() >= By ? below : 0);
 }
 
 PYFAST_DEVICE uint32_t ballot(bool predicate, uint32_t mask = kFullWarp, Where where = Where::current()) {
@@ -72,6 +88,14 @@ PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return word;
 }
 
+PYFAST_DEVICE uint32_t dot4(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 255u) * (b >> i & 255u);
+  return sum;
+}
+PYFAST_DEVICE uint32_t dot2(uint32_t a, uint32_t b, uint32_t sum) {
+  return sum + (a & 0xffffu) * (b & 255u) + (a >> 16) * (b >> 8 & 255u);
+}
+
 template <class T>
 PYFAST_DEVICE void keep(T&) {}
 
@@ -81,6 +105,7 @@ PYFAST_DEVICE T load(const T* from, Where where) {
   simt::load(&value, from, sizeof(T), where);
   return value;
 }
+PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return load(from, where); }
@@ -115,14 +140,25 @@ PYFAST_DEVICE void cp_async_wait() {
   simt::copy_wait(Pending);
 }
 
+template <int First>
+PYFAST_DEVICE void load_marked(uint32_t (&words)[4], uint32_t bits, const uint32_t (&at)[5],
+                               Where where = Where::current()) {
+  const auto from = [&](uint32_t address) {
+    return load(reinterpret_cast<const uint16_t*>(simt::dynamic_shared() + address), where);
+  };
+  for (int i = 0; i < 4; ++i) {
+    words[i] = bits >> (First + 2 * i) & 1u ? from(at[i]) : 0u;
+    if (bits >> (First + 2 * i) & 2u) words[i] |= static_cast<uint32_t>(from(at[i + 1] - 2)) << 16;
+  }
+}
+
 template <int Count, bool Transposed = false>
 PYFAST_DEVICE void ldmatrix(uint32_t (&words)[Count], const void* row, Where where = Where::current()) {
   static_assert(Count == 1 || Count == 2 || Count == 4);
   simt::load_matrices(words, Count, Transposed, row, where);
 }
 PYFAST_DEVICE uint32_t transpose_matrix(uint32_t word, Where where = Where::current()) {
-  const simt::Dim3 index = simt::thread_index(), size = simt::block_size();
-  const int lane = static_cast<int>((index.x + size.x * (index.y + size.y * index.z)) % 32), g = lane / 4, t = lane % 4;
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
   uint32_t column = 0;
   for (int half = 0; half < 2; ++half)
     column |= (shfl(word, 4 * (2 * t + half) + g / 2, kFullWarp, where) >> g % 2 * 16 & 0xffffu) << 16 * half;

@@ -1,0 +1,84 @@
+// The values of a row of bitmap tiles as one stream: tiles that follow each other in a row lie side by side in memory,
+// so that a warp reads from its first tile's values on, without looking where each tile begins: that it learns from the
+// bits, which it counts anyway.
+//
+//   stream      position 0 is the 16-byte chunk that holds the first value
+//   ring        positions modulo Bytes, in shared memory; its first 32 bytes once more behind its end, so that a run
+//               of 16 values that begins in the ring is never cut
+//
+// Copies come in steps of `Step` bytes, as far ahead as the ring holds. A stage (the tiles between two calls of
+// `fetch`) takes at most Bytes − Step, whatever is stored in it.
+//
+// Damaged tables give wrong values but no access outside the tensors: a stream ends where the table says, not after the
+// last value that is stored, and a stage that asks for more counts as empty.
+#pragma once
+
+#include "bitmap_expand.cuh"
+
+namespace pyfast::cuda {
+
+inline constexpr int kRingMirrorBytes = 32;
+
+#if defined(PYFAST_KERNELS)
+
+// Bytes: a power of two.
+template <int Bytes, int Step>
+struct BitmapRing {
+  static constexpr int kCopy = 512;  // of a warp's cp.async
+
+  unsigned char* ring;
+  const unsigned char* source;  // of the lane's chunk of the first step
+  uint32_t at, fetched, end;    // positions: of the next value, of the next step, behind the last value
+
+  // The values of `tiles` tiles of a row from tile `first` on; `memory`: Bytes and the mirror, at a multiple of 16.
+  PYFAST_DEVICE void open(const BitmapWeight<const uint16_t>& weight, unsigned char* memory, int64_t first, int tiles,
+                          int lane) {
+    int64_t from = 0, to = 0;
+    if (tiles > 0) from = weight.offsets[first], to = weight.offsets[first + tiles];
+    const bool sound = from >= 0 && to >= from && to <= weight.stored && to - from <= int64_t{tiles} * kTileElements;
+    if (!sound) from = to = 0;
+    const uint32_t head = static_cast<uint32_t>(from & 7);
+    ring = memory;
+    source = reinterpret_cast<const unsigned char*>(weight.values + (from - head)) + 16 * lane;
+    at = 2 * head;
+    fetched = 0;
+    end = 2 * (head + static_cast<uint32_t>(to - from));
+  }
+
+  // Where the two runs of the tile at `at` begin: shared addresses. `at` moves behind the tile.
+  PYFAST_DEVICE void take(const BitmapRuns& runs, uint32_t (&from)[2]) {
+    const uint32_t base = ptx::shared_address(ring);
+    at = bitmap_runs_begin(runs, at, from);
+    from[0] = base + (from[0] & (Bytes - 1));
+    from[1] = base + (from[1] & (Bytes - 1));
+  }
+
+  // Begins copies until the ring is full: what lies before `at` is read no more.
+  PYFAST_DEVICE void fetch(int lane) {
+    unsigned char* const own = ring + 16 * lane;
+    while (static_cast<int32_t>(at + (Bytes - Step) - fetched) >= 0 && fetched < end) {
+      const uint32_t place = fetched & (Bytes - 1);
+      const bool mirror = place == 0 && lane < kRingMirrorBytes / 16;
+      const unsigned char* const from = source + fetched;
+      if (end - fetched >= Step) {
+        PYFAST_UNROLL
+        for (int i = 0; i < Step; i += kCopy) ptx::cp_async<16>(own + place + i, from + i);
+        if (mirror) ptx::cp_async<16>(own + Bytes, from);
+        fetched += Step;
+      } else {
+        // Whole chunks, then the one that the end cuts.
+        const int rest = static_cast<int>(end - fetched) - 16 * lane, cut = rest % kCopy;
+        PYFAST_UNROLL
+        for (int i = 0; i < Step; i += kCopy)
+          if (rest >= i + 16) ptx::cp_async<16>(own + place + i, from + i);
+        if (cut > 0 && cut < 16) ptx::cp_async<16>(own + place + rest - cut, from + rest - cut, cut);
+        if (mirror && rest > 0) ptx::cp_async<16>(own + Bytes, from, rest < 16 ? rest : 16);
+        fetched = end;
+      }
+    }
+  }
+};
+
+#endif
+
+}  // namespace pyfast::cuda
