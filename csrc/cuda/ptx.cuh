@@ -59,6 +59,7 @@ inline constexpr bool kIsTensorCoreType = kIsBFloat16<T> || std::is_same_v<T, Fl
 
 namespace pyfast::cuda::ptx {
 
+// The address of a variable among the 32-bit ones of shared memory.
 PYFAST_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -124,6 +125,9 @@ PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) { 
 // prmt: nibble i of selector names the byte (0–3 of a, 4–7 of b) that becomes byte i.
 PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
+// dp4a.u32.u32: sum + Σ a[i]·b[i] over the four bytes.
+PYFAST_DEVICE uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
+
 // ---- Global memory ------------------------------------------------------------------------------------------------
 // Pointers are multiples of the size of what they point to.
 
@@ -147,6 +151,18 @@ PYFAST_DEVICE Words4 ld_nc(const Words4* from) {
 }
 
 // The same for memory that is read once: not kept in L1.
+PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from) {
+  uint32_t word;
+  asm("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  return word;
+}
+PYFAST_DEVICE Words2 ld_streaming(const Words2* from) {
+  Words2 words;
+  asm("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+      : "=r"(words.x), "=r"(words.y)
+      : "l"(__cvta_generic_to_global(from)));
+  return words;
+}
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from) {
   Words4 words;
   asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -188,6 +204,26 @@ PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count) {
                : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
                : "memory");
   return number;
+}
+
+// ---- Shared memory by address
+// ----------------------------------------------------------------------------------------
+
+// ld.shared: Words is uint32_t, Words2 or Words4, at a multiple of its size. Plain loads do the same; this one adds no
+// base to an address that was computed from shared_address.
+template <class Words>
+PYFAST_DEVICE Words ld_shared(uint32_t address) {
+  Words words;
+  if constexpr (std::is_same_v<Words, uint32_t>)
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words) : "r"(address) : "memory");
+  else if constexpr (std::is_same_v<Words, Words2>)
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
+  else
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address)
+                 : "memory");
+  return words;
 }
 
 // ---- Copies into shared memory ------------------------------------------------------------------------------------
@@ -312,6 +348,15 @@ PYFAST_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// fma.rn.f32 under a predicate: sum += a·b unless bits is 0.
+PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
+  asm("{ .reg .pred holds;\n\t"
+      "setp.ne.u32 holds, %3, 0;\n\t"
+      "@holds fma.rn.f32 %0, %1, %2, %0; }"
+      : "+f"(sum)
+      : "f"(a), "f"(b), "r"(bits));
 }
 
 // rcp.approx.ftz.f32: 1 / x, to one unit in the last place.

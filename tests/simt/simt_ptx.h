@@ -71,6 +71,10 @@ PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return word;
 }
+PYFAST_DEVICE uint32_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 255u) * (b >> i & 255u);
+  return sum;
+}
 
 template <class T>
 PYFAST_DEVICE T load(const T* from, Where where) {
@@ -81,6 +85,8 @@ PYFAST_DEVICE T load(const T* from, Where where) {
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE Words2 ld_streaming(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE void st_streaming(Words4* to, const Words4& words, Where where = Where::current()) {
   simt::store(to, &words, sizeof(words), where);
@@ -96,6 +102,15 @@ PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value, Where where = Where:
 }
 PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count, Where where = Where::current()) {
   return simt::ticket(counter, count, where);
+}
+
+// Addresses are those in the shared memory that the launch sizes.
+PYFAST_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - simt::dynamic_shared());
+}
+template <class Words>
+PYFAST_DEVICE Words ld_shared(uint32_t address, Where where = Where::current()) {
+  return load(reinterpret_cast<const Words*>(simt::dynamic_shared() + address), where);
 }
 
 template <int Bytes>
@@ -136,6 +151,9 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
   simt::multiply_sparse(kIsBFloat16<T>, Selector, d, a, b, c, metadata, where);
 }
 
+PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
+  if (bits != 0) sum = __builtin_fmaf(a, b, sum);
+}
 PYFAST_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 PYFAST_DEVICE float log2_approx(float x) { return std::log2(x); }
 PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
