@@ -150,9 +150,9 @@ def test_the_layout_refuses_what_the_kernel_cannot_do() -> None:
     half = pyfast.BitmapWeight.from_dense(torch.randn(4, 64, dtype=torch.float16))
     with pytest.raises(TypeError, match="weight: got Sparse24Weight"):
         SlicedLayout.of(pyfast.Sparse24Weight.from_dense(torch.zeros(4, 64)))
-    with pytest.raises(TypeError, match="weight: got dtype .*float32"):
+    with pytest.raises(TypeError, match="weight: got dtype"):
         SlicedLayout.of(pyfast.BitmapWeight.from_dense(torch.randn(4, 64)))
-    with pytest.raises(TypeError, match="weight: got dtype .*int8"):
+    with pytest.raises(TypeError, match="weight: got dtype"):
         SlicedLayout.of(half.quantize())
     with pytest.raises(ValueError, match="multiprocessors: got 0"):
         SlicedLayout.of(half, multiprocessors=0)
@@ -273,20 +273,20 @@ def test_shared_memory_is_what_the_head_of_the_kernel_says() -> None:
 KERNEL = "sliced_linear.cuh"
 MUTANTS = {
     "x used before it is there": (
-        "kThreads>(shared, args);\n  ptx::syncthreads();",
-        "kThreads>(shared, args);",
+        "(Plan::kColumnBytes);\n  ptx::syncthreads();",
+        "(Plan::kColumnBytes);",
         2,
         "no barrier|nobody",
     ),
     "sums put down while others read x": (
-        "  }\n  ptx::syncthreads();\n\n  // The parts",
-        "  }\n\n  // The parts",
+        "  }\n  ptx::syncthreads();\n\n  // The sums",
+        "  }\n\n  // The sums",
         2,
         "no barrier",
     ),
     "parts read before they are there": (
-        "shares[thread] = {0, 0, 0, 0};\n  ptx::syncthreads();",
-        "shares[thread] = {0, 0, 0, 0};",
+        "shares[thread].parts = 0;\n  ptx::syncthreads();",
+        "shares[thread].parts = 0;",
         2,
         "no barrier|nobody",
     ),
@@ -304,25 +304,35 @@ MUTANTS = {
     ),
     "every block finishes": ("|| share.ticket + 1 != share.parts", "", 2, "no barrier|nobody"),
     "chunks past the last": ("if (first + i < last) ring", "ring", 1, "outside|past"),
-    "chunks past the last of a turn": ("if (kAhead + i < more) ring", "ring", 1, "outside|past"),
-    "rows past the last": ("if (row >= 0) write", "write", 1, "outside|past"),
-    "tokens past the last": ("pair < pairs && token < args.tokens", "pair < pairs", 3, "outside|past"),
+    "chunks past the last of a turn": (
+        "if (kAhead + i < more) ring",
+        "if (kAhead + i < more + 1) ring",
+        1,
+        "outside|past",
+    ),
+    "rows past the last": ("  if (row < 0) return;\n", "", 1, "outside|past"),
+    "tokens past the last": ("unit < units && token < args.tokens", "unit < units", 3, "outside|past"),
     "columns past the last": (
-        "pair < pairs && token < args.tokens",
+        "unit < units && token < args.tokens",
         "token < args.tokens",
         1,
         "outside|past",
     ),
-    "a chunk too many before the slice ends": ("if (i + 1 == left)", "if (i == left)", 1, None),
+    "a chunk too many before the slice ends": ("if (i + 1 == left)", "if (i == left)", 1, "nobody"),
     "ring not turned": ("turn < turned", "turn < 0", 1, None),
-    "the column of the slice before": ("    at = base;\n", "", 1, None),
+    "the column of the slice before": ("    at = base;\n", "", 1, "nobody"),
     "sums of the slice before": ("sums[token] = 0.0f;", "sums[token] += 0.0f;", 1, None),
     "start of a warp forgotten": ("base + args.starts[worker * 32 + lane] *", "base + 0 *", 1, None),
     "deltas in another order": ("deltas >> 4 * half &", "deltas >> 4 * (1 - half) &", 1, None),
     "addresses of single deltas": ("kScale >> 8 * (3 - i)", "kScale & 255u << 8 * i", 1, None),
     "halves of a pair exchanged": ("half == 0 ? weights.x : weights.y", "half == 1 ? weights.x : weights.y", 1, None),
-    "tokens exchanged": ("words[i][2 * j + 1], 0x5410u", "words[i][2 * j + 1], 0x1054u", 2, None),
-    "head as a tail": ("opens < from ? 0 : 1", "opens < from ? 1 : 0", 2, "no barrier|nobody|outside|not all|wrong"),
+    "tokens exchanged": ("ptx::byte_permute(pair, other, 0x5410u)", "ptx::byte_permute(pair, other, 0x1054u)", 2, None),
+    "head as a tail": (
+        "part.begin < from ? 0 : 1;",
+        "part.begin < from ? 1 : 0;",
+        2,
+        "no barrier|nobody|outside|not all|wrong",
+    ),
     "one part too few": ("part < share.parts; ++part", "part + 1 < share.parts; ++part", 2, None),
 }
 
@@ -333,13 +343,15 @@ def test_a_broken_kernel_fails(name: str) -> None:
     # One dtype and width and the kernels in question save most of the compilation.
     spared = ["choose_bits<Float16>(args, static_cast<unsigned>(blocks), bits);", "choose<T, 8>(args, blocks);"]
     library = host.build("sliced_linear", {("sliced_linear.cpp", text): "{}" for text in spared} | {(KERNEL, old): new})
-    # Blocks that share slices, and slices that end within a warp.
-    weights = torch.cat([sparse(32, 5000, 0.3), sparse(328, 5000, 0.001)])
+    # A slice that blocks share, and many that end within a warp; 10 chunks a warp, more than the ring holds, or fewer.
+    blocks = 8 if name == "chunks past the last" else 2
+    weights = torch.zeros(360, 8000, dtype=torch.bfloat16)
+    weights[:32], weights[32:, :60] = sparse(32, 8000, 0.3), sparse(328, 60, 0.1)
     if message is None:
-        assert not error(weights, tokens, 2, library=library) < 100
+        assert not error(weights, tokens, blocks, library=library) < 10
     else:
         with pytest.raises((host.SimtError, AssertionError), match=message):
-            error(weights, tokens, 2, library=library)
+            error(weights, tokens, blocks, library=library)
 
 
 def test_a_zero_entry_that_counts_is_seen() -> None:

@@ -171,6 +171,11 @@ PYFAST_DEVICE Words4 ld_streaming(const Words4* from) {
   return words;
 }
 
+// prefetch.global.L2: a hint that the 128 bytes around the address will be read soon.
+PYFAST_DEVICE void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(from)));
+}
+
 // st.global.cs: memory that is not read again soon.
 PYFAST_DEVICE void st_streaming(Words4* to, const Words4& words) {
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};"

@@ -50,13 +50,13 @@ struct SlicedLinearPlan {
   static_assert(Bits == 4 || Bits == 8);
   static constexpr int kWarps = 16;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kAhead = 6;
+  static constexpr int kAhead = Tokens <= 2 ? 8 : 6;
   static constexpr int kColumnBytes = Tokens == 1 ? 4 : 2 * Tokens;
   static constexpr int kSlots = 2 * kWarps;  // parts of slices in a block
   static constexpr int kSlotFloats = Tokens * kSliceRows;
-  static constexpr int kTableBytes = kSlots * 16 + 2 * 16;
+  static constexpr int kTableBytes = kSlots * 4 + 2 * (kSliceRows + 3) * 4;
 
-  // Where the table of parts begins: behind x, whose place the parts' sums take.
+  // Where the slots' table begins: behind x, whose place their sums take.
   static PYFAST_HOST_DEVICE constexpr int table_at(int columns) {
     const int x = (columns * kColumnBytes + 15) / 16 * 16, sums = kSlots * kSlotFloats * 4;
     return x > sums ? x : sums;
@@ -80,14 +80,10 @@ struct SlicedLinearArgs {
   Epilogue out;
 };
 
-// A slice of which a warp has a part: chunks [begin, end). closes: it is the last part in the block. -1: no slice.
-struct alignas(16) SlicePart {
-  int32_t slice, begin, end, closes;
-};
-
-// A slice that blocks share: `parts` of them from `first` on; 0: none.
-struct alignas(16) SharedSlice {
-  int32_t slice, first;
+// A slice that blocks share: `parts` of them from `first` on; no parts: none.
+struct SharedSlice {
+  int32_t rows[kSliceRows];
+  int32_t first;
   uint32_t parts, ticket;
 };
 
@@ -125,9 +121,16 @@ struct SlicedStream {
   }
 };
 
+// Word i of 4, 2 or 1.
+PYFAST_DEVICE uint32_t word_of(uint32_t word, int) { return word; }
+PYFAST_DEVICE uint32_t word_of(const Words2& words, int i) { return i == 0 ? words.x : words.y; }
+PYFAST_DEVICE uint32_t word_of(const Words4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
 // The bytes of the distances of entries 4·half … 4·half + 3.
 PYFAST_DEVICE uint32_t four_deltas(uint32_t deltas, int half) { return deltas >> 4 * half & 0x0f0f0f0fu; }
-PYFAST_DEVICE uint32_t four_deltas(const Words2& deltas, int half) { return half == 0 ? deltas.x : deltas.y; }
+PYFAST_DEVICE uint32_t four_deltas(const Words2& deltas, int half) { return word_of(deltas, half); }
 
 // sums[token] += value · x[token], x at `column` in shared memory, unless the value is +0.0. The value is one half of
 // pair.
@@ -175,53 +178,61 @@ PYFAST_DEVICE void add_chunk(float (&sums)[Tokens], const SlicedChunk<Bits>& chu
   }
 }
 
-// Brings x to shared memory, [column][token].
+// Brings x to shared memory, [column][token]. A thread takes 8, 4 or 2 neighbouring columns of all tokens, and stores
+// 16 bytes at a time.
 template <class T, int Tokens, int Threads>
 PYFAST_DEVICE void stage_columns(unsigned char* to, const SlicedLinearArgs& args) {
-  constexpr int kBatch = Tokens == 1 ? 8 : 16 / Tokens;
-  constexpr int kWords = Tokens == 1 ? 2 : Tokens;  // of two columns
-  const int pairs = args.columns / 2;
-  for (int first = static_cast<int>(threadIdx.x); first < pairs; first += kBatch * Threads) {
-    uint32_t words[kBatch][Tokens];
+  constexpr int kColumns = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
+  constexpr int kWords = Tokens == 1 ? 8 : kColumns * Tokens / 2;  // of 4 bytes, that they take in shared memory
+  constexpr int kBatch = Tokens == 1 ? 2 : 4;
+  using Unit = std::conditional_t<kColumns == 8, Words4, std::conditional_t<kColumns == 4, Words2, uint32_t>>;
+  const int units = args.columns / kColumns;
+  for (int first = static_cast<int>(threadIdx.x); first < units; first += kBatch * Threads) {
+    Unit read[kBatch][Tokens];
     PYFAST_UNROLL
     for (int i = 0; i < kBatch; ++i) PYFAST_UNROLL
     for (int token = 0; token < Tokens; ++token) {
-      const int pair = first + i * Threads;
-      words[i][token] = pair < pairs && token < args.tokens
-                            ? ptx::ld_nc(reinterpret_cast<const uint32_t*>(args.x + token * args.x_stride) + pair)
-                            : 0;
+      const int unit = first + i * Threads;
+      const bool there = unit < units && token < args.tokens;
+      read[i][token] =
+          there ? ptx::ld_nc(reinterpret_cast<const Unit*>(args.x + token * args.x_stride) + unit) : Unit{};
     }
     PYFAST_UNROLL
     for (int i = 0; i < kBatch; ++i) {
-      const int pair = first + i * Threads;
-      if (pair >= pairs) break;
-      uint32_t columns[kWords];
-      if constexpr (Tokens == 1) {
-        const Floats2 both = ptx::unpack<T>(words[i][0]);
-        columns[0] = __builtin_bit_cast(uint32_t, both.x), columns[1] = __builtin_bit_cast(uint32_t, both.y);
-      } else {
-        PYFAST_UNROLL
-        for (int j = 0; j < Tokens / 2; ++j) {
-          columns[j] = ptx::byte_permute(words[i][2 * j], words[i][2 * j + 1], 0x5410u);
-          columns[Tokens / 2 + j] = ptx::byte_permute(words[i][2 * j], words[i][2 * j + 1], 0x7632u);
+      const int unit = first + i * Threads;
+      if (unit >= units) break;
+      uint32_t words[kWords];
+      PYFAST_UNROLL
+      for (int column = 0; column < kColumns; column += 2) PYFAST_UNROLL
+      for (int token = 0; token < Tokens; token += 2) {
+        const uint32_t pair = word_of(read[i][token], column / 2);
+        if constexpr (Tokens == 1) {
+          const Floats2 both = ptx::unpack<T>(pair);
+          words[column] = __builtin_bit_cast(uint32_t, both.x);
+          words[column + 1] = __builtin_bit_cast(uint32_t, both.y);
+        } else {
+          const uint32_t other = word_of(read[i][token + 1], column / 2);
+          words[(column * Tokens + token) / 2] = ptx::byte_permute(pair, other, 0x5410u);
+          words[((column + 1) * Tokens + token) / 2] = ptx::byte_permute(pair, other, 0x7632u);
         }
       }
-      if constexpr (kWords == 2) {
-        reinterpret_cast<Words2*>(to)[pair] = {columns[0], columns[1]};
-      } else {
-        PYFAST_UNROLL
-        for (int j = 0; j < kWords; j += 4)
-          reinterpret_cast<Words4*>(to)[(pair * kWords + j) / 4] = {columns[j], columns[j + 1], columns[j + 2],
-                                                                    columns[j + 3]};
-      }
+      PYFAST_UNROLL
+      for (int j = 0; j < kWords; j += 4)
+        reinterpret_cast<Words4*>(to)[(unit * kWords + j) / 4] = {words[j], words[j + 1], words[j + 2], words[j + 3]};
     }
   }
 }
 
-template <class T>
-PYFAST_DEVICE void write_sum(const SlicedLinearArgs& args, int token, int slice, int lane, float sum) {
-  const int row = args.rows[slice * kSliceRows + lane];
-  if (row >= 0) write_output<T>(args.out, token, row, sum);
+// Finishes a row; -1: none.
+template <class T, int Tokens>
+PYFAST_DEVICE void write_row(const SlicedLinearArgs& args, int row, const float (&sums)[Tokens]) {
+  if (row < 0) return;
+  for (int token = 0; token < args.tokens; ++token) {
+    float sum = sums[0];
+    PYFAST_UNROLL
+    for (int i = 1; i < Tokens; ++i) sum = token == i ? sums[i] : sum;
+    write_output<T>(args.out, token, row, sum);
+  }
 }
 
 PYFAST_DEVICE int lowest_bit(uint32_t bits) { return ptx::highest_bit(bits & (0u - bits)); }
@@ -238,10 +249,19 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   const int from = block_begin(args, block), to = block_begin(args, block + 1);
   const int first = from + (to - from) * warp / Plan::kWarps, last = from + (to - from) * (warp + 1) / Plan::kWarps;
 
-  SlicedStream<Bits> stream{reinterpret_cast<const Words4*>(args.values), nullptr};
-  stream.deltas = reinterpret_cast<const SlicedDeltas<Bits>*>(args.deltas);
+  SlicedStream<Bits> stream{};
   const int64_t begins_at = static_cast<int64_t>(first) * 32 + lane;
-  stream.values += begins_at, stream.deltas += begins_at;
+  stream.values = reinterpret_cast<const Words4*>(args.values) + begins_at;
+  stream.deltas = reinterpret_cast<const SlicedDeltas<Bits>*>(args.deltas) + begins_at;
+
+  // Memory begins with the first chunks while x is fetched. Their loads come behind x: before it, its loads would be
+  // waited for together with them.
+  PYFAST_UNROLL
+  for (int i = 0; i < kAhead; i += 8)
+    if (first + i + lane / 4 < last) ptx::prefetch_l2(stream.values - lane + i * 32 + lane * 8);
+  if (lane < kAhead && first + lane < last) ptx::prefetch_l2(stream.deltas - lane + lane * 32);
+  stage_columns<T, Tokens, Plan::kThreads>(shared, args);
+
   SlicedChunk<Bits> ring[kAhead] = {};
   PYFAST_UNROLL
   for (int i = 0; i < kAhead; ++i)
@@ -250,7 +270,6 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   int slice = static_cast<int>(segment.x), begin = static_cast<int>(segment.y), end = static_cast<int>(segment.z);
   const uint32_t base = ptx::shared_address(shared);
   uint32_t at = base + args.starts[worker * 32 + lane] * static_cast<uint32_t>(Plan::kColumnBytes);
-  stage_columns<T, Tokens, Plan::kThreads>(shared, args);
   ptx::syncthreads();
 
   // Adds the chunks up to `stop`, kAhead of them a turn, so that each finds its place in the ring when the code is
@@ -273,25 +292,23 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
       stream.advance(kAhead);
     }
   };
-  SlicePart head_part{-1, 0, 0, 0}, tail_part{-1, 0, 0, 0};
+  // A slice that reaches beyond the warp's chunks: on the left (the head), or on the right alone (the tail).
+  struct Part {
+    int slice, begin, end, row;
+  };
+  Part head_part{-1, 0, 0, -1}, tail_part{-1, 0, 0, -1};
   while (chunk < last) {
     const int stop = end < last ? end : last;
-    const int next = stop < last ? args.ends[slice + 1] : 0;
+    const int row = args.rows[slice * kSliceRows + lane], next = stop < last ? args.ends[slice + 1] : 0;
     const int turned = walk(stop);
-    if (begin < first) {  // the first one
-      head_part = {slice, begin, end, end <= last || last == to};
+    if (begin < first) {
+      head_part = {slice, begin, end, row};
       PYFAST_UNROLL
       for (int token = 0; token < Tokens; ++token) head[token] = sums[token];
     } else if (end > last) {
-      tail_part = {slice, begin, end, last == to};
-      break;
+      tail_part = {slice, begin, end, row};
     } else {
-      for (int token = 0; token < args.tokens; ++token) {
-        float sum = sums[0];
-        PYFAST_UNROLL
-        for (int i = 1; i < Tokens; ++i) sum = token == i ? sums[i] : sum;
-        write_sum<T>(args, token, slice, lane, sum);
-      }
+      write_row<T>(args, row, sums);
     }
     if (stop == last) break;
     stream.advance(turned);
@@ -309,42 +326,42 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   }
   ptx::syncthreads();
 
-  // The parts of slices, two for each warp, whose sums take the place of x.
-  float* const slots = reinterpret_cast<float*>(shared);
-  SlicePart* const parts = reinterpret_cast<SlicePart*>(shared + Plan::table_at(args.columns));
-  SharedSlice* const shares = reinterpret_cast<SharedSlice*>(parts + Plan::kSlots);
-  float* const own = slots + 2 * warp * Plan::kSlotFloats + lane;
+  // The sums of heads and tails take the place of x, two slots for each warp.
+  float* const slots = reinterpret_cast<float*>(shared) + lane;
+  int32_t* const slot_slices = reinterpret_cast<int32_t*>(shared + Plan::table_at(args.columns));
+  SharedSlice* const shares = reinterpret_cast<SharedSlice*>(slot_slices + Plan::kSlots);
   PYFAST_UNROLL
   for (int token = 0; token < Tokens; ++token) {
-    if (head_part.slice >= 0) own[token * 32] = head[token];
-    if (tail_part.slice >= 0) own[Plan::kSlotFloats + token * 32] = sums[token];
+    if (head_part.slice >= 0) slots[2 * warp * Plan::kSlotFloats + token * 32] = head[token];
+    if (tail_part.slice >= 0) slots[(2 * warp + 1) * Plan::kSlotFloats + token * 32] = sums[token];
   }
-  if (lane == 0) parts[2 * warp] = head_part, parts[2 * warp + 1] = tail_part;
-  if (thread < 2) shares[thread] = {0, 0, 0, 0};
+  if (lane == 0) slot_slices[2 * warp] = head_part.slice, slot_slices[2 * warp + 1] = tail_part.slice;
+  if (thread < 2) shares[thread].parts = 0;
   ptx::syncthreads();
 
-  const SlicePart mine = parts[lane];
-  int token = warp;  // of the slice at hand: warps go round tokens and slices
-  for (uint32_t left = ptx::ballot(mine.closes != 0); left != 0; left &= left - 1, token -= Tokens) {
-    const int slot = lowest_bit(left);
-    const int closed = ptx::shfl(mine.slice, slot);
-    const int opens = ptx::shfl(mine.begin, slot), ends = ptx::shfl(mine.end, slot);
-    const uint32_t same = ptx::ballot(mine.slice == closed);
-    const bool alone = opens >= from && ends <= to;
-    const int half = opens < from ? 0 : 1;
-    if (token < Tokens) {
-      float sum = 0.0f;
-      for (uint32_t rest = same; rest != 0; rest &= rest - 1)
-        sum += slots[lowest_bit(rest) * Plan::kSlotFloats + token * 32 + lane];
-      if (!alone)
-        args.partial[(2 * block + half) * Plan::kSlotFloats + token * 32 + lane] = sum;
-      else if (token < args.tokens)
-        write_sum<T>(args, token, closed, lane, sum);
-      token += Plan::kWarps;
+  // The warp with the last part of a slice in the block adds them.
+  const int slot_slice = slot_slices[lane];
+  for (int i = 0; i < 2; ++i) {
+    const Part part = i == 0 ? head_part : tail_part;
+    if (part.slice < 0 || (part.end > last && last < to)) continue;
+    float total[Tokens] = {};
+    for (uint32_t rest = ptx::ballot(slot_slice == part.slice); rest != 0; rest &= rest - 1) {
+      const int slot = lowest_bit(rest);
+      PYFAST_UNROLL
+      for (int token = 0; token < Tokens; ++token) total[token] += slots[slot * Plan::kSlotFloats + token * 32];
     }
-    if (!alone && thread == 0) {
-      const int opened = block_of(args, opens);
-      shares[half] = {closed, opened, static_cast<uint32_t>(block_of(args, ends - 1) - opened + 1), 0};
+    if (part.begin >= from && part.end <= to) {
+      write_row<T>(args, part.row, total);
+      continue;
+    }
+    const int half = part.begin < from ? 0 : 1;  // at most one slice from the left, and one to the right alone
+    PYFAST_UNROLL
+    for (int token = 0; token < Tokens; ++token)
+      args.partial[(2 * block + half) * Plan::kSlotFloats + token * 32 + lane] = total[token];
+    shares[half].rows[lane] = part.row;
+    if (lane == 0) {
+      shares[half].first = block_of(args, part.begin);
+      shares[half].parts = static_cast<uint32_t>(block_of(args, part.end - 1) - shares[half].first + 1);
     }
   }
   ptx::syncthreads();
@@ -352,13 +369,13 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   if (thread < 2 && shares[thread].parts != 0)
     shares[thread].ticket = ptx::atomic_ticket(args.counters + shares[thread].first, shares[thread].parts);
   ptx::syncthreads();
-  const SharedSlice share = shares[warp / (Plan::kWarps / 2)];
-  token = warp % (Plan::kWarps / 2);
+  const SharedSlice& share = shares[warp / (Plan::kWarps / 2)];
+  const int token = warp % (Plan::kWarps / 2);
   if (token >= args.tokens || share.parts == 0 || share.ticket + 1 != share.parts) return;
   const float* const partial = args.partial + 2 * share.first * Plan::kSlotFloats + token * 32 + lane;
   float sum = partial[Plan::kSlotFloats];
   for (uint32_t part = 1; part < share.parts; ++part) sum += partial[2 * part * Plan::kSlotFloats];
-  write_sum<T>(args, token, share.slice, lane, sum);
+  if (share.rows[lane] >= 0) write_output<T>(args.out, token, share.rows[lane], sum);
 }
 
 #endif

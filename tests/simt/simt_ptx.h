@@ -88,6 +88,7 @@ PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) {
 PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_streaming(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE void prefetch_l2(const void*) {}
 PYFAST_DEVICE void st_streaming(Words4* to, const Words4& words, Where where = Where::current()) {
   simt::store(to, &words, sizeof(words), where);
 }
