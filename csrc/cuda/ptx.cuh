@@ -183,12 +183,29 @@ PYFAST_DEVICE Words4 ld_nc(const Words4* from) {
 }
 
 // The same for memory that is read once: not kept in L1.
+PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from) {
+  uint32_t word;
+  asm("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  return word;
+}
+PYFAST_DEVICE Words2 ld_streaming(const Words2* from) {
+  Words2 words;
+  asm("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+      : "=r"(words.x), "=r"(words.y)
+      : "l"(__cvta_generic_to_global(from)));
+  return words;
+}
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from) {
   Words4 words;
   asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
       : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
       : "l"(__cvta_generic_to_global(from)));
   return words;
+}
+
+// prefetch.global.L2: a hint that the 128 bytes around the address will be read soon.
+PYFAST_DEVICE void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(from)));
 }
 
 // st.global.cs: memory that is not read again soon.
@@ -228,13 +245,20 @@ PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count) {
 
 // ---- Shared memory ------------------------------------------------------------------------------------------------
 
-// ld.shared: where the compiler cannot see that the pointer is one to shared memory, a plain load would look for it.
-PYFAST_DEVICE Words2 ld_shared(const Words2* from) {
-  Words2 words;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-               : "=r"(words.x), "=r"(words.y)
-               : "r"(shared_address(from))
-               : "memory");
+// ld.shared: Words is uint32_t, Words2 or Words4, at a multiple of its size. Plain loads do the same; this one adds no
+// base to an address that was computed from shared_address, nor looks for the kind of memory of a pointer.
+template <class Words>
+PYFAST_DEVICE Words ld_shared(uint32_t address) {
+  Words words;
+  if constexpr (std::is_same_v<Words, uint32_t>)
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words) : "r"(address) : "memory");
+  else if constexpr (std::is_same_v<Words, Words2>)
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address) : "memory");
+  else
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address)
+                 : "memory");
   return words;
 }
 
@@ -387,6 +411,15 @@ PYFAST_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// fma.rn.f32 under a predicate: sum += a·b unless bits is 0.
+PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
+  asm("{ .reg .pred holds;\n\t"
+      "setp.ne.u32 holds, %3, 0;\n\t"
+      "@holds fma.rn.f32 %0, %1, %2, %0; }"
+      : "+f"(sum)
+      : "f"(a), "f"(b), "r"(bits));
 }
 
 // rcp.approx.ftz.f32: 1 / x, to one unit in the last place.

@@ -236,9 +236,8 @@ __global__ void __launch_bounds__(Sparse24Plan<TokenTiles>::kThreads, 2)
     done = now;
     now = now + Plan::kStageBytes == Plan::kSharedBytes ? 0 : now + Plan::kStageBytes;
 
-    const Words2 upper = ptx::ld_shared(reinterpret_cast<const Words2*>(stage + metadata_at));
-    const Words2 lower =
-        ptx::ld_shared(reinterpret_cast<const Words2*>(stage + metadata_at + 8 * Plan::kMetadataBytes));
+    const Words2 upper = ptx::ld_shared<Words2>(ptx::shared_address(stage + metadata_at));
+    const Words2 lower = ptx::ld_shared<Words2>(ptx::shared_address(stage + metadata_at + 8 * Plan::kMetadataBytes));
     PYFAST_UNROLL
     for (int step = 0; step < 2; ++step) {
       uint32_t word = ptx::byte_permute(step == 0 ? upper.x : upper.y, step == 0 ? lower.x : lower.y, half);

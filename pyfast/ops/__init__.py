@@ -6,6 +6,7 @@ from pyfast.ops import (
     distill_kl,
     nm_mask,
     shard_distill,
+    sliced_linear,
     sparse24_convert,
     sparse24_linear,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "distill_kl",
     "nm_mask",
     "shard_distill",
+    "sliced_linear",
     "sparse24_convert",
     "sparse24_linear",
 ]

@@ -87,7 +87,6 @@ PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return word;
 }
-
 PYFAST_DEVICE uint32_t dot4(uint32_t a, uint32_t b, uint32_t sum) {
   for (int i = 0; i < 32; i += 8) sum += (a >> i & 255u) * (b >> i & 255u);
   return sum;
@@ -109,7 +108,10 @@ PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from, Where where = Where::current(
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE Words2 ld_streaming(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE void prefetch_l2(const void*) {}
 PYFAST_DEVICE void st_streaming(Words4* to, const Words4& words, Where where = Where::current()) {
   simt::store(to, &words, sizeof(words), where);
 }
@@ -126,7 +128,10 @@ PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count, Where wh
   return simt::ticket(counter, count, where);
 }
 
-PYFAST_DEVICE Words2 ld_shared(const Words2* from, Where where = Where::current()) { return load(from, where); }
+template <class Words>
+PYFAST_DEVICE Words ld_shared(uint32_t address, Where where = Where::current()) {
+  return load(reinterpret_cast<const Words*>(simt::dynamic_shared() + address), where);
+}
 
 template <int Bytes>
 PYFAST_DEVICE void cp_async(void* shared, const void* global, int source_bytes = Bytes,
@@ -177,6 +182,9 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
   simt::multiply_sparse(kIsBFloat16<T>, Selector, d, a, b, c, metadata, where);
 }
 
+PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
+  if (bits != 0) sum = __builtin_fmaf(a, b, sum);
+}
 PYFAST_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 PYFAST_DEVICE float log2_approx(float x) { return std::log2(x); }
 PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }

@@ -1,0 +1,383 @@
+// sliced_linear: y = f(x Wᵀ + bias) · mul for few tokens, driven by the stored values of W, 16 bits, float32 sums.
+//
+// Layout, derived from a bitmap weight (pyfast/sparse/sliced.py): rows sorted by their number of entries, 32 of them
+// are a slice, a lane owns a row. An entry is a value and the distance from the column of the entry before it, in 4 or
+// 8 bits, whichever makes the weight smaller; the first one counts from column 0. A distance that does not fit is
+// bridged by entries of the largest distance whose value is +0.0; +0.0 without distance fills a row to whole chunks of
+// 8. A slice has as many chunks as its longest row needs, one at least.
+//
+//   chunk, values    lane 0: v0 v1 v2 v3 v4 v5 v6 v7 │ lane 1: … │ … lane 31             16 bytes a lane
+//          deltas    8 bits: d0 … d7    4 bits: byte i is d(i) | d(i + 4) << 4            8 or 4 bytes a lane
+//
+// Entries of +0.0 add nothing whatever stands in x: NaN reaches only the rows that store something in its column.
+//
+// Bytes at density d: 2.5·d·n·k, and 1 entry in 28 more at 80 % for bridges, by 4 bits; 3·d·n·k by 8 bits, which is
+// less from about 88 % sparsity on. 1.60, 2.65, 3.86, 6.6 times fewer than dense at 50, 70, 80, 90 %. Rows are filled
+// up by 3.5 entries on average: 0.4 % at 4096 columns and 80 %.
+//
+// Work is cut without regard to rows: the chunks of all slices in one sequence, in equal ranges for the blocks (one a
+// multiprocessor), and these for 16 warps each, so that every warp has the same number of chunks, give or take one,
+// whatever the pattern is. A warp knows the slice where it begins and the columns that its lanes have reached there.
+//
+//   chunks    │ slice 0               │ slice 1              │ slice 2 │ …
+//   warps     │ 0     │ 1     │ 2     :│ 3     │ 4      :     │ 5     : │ …
+//                             tail ───┘head                            a slice within one warp is finished by it
+//
+// The parts of a slice within a block are added in shared memory, those of several blocks in global memory by the
+// block that takes the last ticket, both in ascending order: the result does not depend on who is first.
+//
+// x stands in shared memory for all columns: as float32 for one token, else 2 bytes a token side by side. A chunk's
+// loads are begun kAhead chunks before it is used, straight into registers (60 to 72 KB on their way a multiprocessor),
+// the first ones before x is fetched.
+//
+// Instructions. dp4a adds up to four bytes, each times the bytes of a column, to an address: 1 instruction an entry for
+// its delta, its scaling and the sum. Then 1 load of x, 1 to widen the value, 1 to look whether it is +0.0 and, for
+// each token, 1 FMA under that predicate and 1 to widen x where it has 16 bits.
+#pragma once
+
+#include "common.cuh"
+#include "epilogue.cuh"
+
+namespace pyfast::cuda {
+
+inline constexpr int kSliceRows = 32;
+inline constexpr int kChunkEntries = 8;  // of a lane
+
+// Tokens: 1, 2, 4 or 8. Bits of a delta: 4 or 8.
+template <int Tokens, int Bits>
+struct SlicedLinearPlan {
+  static_assert(Tokens == 1 || Tokens == 2 || Tokens == 4 || Tokens == 8);
+  static_assert(Bits == 4 || Bits == 8);
+  static constexpr int kWarps = 16;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kAhead = Tokens <= 2 ? 8 : 6;
+  static constexpr int kColumnBytes = Tokens == 1 ? 4 : 2 * Tokens;
+  static constexpr int kSlots = 2 * kWarps;  // parts of slices in a block
+  static constexpr int kSlotFloats = Tokens * kSliceRows;
+  static constexpr int kTableBytes = kSlots * 4 + 2 * (kSliceRows + 3) * 4;
+
+  // Where the slots' table begins: behind x, whose place their sums take.
+  static PYFAST_HOST_DEVICE constexpr int table_at(int columns) {
+    const int x = (columns * kColumnBytes + 15) / 16 * 16, sums = kSlots * kSlotFloats * 4;
+    return x > sums ? x : sums;
+  }
+  static PYFAST_HOST_DEVICE constexpr int shared_bytes(int columns) { return table_at(columns) + kTableBytes; }
+};
+
+struct SlicedLinearArgs {
+  const uint16_t* values;        // [chunks, 32, 8]
+  const uint8_t* deltas;         // [chunks, 32, bits]
+  const uint16_t* starts;        // [blocks · 16, 32], the column that each lane has reached where a warp begins
+  const int32_t* segments;       // [blocks · 16, 4], the slice in which a warp begins, that slice's begin and end, 0
+  const int32_t* ends;           // [slices], the chunk at which each ends
+  const int32_t* rows;           // [slices, 32], the row of each lane; -1: none
+  const uint16_t* x;             // [tokens, columns], rows at multiples of 4 bytes
+  int64_t x_stride;              // elements from token to token
+  int32_t tokens, columns;       // columns: that may be read, an even number
+  int32_t block_chunks, longer;  // the first `longer` blocks have one chunk more than block_chunks, 1 or more
+  float* partial;                // [blocks, 2, Tokens, 32]
+  uint32_t* counters;            // [blocks], zero before and after
+  Epilogue out;
+};
+
+// A slice that blocks share: `parts` of them from `first` on; no parts: none.
+struct SharedSlice {
+  int32_t rows[kSliceRows];
+  int32_t first;
+  uint32_t parts, ticket;
+};
+
+#if defined(PYFAST_KERNELS)
+
+PYFAST_DEVICE int block_begin(const SlicedLinearArgs& args, int block) {
+  return block * args.block_chunks + (block < args.longer ? block : args.longer);
+}
+PYFAST_DEVICE int block_of(const SlicedLinearArgs& args, int chunk) {
+  const int split = args.longer * (args.block_chunks + 1);
+  return chunk < split ? chunk / (args.block_chunks + 1) : args.longer + (chunk - split) / args.block_chunks;
+}
+
+template <int Bits>
+using SlicedDeltas = std::conditional_t<Bits == 8, Words2, uint32_t>;
+
+template <int Bits>
+struct SlicedChunk {
+  Words4 values;
+  SlicedDeltas<Bits> deltas;
+};
+
+// A lane's way through its chunks.
+template <int Bits>
+struct SlicedStream {
+  const Words4* values;
+  const SlicedDeltas<Bits>* deltas;
+
+  PYFAST_DEVICE SlicedChunk<Bits> load(int ahead) const {
+    return {ptx::ld_streaming(values + ahead * 32), ptx::ld_streaming(deltas + ahead * 32)};
+  }
+  PYFAST_DEVICE void advance(int chunks) {
+    values += chunks * 32;
+    deltas += chunks * 32;
+  }
+};
+
+// Word i of 4, 2 or 1.
+PYFAST_DEVICE uint32_t word_of(uint32_t word, int) { return word; }
+PYFAST_DEVICE uint32_t word_of(const Words2& words, int i) { return i == 0 ? words.x : words.y; }
+PYFAST_DEVICE uint32_t word_of(const Words4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+// The bytes of the distances of entries 4·half … 4·half + 3.
+PYFAST_DEVICE uint32_t four_deltas(uint32_t deltas, int half) { return deltas >> 4 * half & 0x0f0f0f0fu; }
+PYFAST_DEVICE uint32_t four_deltas(const Words2& deltas, int half) { return word_of(deltas, half); }
+
+// sums[token] += value · x[token], x at `column` in shared memory, unless the value is +0.0. The value is one half of
+// pair.
+template <class T, int Tokens>
+PYFAST_DEVICE void add_product(float (&sums)[Tokens], uint32_t pair, int half, uint32_t column) {
+  const uint32_t stored = pair & (half == 0 ? 0xffffu : 0xffff0000u);
+  const Floats2 weights = ptx::unpack<T>(pair);
+  const float weight = half == 0 ? weights.x : weights.y;
+  if constexpr (Tokens == 1) {
+    const float x = __builtin_bit_cast(float, ptx::ld_shared<uint32_t>(column));
+    ptx::fma_unless_zero(stored, sums[0], weight, x);
+  } else {
+    uint32_t words[Tokens / 2];
+    if constexpr (Tokens == 2) {
+      words[0] = ptx::ld_shared<uint32_t>(column);
+    } else if constexpr (Tokens == 4) {
+      const Words2 two = ptx::ld_shared<Words2>(column);
+      words[0] = two.x, words[1] = two.y;
+    } else {
+      const Words4 four = ptx::ld_shared<Words4>(column);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    }
+    PYFAST_UNROLL
+    for (int i = 0; i < Tokens / 2; ++i) {
+      const Floats2 x = ptx::unpack<T>(words[i]);
+      ptx::fma_unless_zero(stored, sums[2 * i], weight, x.x);
+      ptx::fma_unless_zero(stored, sums[2 * i + 1], weight, x.y);
+    }
+  }
+}
+
+// The entries of a chunk; `at` is the address in shared memory of the column that the lane has reached.
+template <class T, int Tokens, int Bits>
+PYFAST_DEVICE void add_chunk(float (&sums)[Tokens], const SlicedChunk<Bits>& chunk, uint32_t& at) {
+  constexpr uint32_t kScale = SlicedLinearPlan<Tokens, Bits>::kColumnBytes * 0x01010101u;
+  const uint32_t pairs[4] = {chunk.values.x, chunk.values.y, chunk.values.z, chunk.values.w};
+  PYFAST_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t deltas = four_deltas(chunk.deltas, half), from = at;
+    PYFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      at = ptx::dot4(deltas, kScale >> 8 * (3 - i), from);
+      add_product<T>(sums, pairs[2 * half + i / 2], i % 2, at);
+    }
+  }
+}
+
+// Brings x to shared memory, [column][token]. A thread takes 8, 4 or 2 neighbouring columns of all tokens, and stores
+// 16 bytes at a time.
+template <class T, int Tokens, int Threads>
+PYFAST_DEVICE void stage_columns(unsigned char* to, const SlicedLinearArgs& args) {
+  constexpr int kColumns = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
+  constexpr int kWords = Tokens == 1 ? 8 : kColumns * Tokens / 2;  // of 4 bytes, that they take in shared memory
+  constexpr int kBatch = Tokens == 1 ? 2 : 4;
+  using Unit = std::conditional_t<kColumns == 8, Words4, std::conditional_t<kColumns == 4, Words2, uint32_t>>;
+  const int units = args.columns / kColumns;
+  for (int first = static_cast<int>(threadIdx.x); first < units; first += kBatch * Threads) {
+    Unit read[kBatch][Tokens];
+    PYFAST_UNROLL
+    for (int i = 0; i < kBatch; ++i) PYFAST_UNROLL
+    for (int token = 0; token < Tokens; ++token) {
+      const int unit = first + i * Threads;
+      const bool there = unit < units && token < args.tokens;
+      read[i][token] =
+          there ? ptx::ld_nc(reinterpret_cast<const Unit*>(args.x + token * args.x_stride) + unit) : Unit{};
+    }
+    PYFAST_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = first + i * Threads;
+      if (unit >= units) break;
+      uint32_t words[kWords];
+      PYFAST_UNROLL
+      for (int column = 0; column < kColumns; column += 2) PYFAST_UNROLL
+      for (int token = 0; token < Tokens; token += 2) {
+        const uint32_t pair = word_of(read[i][token], column / 2);
+        if constexpr (Tokens == 1) {
+          const Floats2 both = ptx::unpack<T>(pair);
+          words[column] = __builtin_bit_cast(uint32_t, both.x);
+          words[column + 1] = __builtin_bit_cast(uint32_t, both.y);
+        } else {
+          const uint32_t other = word_of(read[i][token + 1], column / 2);
+          words[(column * Tokens + token) / 2] = ptx::byte_permute(pair, other, 0x5410u);
+          words[((column + 1) * Tokens + token) / 2] = ptx::byte_permute(pair, other, 0x7632u);
+        }
+      }
+      PYFAST_UNROLL
+      for (int j = 0; j < kWords; j += 4)
+        reinterpret_cast<Words4*>(to)[(unit * kWords + j) / 4] = {words[j], words[j + 1], words[j + 2], words[j + 3]};
+    }
+  }
+}
+
+// Finishes a row; -1: none.
+template <class T, int Tokens>
+PYFAST_DEVICE void write_row(const SlicedLinearArgs& args, int row, const float (&sums)[Tokens]) {
+  if (row < 0) return;
+  for (int token = 0; token < args.tokens; ++token) {
+    float sum = sums[0];
+    PYFAST_UNROLL
+    for (int i = 1; i < Tokens; ++i) sum = token == i ? sums[i] : sum;
+    write_output<T>(args.out, token, row, sum);
+  }
+}
+
+PYFAST_DEVICE int lowest_bit(uint32_t bits) { return ptx::highest_bit(bits & (0u - bits)); }
+
+// Grid: the blocks of the layout.
+template <class T, int Tokens, int Bits>
+__global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
+    sliced_linear_kernel(const SlicedLinearArgs args) {
+  using Plan = SlicedLinearPlan<Tokens, Bits>;
+  constexpr int kAhead = Plan::kAhead;
+  PYFAST_DYNAMIC_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int block = static_cast<int>(blockIdx.x), worker = block * Plan::kWarps + warp;
+  const int from = block_begin(args, block), to = block_begin(args, block + 1);
+  const int first = from + (to - from) * warp / Plan::kWarps, last = from + (to - from) * (warp + 1) / Plan::kWarps;
+
+  SlicedStream<Bits> stream{};
+  const int64_t begins_at = static_cast<int64_t>(first) * 32 + lane;
+  stream.values = reinterpret_cast<const Words4*>(args.values) + begins_at;
+  stream.deltas = reinterpret_cast<const SlicedDeltas<Bits>*>(args.deltas) + begins_at;
+
+  // Memory begins with the first chunks while x is fetched. Their loads come behind x: before it, its loads would be
+  // waited for together with them.
+  PYFAST_UNROLL
+  for (int i = 0; i < kAhead; i += 8)
+    if (first + i + lane / 4 < last) ptx::prefetch_l2(stream.values - lane + i * 32 + lane * 8);
+  if (lane < kAhead && first + lane < last) ptx::prefetch_l2(stream.deltas - lane + lane * 32);
+  stage_columns<T, Tokens, Plan::kThreads>(shared, args);
+
+  SlicedChunk<Bits> ring[kAhead] = {};
+  PYFAST_UNROLL
+  for (int i = 0; i < kAhead; ++i)
+    if (first + i < last) ring[i] = stream.load(i);
+  const Words4 segment = ptx::ld_nc(reinterpret_cast<const Words4*>(args.segments) + worker);
+  int slice = static_cast<int>(segment.x), begin = static_cast<int>(segment.y), end = static_cast<int>(segment.z);
+  const uint32_t base = ptx::shared_address(shared);
+  uint32_t at = base + args.starts[worker * 32 + lane] * static_cast<uint32_t>(Plan::kColumnBytes);
+  ptx::syncthreads();
+
+  // Adds the chunks up to `stop`, kAhead of them a turn, so that each finds its place in the ring when the code is
+  // compiled; gives how many it took in the last turn.
+  float sums[Tokens] = {}, head[Tokens] = {};
+  int chunk = first;
+  const auto walk = [&](int stop) {
+    for (;;) {
+      const int left = stop - chunk, more = last - chunk;
+      PYFAST_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        add_chunk<T>(sums, ring[i], at);
+        if (kAhead + i < more) ring[i] = stream.load(kAhead + i);
+        if (i + 1 == left) {
+          chunk = stop;
+          return left;
+        }
+      }
+      chunk += kAhead;
+      stream.advance(kAhead);
+    }
+  };
+  // A slice that reaches beyond the warp's chunks: on the left (the head), or on the right alone (the tail).
+  struct Part {
+    int slice, begin, end, row;
+  };
+  Part head_part{-1, 0, 0, -1}, tail_part{-1, 0, 0, -1};
+  while (chunk < last) {
+    const int stop = end < last ? end : last;
+    const int row = args.rows[slice * kSliceRows + lane], next = stop < last ? args.ends[slice + 1] : 0;
+    const int turned = walk(stop);
+    if (begin < first) {
+      head_part = {slice, begin, end, row};
+      PYFAST_UNROLL
+      for (int token = 0; token < Tokens; ++token) head[token] = sums[token];
+    } else if (end > last) {
+      tail_part = {slice, begin, end, row};
+    } else {
+      write_row<T>(args, row, sums);
+    }
+    if (stop == last) break;
+    stream.advance(turned);
+    for (int turn = 0; turn < turned; ++turn) {
+      const SlicedChunk<Bits> used = ring[0];
+      PYFAST_UNROLL
+      for (int i = 1; i < kAhead; ++i) ring[i - 1] = ring[i];
+      ring[kAhead - 1] = used;
+    }
+    PYFAST_UNROLL
+    for (int token = 0; token < Tokens; ++token) sums[token] = 0.0f;
+    at = base;
+    begin = end, end = next;
+    ++slice;
+  }
+  ptx::syncthreads();
+
+  // The sums of heads and tails take the place of x, two slots for each warp.
+  float* const slots = reinterpret_cast<float*>(shared) + lane;
+  int32_t* const slot_slices = reinterpret_cast<int32_t*>(shared + Plan::table_at(args.columns));
+  SharedSlice* const shares = reinterpret_cast<SharedSlice*>(slot_slices + Plan::kSlots);
+  PYFAST_UNROLL
+  for (int token = 0; token < Tokens; ++token) {
+    if (head_part.slice >= 0) slots[2 * warp * Plan::kSlotFloats + token * 32] = head[token];
+    if (tail_part.slice >= 0) slots[(2 * warp + 1) * Plan::kSlotFloats + token * 32] = sums[token];
+  }
+  if (lane == 0) slot_slices[2 * warp] = head_part.slice, slot_slices[2 * warp + 1] = tail_part.slice;
+  if (thread < 2) shares[thread].parts = 0;
+  ptx::syncthreads();
+
+  // The warp with the last part of a slice in the block adds them.
+  const int slot_slice = slot_slices[lane];
+  for (int i = 0; i < 2; ++i) {
+    const Part part = i == 0 ? head_part : tail_part;
+    if (part.slice < 0 || (part.end > last && last < to)) continue;
+    float total[Tokens] = {};
+    for (uint32_t rest = ptx::ballot(slot_slice == part.slice); rest != 0; rest &= rest - 1) {
+      const int slot = lowest_bit(rest);
+      PYFAST_UNROLL
+      for (int token = 0; token < Tokens; ++token) total[token] += slots[slot * Plan::kSlotFloats + token * 32];
+    }
+    if (part.begin >= from && part.end <= to) {
+      write_row<T>(args, part.row, total);
+      continue;
+    }
+    const int half = part.begin < from ? 0 : 1;  // at most one slice from the left, and one to the right alone
+    PYFAST_UNROLL
+    for (int token = 0; token < Tokens; ++token)
+      args.partial[(2 * block + half) * Plan::kSlotFloats + token * 32 + lane] = total[token];
+    shares[half].rows[lane] = part.row;
+    if (lane == 0) {
+      shares[half].first = block_of(args, part.begin);
+      shares[half].parts = static_cast<uint32_t>(block_of(args, part.end - 1) - shares[half].first + 1);
+    }
+  }
+  ptx::syncthreads();
+
+  if (thread < 2 && shares[thread].parts != 0)
+    shares[thread].ticket = ptx::atomic_ticket(args.counters + shares[thread].first, shares[thread].parts);
+  ptx::syncthreads();
+  const SharedSlice& share = shares[warp / (Plan::kWarps / 2)];
+  const int token = warp % (Plan::kWarps / 2);
+  if (token >= args.tokens || share.parts == 0 || share.ticket + 1 != share.parts) return;
+  const float* const partial = args.partial + 2 * share.first * Plan::kSlotFloats + token * 32 + lane;
+  float sum = partial[Plan::kSlotFloats];
+  for (uint32_t part = 1; part < share.parts; ++part) sum += partial[2 * part * Plan::kSlotFloats];
+  if (share.rows[lane] >= 0) write_output<T>(args.out, token, share.rows[lane], sum);
+}
+
+#endif
+
+}  // namespace pyfast::cuda
