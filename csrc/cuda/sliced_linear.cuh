@@ -281,7 +281,9 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   PYFAST_UNROLL
   for (int i = 0; i < kAhead; i += 8)
     if (first + i + lane / 4 < last) ptx::prefetch_l2(stream.values - lane + i * 32 + lane * 8);
-  if (lane < kAhead && first + lane < last) ptx::prefetch_l2(stream.deltas - lane + lane * 32);
+  constexpr int kLines = Bits / 4;  // of the deltas of a chunk
+  if (lane < kAhead * kLines && first + lane / kLines < last)
+    ptx::prefetch_l2(stream.deltas - lane + lane * (32 / kLines));
   stage_columns<T, Tokens, Plan::kThreads>(shared, args);
 
   SlicedChunk<Bits> ring[kAhead] = {};
