@@ -64,7 +64,8 @@ def test_op_table_says_what_a_processor_cannot_run(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("op", backends.PRIORITY)
 def test_select_takes_the_first_that_accepts(op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert backends.select(op, "cpu", dtype) == backends.PRIORITY[op][0]
+        first = next(name for name in backends.PRIORITY[op] if name not in ("cuda", "triton"))
+        assert backends.select(op, "cpu", dtype) == first
     assert backends.select(op, "cpu", torch.float64) == "reference"
     assert backends.select(op, "mps", torch.float32) == "reference"
     for dtype in (torch.float32, torch.float64):

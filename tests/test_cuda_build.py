@@ -26,6 +26,7 @@ OPS = (
     "bitmap_convert",
     "bitmap_linear",
     "bitmap_backward",
+    "sliced_linear",
     "distill_kl",
     "scale_rows",
 )

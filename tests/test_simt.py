@@ -114,6 +114,19 @@ def test_marked_pairs_and_sums_of_products(library: host.Library) -> None:
         np.testing.assert_array_equal(out.array[row], words + below)
 
 
+def test_shared_memory_by_address(library: host.Library) -> None:
+    words = np.random.default_rng(4).integers(0, 2**32, 64, dtype=np.uint32)
+    out = host.Output((5, 32), np.uint32)
+    library.run("by_address", words, out)
+    lanes = np.arange(32)
+    weighted = words[:32].view(np.uint8).reshape(32, 4) @ np.array([1, 2, 3, 4])
+    np.testing.assert_array_equal(out.array[0], weighted + lanes)
+    np.testing.assert_array_equal(out.array[1], words[:31:-1])
+    np.testing.assert_array_equal(out.array[2], np.bitwise_xor.reduce(words.reshape(32, 2), 1)[::-1])
+    np.testing.assert_array_equal(out.array[3], np.tile(np.bitwise_xor.reduce(words.reshape(16, 4), 1)[::-1], 2))
+    np.testing.assert_array_equal(out.array[4], 1 + lanes % 2 * 2 * lanes)
+
+
 def run_rows(library: host.Library, order: int = 0, rows: int = 7) -> bool:
     words = np.random.default_rng(3).integers(0, 2**32, (rows, 32), dtype=np.uint32)
     out = host.Output(words.shape, np.uint32)

@@ -1,38 +1,60 @@
-// sliced_linear: y = f(x Wᵀ + bias) · mul for few tokens, driven by the stored values of W, 16 bits, float32 sums.
+// sliced_linear: y = f(x Wᵀ + bias) · mul for few tokens, driven by the stored values of W: 16 bits, float32 sums.
 //
 // Layout, derived from a bitmap weight (pyfast/sparse/sliced.py): rows sorted by their number of entries, 32 of them
 // are a slice, a lane owns a row. An entry is a value and the distance from the column of the entry before it, in 4 or
-// 8 bits, whichever makes the weight smaller; the first one counts from column 0. A distance that does not fit is
-// bridged by entries of the largest distance whose value is +0.0; +0.0 without distance fills a row to whole chunks of
+// 8 bits, whichever makes the weight smaller; the first one counts from column 0. A longer distance is bridged by
+// entries of the largest distance and the value +0.0; entries of +0.0 without distance fill a row up to whole chunks of
 // 8. A slice has as many chunks as its longest row needs, one at least.
 //
-//   chunk, values    lane 0: v0 v1 v2 v3 v4 v5 v6 v7 │ lane 1: … │ … lane 31             16 bytes a lane
-//          deltas    8 bits: d0 … d7    4 bits: byte i is d(i) | d(i + 4) << 4            8 or 4 bytes a lane
+//   chunk    values   lane 0: v0 v1 v2 v3 v4 v5 v6 v7 │ lane 1: … │ … lane 31            16 bytes a lane
+//            deltas   8 bits: d0 … d7, or 4 bits: byte i is d(i) | d(i + 4) << 4          8 or 4 bytes a lane
 //
 // Entries of +0.0 add nothing whatever stands in x: NaN reaches only the rows that store something in its column.
 //
-// Bytes at density d: 2.5·d·n·k, and 1 entry in 28 more at 80 % for bridges, by 4 bits; 3·d·n·k by 8 bits, which is
-// less from about 88 % sparsity on. 1.60, 2.65, 3.86, 6.6 times fewer than dense at 50, 70, 80, 90 %. Rows are filled
-// up by 3.5 entries on average: 0.4 % at 4096 columns and 80 %.
+// Bytes at density d: 2.5·d·n·k with 4 bits, of which bridges make 3.6 % more at 80 % sparsity; 3·d·n·k with 8 bits,
+// less than that from about 88 % on. Filling and tables are 1 to 5 %, as n is large or small. Dense has 1.6, 2.6, 3.8,
+// 6.5 times the bytes at 50, 70, 80, 90 %.
 //
 // Work is cut without regard to rows: the chunks of all slices in one sequence, in equal ranges for the blocks (one a
 // multiprocessor), and these for 16 warps each, so that every warp has the same number of chunks, give or take one,
-// whatever the pattern is. A warp knows the slice where it begins and the columns that its lanes have reached there.
+// whatever the pattern is. A warp is told the slice in which it begins and the columns that its lanes have reached. It
+// finishes whole slices alone.
 //
-//   chunks    │ slice 0               │ slice 1              │ slice 2 │ …
-//   warps     │ 0     │ 1     │ 2     :│ 3     │ 4      :     │ 5     : │ …
-//                             tail ───┘head                            a slice within one warp is finished by it
+//   slices   │ 0                                   │ 1            │ 2   │ 3 …
+//   warps    │ 0             │ 1             │ 2             │ 3             │ 4 …
+//   parts    │ tail          │ head          │head │ tail    │head│whole│tail│
 //
-// The parts of a slice within a block are added in shared memory, those of several blocks in global memory by the
-// block that takes the last ticket, both in ascending order: the result does not depend on who is first.
+// The warp in which a slice ends adds the parts of its block, through shared memory; of a slice that blocks share, the
+// block that takes the last ticket adds their sums, through global memory. Both go in ascending order: the result does
+// not depend on who is first.
 //
-// x stands in shared memory for all columns: as float32 for one token, else 2 bytes a token side by side. A chunk's
-// loads are begun kAhead chunks before it is used, straight into registers (60 to 72 KB on their way a multiprocessor),
-// the first ones before x is fetched.
+// x stands in shared memory for all columns: as float32 for one token, else 2 bytes a token side by side. Values and
+// deltas go straight into registers, kAhead chunks before they are used: 61 to 98 KB of a multiprocessor are on their
+// way. A turn of kAhead chunks waits once for all its loads, for ptxas gives them one scoreboard.
 //
 // Instructions. dp4a adds up to four bytes, each times the bytes of a column, to an address: 1 instruction an entry for
-// its delta, its scaling and the sum. Then 1 load of x, 1 to widen the value, 1 to look whether it is +0.0 and, for
-// each token, 1 FMA under that predicate and 1 to widen x where it has 16 bits.
+// its delta, its scaling and the sum. Then 1 load of x, 1 to widen the value, 1 or 2 to see whether it is +0.0 and, for
+// each token, 1 FMA under that predicate, and 1 to widen x where it has 16 bits. Counted in the code for sm_90, and the
+// passes of the loads of x in shared memory counted for random patterns (lanes meet in the banks), 8 entries of a warp:
+//
+//                        1      2      4      8 tokens
+//   instructions        46     74    106    170      bfloat16 with 4 bits; 3 fewer with 8
+//   cycles to issue     18     30     42     68      of a multiprocessor, at 2.5 a cycle
+//   cycles of shared    27     27     48     84      2.5–3.1, 5.2–5.8, 9.6–10.1 passes a load, and 5 for the entries
+//   cycles of bytes     49                           59 with 8 bits; 640 or 768 bytes at 3.0 TB/s and 132 at 1.75 GHz
+//
+// So up to 4 tokens the bytes bind, and at 8 the shared memory, at 0.58 of the bandwidth.
+//
+// Resources; the shared memory is that of 4096 columns, in all kColumnBytes of each and 408 more:
+//
+//   sliced_linear_kernel<T, 1, 4>     112 registers    16792 bytes of shared memory
+//   sliced_linear_kernel<T, 2, 4>     112 registers    16792 bytes of shared memory
+//   sliced_linear_kernel<T, 4, 4>     112 registers    33176 bytes of shared memory
+//   sliced_linear_kernel<T, 8, 4>     128 registers    65944 bytes of shared memory
+//   sliced_linear_kernel<T, 1, 8>     128 registers    16792 bytes of shared memory
+//   sliced_linear_kernel<T, 2, 8>     128 registers    16792 bytes of shared memory
+//   sliced_linear_kernel<T, 4, 8>     120 registers    33176 bytes of shared memory
+//   sliced_linear_kernel<T, 8, 8>     128 registers    65944 bytes of shared memory
 #pragma once
 
 #include "common.cuh"
@@ -71,9 +93,9 @@ struct SlicedLinearArgs {
   const int32_t* segments;       // [blocks · 16, 4], the slice in which a warp begins, that slice's begin and end, 0
   const int32_t* ends;           // [slices], the chunk at which each ends
   const int32_t* rows;           // [slices, 32], the row of each lane; -1: none
-  const uint16_t* x;             // [tokens, columns], rows at multiples of 4 bytes
+  const uint16_t* x;             // [tokens, columns], rows at multiples of 16 bytes
   int64_t x_stride;              // elements from token to token
-  int32_t tokens, columns;       // columns: that may be read, an even number
+  int32_t tokens, columns;       // columns: that may be read, a multiple of 8
   int32_t block_chunks, longer;  // the first `longer` blocks have one chunk more than block_chunks, 1 or more
   float* partial;                // [blocks, 2, Tokens, 32]
   uint32_t* counters;            // [blocks], zero before and after
@@ -259,7 +281,9 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   PYFAST_UNROLL
   for (int i = 0; i < kAhead; i += 8)
     if (first + i + lane / 4 < last) ptx::prefetch_l2(stream.values - lane + i * 32 + lane * 8);
-  if (lane < kAhead && first + lane < last) ptx::prefetch_l2(stream.deltas - lane + lane * 32);
+  constexpr int kLines = Bits / 4;  // of the deltas of a chunk
+  if (lane < kAhead * kLines && first + lane / kLines < last)
+    ptx::prefetch_l2(stream.deltas - lane + lane * (32 / kLines));
   stage_columns<T, Tokens, Plan::kThreads>(shared, args);
 
   SlicedChunk<Bits> ring[kAhead] = {};

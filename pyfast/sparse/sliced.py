@@ -71,7 +71,8 @@ class SlicedLayout:
         if multiprocessors < 1:
             raise ValueError(f"multiprocessors: got {multiprocessors}, accepted: 1 or more")
         with torch.no_grad():
-            return cls(*_build(weight, multiprocessors), n)
+            values, deltas, starts, segments, ends, rows = _build(weight, multiprocessors)
+        return cls(values, deltas, starts, segments, ends, rows, n)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +86,7 @@ class SlicedLayout:
         return sliced_linear(x, self.values, *pattern, bias, self.n, activation, mul)
 
 
-def _build(weight: BitmapWeight, multiprocessors: int) -> tuple[Tensor, ...]:
+def _build(weight: BitmapWeight, multiprocessors: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     bits, lengths = _choose_bits(weight)
     ordered, order = lengths.sort(descending=True, stable=True)
     chunks = _slice_chunks(ordered)

@@ -32,6 +32,10 @@ SIMT_EXPORT marked_pairs(const uint32_t* words, const uint16_t* values, uint32_t
   simt::launch({{1}, {32}, 1, 512}, selftest::marked_pairs, words, values, out);
 }
 
+SIMT_EXPORT by_address(const uint32_t* words, uint32_t* out) {
+  simt::launch({{1}, {32}, 1, 256}, selftest::by_address, words, out);
+}
+
 SIMT_EXPORT reversed_rows(const uint32_t* from, uint32_t* to, int64_t rows) {
   simt::launch({{1}, {32}}, selftest::reversed_rows<3>, from, to, static_cast<int>(rows));
 }
