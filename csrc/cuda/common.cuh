@@ -14,11 +14,13 @@
 #define PYFAST_HOST_DEVICE inline
 #endif
 
-// Unrolls the loop that follows, in device code.
+// Unrolls the loop that follows, or keeps it as it is, in device code.
 #if defined(__CUDA_ARCH__)
 #define PYFAST_UNROLL _Pragma("unroll")
+#define PYFAST_ROLL _Pragma("unroll 1")
 #else
 #define PYFAST_UNROLL
+#define PYFAST_ROLL
 #endif
 
 namespace pyfast::cuda {
