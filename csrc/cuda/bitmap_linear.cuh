@@ -83,14 +83,14 @@ struct BitmapLinearPlan {
   static constexpr int kStageTiles = kColumnTiles * kColumnWarps;  // of a block
   static constexpr int kWarps = kRowWarps * kColumnWarps;
   static constexpr int kThreads = 32 * kWarps;
+  // Of a multiprocessor, as the registers are meant to allow.
   static constexpr int kBlocks = TokenTiles == 1 ? 6 : TokenTiles == 2 ? 5 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
   static constexpr int kRingBytes = 8192 / kRowTiles, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
   static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
-  static constexpr int kPipelineBytes = kWarps * kRowTiles * kRingSpace;
-  static constexpr int kSharedBytes =
-      kPipelineBytes > kColumnWarps* kSumBytes ? kPipelineBytes : kColumnWarps * kSumBytes;
+  static constexpr int kAllSumBytes = kColumnWarps * kSumBytes, kPipelineBytes = kWarps * kRowTiles * kRingSpace;
+  static constexpr int kSharedBytes = kPipelineBytes > kAllSumBytes ? kPipelineBytes : kAllSumBytes;
 };
 
 #if defined(PYFAST_KERNELS)
