@@ -150,14 +150,17 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   float sums[4][TokenTiles][4] = {};
   for (; left > 0; left -= 2) {
     BitmapRuns runs[2];
-    uint32_t from[2][2];
+    uint32_t held[2], from[2][2];
     arrive();
     PYFAST_UNROLL
+    for (int tile = 0; tile < 2; ++tile)
+      held[tile] = static_cast<uint32_t>(bits[tile][0]) | static_cast<uint32_t>(bits[tile][1]) << 16;
+    count_runs(held, runs);
+    PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
-      runs[tile] = bitmap_runs(static_cast<uint32_t>(bits[tile][0]) | static_cast<uint32_t>(bits[tile][1]) << 16);
       const uint32_t begin =
           ptx::shared_address(slots + (2 * stage + tile) * Plan::kSlotBytes) + static_cast<uint32_t>(heads[tile]);
-      const uint32_t end = bitmap_runs_begin(runs[tile], begin, from[tile]);
+      const uint32_t end = place_runs(runs[tile], begin, from[tile]);
       if (end - begin != static_cast<uint32_t>(sizes[tile])) runs[tile].bits = 0;
     }
     fetch_bits(left - 2);

@@ -21,7 +21,7 @@
 // 80 %, the rest does not:
 //
 //   token tiles           1     2     4     8
-//   expand, multiply    162   167   187   207
+//   expand, multiply    160   166   182   206
 //   fetch, 50 %          15    15    26    26
 //   fetch, 80 %           6     6    10    10
 //
@@ -165,11 +165,9 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
 
     BitmapRuns runs[2];
     uint32_t at[2][2];
+    count_runs(held, runs);
     PYFAST_UNROLL
-    for (int slot = 0; slot < 2; ++slot) {
-      runs[slot] = bitmap_runs(held[slot]);
-      rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
-    }
+    for (int slot = 0; slot < 2; ++slot) rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
     bool late = false;
     PYFAST_UNROLL
     for (int i = 0; i < Plan::kRowTiles; ++i) late = late || rings[i].at > arrived[i];
