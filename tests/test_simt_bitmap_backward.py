@@ -12,9 +12,9 @@ from test_simt_bitmap_linear import pattern, tiles_of
 ROUNDING = {"bf16": 2.0**-8, "f16": 2.0**-11}
 
 
-def padded_rows(values: np.ndarray) -> np.ndarray:
-    """Rows of a multiple of 8 elements, as the launcher makes them."""
-    return np.pad(values, ((0, 0), (0, -values.shape[1] % 8)))
+def padded_rows(values: np.ndarray, multiple: int = 8) -> np.ndarray:
+    """Rows of a multiple of 8 elements, as the launcher makes them; 16 for grad_x."""
+    return np.pad(values, ((0, 0), (0, -values.shape[1] % multiple)))
 
 
 def case(tokens: int, n: int, k: int, density: float, kind: str):
@@ -48,8 +48,8 @@ def grad_x_error(
     (grad, _, values), (bitmaps, offsets, places) = case(tokens, n, k, density, kind)
     dense = np.zeros((n, k))
     dense[places[:, 0], places[:, 1]] = host.float_from_bits(values, kind)
-    rows, out = padded_rows(grad), host.Output((tokens, k), np.uint16)
-    numbers = [tokens, n, rows.shape[1], k, len(values), len(values) // len(bitmaps), splits, int(cluster)]
+    rows, out = padded_rows(grad, 16), host.Output((tokens, k), np.uint16)
+    numbers = [tokens, n, rows.shape[1], k, len(values), splits, int(cluster)]
     (library or host.build("bitmap_backward")).run(
         "bitmap_grad_x", rows, values, bitmaps, offsets, out, *numbers, int(kind == "bf16"), order=order
     )
@@ -88,6 +88,20 @@ def test_grad_x_in_any_order_and_with_splits(order: int) -> None:
     assert grad_x_error(20, 200, 100, 0.3, "f16", splits=3, cluster=True, order=order) < 1.0
 
 
+@pytest.mark.parametrize("damage", [-(2**40), -1, 1, 10**6, 2**62])
+def test_damaged_offsets_are_not_followed(damage: int) -> None:
+    """The tiles on both sides of a wrong offset count as empty."""
+    (grad, _, values), (bitmaps, offsets, places) = case(6, 80, 64, 0.3, "f16")
+    offsets[2] = damage
+    kept = np.isin(places[:, 0] // 16, (0, 3, 4))
+    dense = np.zeros((80, 64))
+    dense[places[kept, 0], places[kept, 1]] = host.float_from_bits(values[kept], "f16")
+    out = host.Output((6, 64), np.uint16)
+    numbers = [6, 80, 80, 64, len(values), 1, 0, 0]
+    host.build("bitmap_backward").run("bitmap_grad_x", grad, values, bitmaps, offsets, out, *numbers)
+    assert relative(out.array, host.float_from_bits(grad, "f16") @ dense, "f16") < 1.0
+
+
 @pytest.mark.parametrize(("tokens", "n", "k"), [(1, 1, 1), (3, 70, 70), (40, 33, 200), (100, 129, 64)])
 def test_grad_values(tokens: int, n: int, k: int) -> None:
     for density in (0.05, 0.5, 1.0):
@@ -101,7 +115,7 @@ def test_grad_values_in_any_order(order: int) -> None:
 
 def test_shared_memory_is_what_the_head_of_the_kernels_says() -> None:
     held = host.Output(3, np.int32)
-    host.build("bitmap_backward").run("bitmap_backward_shared_bytes", held, 512)
+    host.build("bitmap_backward").run("bitmap_backward_shared_bytes", held)
     names = ["bitmap_grad_x_kernel<T, 1>", "bitmap_grad_x_kernel<T, 4>", "bitmap_grad_values_kernel<T>"]
     stated = {name: shared for name, (_, shared) in stated_resources("bitmap_backward").items() if name in names}
     assert dict(zip(names, held.memory.tolist(), strict=True)) == stated
@@ -109,25 +123,36 @@ def test_shared_memory_is_what_the_head_of_the_kernels_says() -> None:
 
 # (text, replacement, of grad_x, message)
 MUTANTS = {
-    "grad_x: no barrier before a stage is used": (
-        "    ptx::syncthreads();\n    fetch_grad(",
-        "    ptx::syncwarp();\n    fetch_grad(",
+    "grad_x: values used before they have come": (
+        "    ptx::cp_async_wait<0>();\n    ptx::syncwarp();",
+        "    ptx::syncwarp();",
+        True,
+        "has not been waited for",
+    ),
+    "grad_x: lanes do not meet before a stage is used": (
+        "    ptx::cp_async_wait<0>();\n    ptx::syncwarp();",
+        "    ptx::cp_async_wait<0>();",
+        True,
+        "no barrier|has not been",
+    ),
+    "grad_x: a stage into the slots of the one before": ("stage ^= 1;", "", True, "no barrier|has not been"),
+    "grad_x: no barrier between the stages and the sums": (
+        "  ptx::syncthreads();\n\n  float* const totals",
+        "\n  float* const totals",
         True,
         "no barrier",
     ),
-    "grad_x: not transposed": (
-        "upper[pair / 4][pair % 4] = ptx::transpose_matrix(upper[pair / 4][pair % 4]);",
-        "",
+    "grad_x: past the values": ("if (stored - end >= 8)", "if (stored >= end)", True, "outside|past"),
+    "grad_x: values of the tile before": ("2 * (begin - (begin & 7))", "2 * begin", True, "multiple"),
+    "grad_x: tiles past the last row": (
+        "row_tiles = args.k / kTileRows",
+        "row_tiles = args.k / kTileRows + 1",
         True,
-        None,
+        "outside|past",
     ),
-    "grad_x: swizzle forgotten": (
-        "grad + token * 64 + (chunk ^ (token / 2 & 3)) * 16",
-        "grad + token * 64 + chunk * 16",
-        True,
-        None,
-    ),
-    "grad_x: tokens past the last": ("token < args.tokens && row < args.k", "row < args.k", True, "outside|past"),
+    "grad_x: tiles past the last column": ("column_tile >= tiles_a_row ? 0 : ", "", True, "outside|past"),
+    "grad_x: not transposed": ("upper[pair] = ptx::transpose_matrix(upper[pair]);", "", True, None),
+    "grad_x: tokens past the last": ("(g < args.tokens ? g : 0)", "g", True, "outside|past"),
     "values: one stage waited for too few": (
         "cp_async_wait<Plan::kStages - 2>();\n    ptx::syncthreads();\n    fetch(stage",
         "cp_async_wait<Plan::kStages - 1>();\n    ptx::syncthreads();\n    fetch(stage",

@@ -19,11 +19,11 @@ void launch_grad_x(const Tensor& grad, BitmapLinearArgs args) {
   constexpr auto kKernel = bitmap_grad_x_kernel<T, TokenTiles>;
   const int64_t column_blocks = ceil_div(args.out.n, Plan::kColumns);
   const int64_t stages = ceil_div(args.weight.tiles / args.weight.tiles_a_row, Plan::kRowTiles);
-  const int shared_bytes = Plan::shared_bytes(args.room);
   const KernelFacts& facts = kernel_facts<kKernel>(grad.get_device_index(), kName);
-  const int64_t splits = count_splits(column_blocks, stages, resident_blocks(facts, shared_bytes));
+  const int64_t splits = count_splits_by_issue(column_blocks, stages, facts.multiprocessors, 16 / Plan::kWarps);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
-  launch_splits<T, kKernel>(grad, args, splits, column_blocks, Plan::kThreads, shared_bytes, kName);
+  set_token_tiles(args);
+  launch_splits<T, kKernel>(grad, args, splits, column_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
 }
 
 template <class T>
@@ -49,14 +49,13 @@ Tensor bitmap_grad_x_few(const Tensor& grad, const Tensor& values, const Tensor&
   if (n == 0) return torch::stable::new_zeros(grad, {tokens, k});
   Tensor out = torch::stable::new_empty(grad, {tokens, k});
   if (tokens == 0 || k == 0) return out;
-  const Tensor rows = aligned_rows(grad), read = aligned_start(values), bits = aligned_start(bitmaps);
+  const Tensor rows = aligned_rows(grad, kTileRows), read = aligned_start(values), bits = aligned_start(bitmaps);
   BitmapLinearArgs args{};
   args.weight = bitmap_view(bits_of(read), read.size(0), bits, offsets, k);
   args.x = bits_of(rows);
   args.x_stride = rows.stride(0);
   args.tokens = static_cast<int32_t>(tokens);
   args.k = static_cast<int32_t>(rows.size(1));
-  args.room = bitmap_room(ceil_div(values.size(0), args.weight.tiles));
   args.out = {nullptr, nullptr, out.mutable_data_ptr(), k, Activation::none};
   if (values.scalar_type() == ScalarType::BFloat16)
     choose<BFloat16>(rows, args);

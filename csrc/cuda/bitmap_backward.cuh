@@ -4,32 +4,35 @@
 //   grad_x [tokens, k] = grad·W         up to 32 tokens; more of them decompress and use the dense library
 //   grad_values [stored]: Σ over tokens of grad[token, row]·x[token, column], for the stored places alone
 //
-// grad_x moves the weight's bytes once, as the forward product does, with the same pipeline and the same decode. A warp
-// goes down a column of tiles. W is wanted transposed: the registers of a quarter row (columns 16t + 2p and + 1 of the
-// row g, for lane 4g + t) are an 8×8 matrix of rows against columns, and movmatrix, one instruction, turns it into the
-// fragment of Wᵀ:
+// grad_x moves the weight's bytes once, as the forward product does, with the same decode (bitmap_expand.cuh). A warp
+// goes down a column of tiles, two a stage. Below each other they do not follow each other in memory: each has a slot
+// that a full tile fits in, and its offsets are read. grad comes from L1 as x does there. W is wanted transposed: the
+// registers of a run (columns 16t + 2p and + 1 of the row g, for lane 4g + t) are an 8×8 matrix of rows against
+// columns, and movmatrix, one instruction, turns it into the fragment of Wᵀ:
 //
 //   a[0]  columns 16(g / 2) + 4q + g % 2,      rows 2t, 2t + 1       c[0], c[1]  these columns, tokens 2t, 2t + 1
 //   a[1]  columns 16(g / 2) + 4q + 2 + g % 2,  the same rows         c[2], c[3]  the columns of a[1]
 //   a[2]  columns of a[0], rows 2t + 8, 2t + 9
 //   a[3]  columns of a[1], the same                                  q = 0 … 3: 16 columns each
 //
+// Instructions of a warp for a tile, counted in the code for sm_90: about 205 at 8 tokens and 240 at 32, and 12 for
+// each 512 bytes of values.
+//
 // grad_values does the dense product's arithmetic, 2·n·k·tokens, tile by tile of 128 × 128, and stores d·n·k values: no
 // dense matrix of n·k is written or held, and reading grad and x again from L2 costs 2·(1/128 + 1/128) bytes for each
 // multiplication. Both operands have the summed index, the token, as their outer one: ldmatrix.trans. At many tokens
 // mma.sync reaches about 60 % of what the dense library does on an H100; what is bought is the memory.
 //
-// Resources (the shared memory of grad_x depends on the density, here at 50 %):
+// Resources:
 //
-//   bitmap_grad_x_kernel<T, 1>         80 registers    39552 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        160 registers    44160 bytes of shared memory    up to 32
+//   bitmap_grad_x_kernel<T, 1>         80 registers    33024 bytes of shared memory    up to 8 tokens
+//   bitmap_grad_x_kernel<T, 4>        160 registers    33280 bytes of shared memory    up to 32
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
 
 #include "bitmap_convert.cuh"
 #include "bitmap_linear.cuh"
-#include "bitmap_stream.cuh"
 
 namespace pyfast::cuda {
 
@@ -39,20 +42,12 @@ struct BitmapGradXPlan {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTokens = 8 * TokenTiles;
   static constexpr int kRowTiles = 2;  // of a stage
-  static constexpr int kRows = kRowTiles * kTileRows;
   static constexpr int kColumns = kTileColumns * kWarps;
-  static constexpr int kStages = 3;
-  static constexpr int kGradBytes = kTokens * kRows * 2;  // of a stage
-  static constexpr int kSumStride = kColumns + 4;         // floats from token to token
-
-  static PYFAST_HOST_DEVICE constexpr int stage_bytes(int room) {
-    return kGradBytes + kWarps * 2 * (kTileBitmapBytes + room);
-  }
-  static PYFAST_HOST_DEVICE constexpr int shared_bytes(int room) {
-    const int pipeline = kStages * stage_bytes(room) + kWarps * 2 * kStages * 4 * 8;
-    const int sums = kTokens * kSumStride * 4;
-    return pipeline > sums ? pipeline : sums;
-  }
+  static constexpr int kSlotBytes = 2 * kTileElements + 16;  // of a tile's values, which may begin within a chunk
+  static constexpr int kPipelineBytes = kWarps * 2 * kRowTiles * kSlotBytes;
+  static constexpr int kSumStride = kColumns + 4;  // floats from token to token
+  static constexpr int kSumBytes = kTokens * kSumStride * 4;
+  static constexpr int kSharedBytes = kPipelineBytes > kSumBytes ? kPipelineBytes : kSumBytes;
 };
 
 struct BitmapGradValuesPlan {
@@ -74,110 +69,138 @@ struct BitmapGradValuesArgs {
 
 #if defined(PYFAST_KERNELS)
 
-// The 16 columns of a run whose values lie in global memory.
-PYFAST_DEVICE void gather_run(uint32_t bits, const uint16_t* values, uint32_t (&words)[2][4]) {
-  PYFAST_UNROLL
-  for (int pair = 0; pair < 8; ++pair) {
-    uint32_t first = 0, second = 0;
-    if (bits >> 2 * pair & 1u) first = *values++;
-    if (bits >> 2 * pair & 2u) second = *values++;
-    words[pair / 4][pair % 4] = ptx::byte_permute(first, second, 0x5410u);
-  }
-}
-
-// [warp] The elements of a tile that lies in a slot of the stream: upper[half][i] holds columns 16t + 8·half + 2i and +
-// 1 of the row g, lower those of the row g + 8.
-template <class Stream>
-PYFAST_DEVICE void expand_tile(const Stream& stream, const unsigned char* slot, const typename Stream::Tile& tile,
-                               uint32_t (&upper)[2][4], uint32_t (&lower)[2][4]) {
-  const uint16_t* const quarters = reinterpret_cast<const uint16_t*>(slot) + stream.lane;
-  BitmapRuns runs = bitmap_runs(static_cast<uint32_t>(quarters[0]) | static_cast<uint32_t>(quarters[32]) << 16);
-  if (ptx::dot2(runs.total, 0x0101u, 0) != static_cast<uint32_t>(2 * tile.count)) runs.bits = 0;
-  if (tile.fits) {
-    const uint32_t values = ptx::shared_address(slot + kTileBitmapBytes) + static_cast<uint32_t>(2 * tile.head);
-    uint32_t from[2];
-    bitmap_runs_begin(runs, values, from);
-    expand_half<0, 0>(runs, from[0], upper[0]);
-    expand_half<0, 1>(runs, from[0], upper[1]);
-    expand_half<1, 0>(runs, from[1], lower[0]);
-    expand_half<1, 1>(runs, from[1], lower[1]);
-  } else {
-    uint32_t from[2];
-    bitmap_runs_begin(runs, 0, from);
-    gather_run(runs.bits & 0xffffu, stream.weight.values + tile.begin + from[0] / 2, upper);
-    gather_run(runs.bits >> 16, stream.weight.values + tile.begin + from[1] / 2, lower);
-  }
-}
-
-// args.x is grad [tokens, n], args.k its columns that may be read, args.out.n the columns of W. Grid: x over the splits
-// of the rows of W, y over 256 columns.
+// args.x is grad [tokens, n], n padded with zeros to args.k, a multiple of 16; args.out.n the columns of W. Grid: x
+// over the splits of the rows of W, y over 256 columns.
 template <class T, int TokenTiles>
 __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     bitmap_grad_x_kernel(const BitmapLinearArgs args) {
   using Plan = BitmapGradXPlan<TokenTiles>;
-  using Stream = BitmapStream<Plan::kStages, 2, true>;
   PYFAST_DYNAMIC_SHARED(shared);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  const int stage_bytes = Plan::stage_bytes(args.room);
-  const int row_tiles = static_cast<int>(args.weight.tiles / args.weight.tiles_a_row);
-  const int all_stages = (row_tiles + 1) / 2, first_stage = static_cast<int>(blockIdx.x) * args.split_stages;
-  const Stream stream{args.weight,
-                      shared + Plan::kGradBytes + warp * 2 * (kTileBitmapBytes + args.room),
-                      stage_bytes,
-                      args.room,
-                      reinterpret_cast<int64_t*>(shared + Plan::kStages * stage_bytes) + warp * 8 * Plan::kStages,
-                      static_cast<int64_t>(first_stage) * 2,
-                      static_cast<int>(blockIdx.y) * Plan::kWarps + warp,
-                      all_stages - first_stage < args.split_stages ? all_stages - first_stage : args.split_stages,
-                      lane};
+  const int tiles_a_row = static_cast<int>(args.weight.tiles_a_row), row_tiles = args.k / kTileRows;
+  const int column_tile = static_cast<int>(blockIdx.y) * Plan::kWarps + warp;
 
-  // Chunk c of token m lies at c ^ (m / 2 % 4): eight tokens of a chunk meet no bank twice.
-  const auto fetch_grad = [&](int stage) {
-    if (stage >= stream.stages) return;
-    unsigned char* const to = shared + stage % Plan::kStages * stage_bytes;
-    for (int i = thread; i < Plan::kTokens * 4; i += Plan::kThreads) {
-      const int token = i / 4, chunk = i % 4, row = (first_stage + stage) * Plan::kRows + 8 * chunk;
-      const bool there = token < args.tokens && row < args.k;
-      ptx::cp_async<16>(to + token * 64 + (chunk ^ (token / 2 & 3)) * 16,
-                        args.x + (there ? token * args.x_stride + row : 0), there ? 16 : 0);
-    }
-  };
-  stream.begin(fetch_grad);
+  // `left` tiles from row tile `first` on. Tiles 0 and 1 are those of a stage.
+  const int share = args.split_stages * Plan::kRowTiles, first = static_cast<int>(blockIdx.x) * share;
+  int left = column_tile >= tiles_a_row ? 0 : row_tiles - first < share ? row_tiles - first : share;
+  const int64_t number = static_cast<int64_t>(first) * tiles_a_row + column_tile;
+  const int64_t* offsets = args.weight.offsets + number;
+  const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
+  const unsigned char* grad = reinterpret_cast<const unsigned char*>(args.x) +
+                              2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileRows + 2 * t);
 
-  float sums[4][TokenTiles][4] = {};
-  for (int stage = 0; stage < stream.stages; ++stage) {
-    ptx::cp_async_wait<Plan::kStages - 2>();
-    ptx::syncthreads();
-    fetch_grad(stage + Plan::kStages - 1);
-    stream.fetch(stage + Plan::kStages - 1);
-    ptx::cp_async_commit();
-    const unsigned char* const grad = shared + stage % Plan::kStages * stage_bytes;
-    const unsigned char* const slots = stream.slots + stage % Plan::kStages * stage_bytes;
+  // The bits of a stage are fetched a stage ahead, where its values begin and end two stages.
+  uint16_t bits[2][2] = {};
+  int64_t begins[2] = {}, ends[2] = {};
+  const auto fetch_bits = [&](int there) {
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
-      uint32_t upper[2][4], lower[2][4];
-      expand_tile(stream, slots + tile * stream.slot_bytes(), stream.tile_of(stage, tile), upper, lower);
-      PYFAST_UNROLL
-      for (int pair = 0; pair < 8; ++pair) {
-        upper[pair / 4][pair % 4] = ptx::transpose_matrix(upper[pair / 4][pair % 4]);
-        lower[pair / 4][pair % 4] = ptx::transpose_matrix(lower[pair / 4][pair % 4]);
-      }
-      PYFAST_UNROLL
-      for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
-        const int token = 8 * token_tile + lane % 8, chunk = 2 * tile + lane / 8 % 2;
-        uint32_t b[2];
-        ptx::ldmatrix<2>(b, grad + token * 64 + (chunk ^ (token / 2 & 3)) * 16);
-        PYFAST_UNROLL
-        for (int q = 0; q < 4; ++q) {
-          const int half = q / 2, pair = q % 2 * 2;
-          const uint32_t a[4] = {upper[half][pair], upper[half][pair + 1], lower[half][pair], lower[half][pair + 1]};
-          ptx::mma_m16n8k16<T>(sums[q][token_tile], a, b, sums[q][token_tile]);
-        }
+      if (there <= tile) continue;
+      bits[tile][0] = ptx::ld_nc(quarters + 64 * tile * tiles_a_row);
+      bits[tile][1] = ptx::ld_nc(quarters + 64 * tile * tiles_a_row + 32);
+    }
+    quarters += 128 * int64_t{tiles_a_row};
+  };
+  const auto fetch_offsets = [&](int there) {
+    PYFAST_UNROLL
+    for (int tile = 0; tile < 2; ++tile) {
+      if (there <= tile) continue;
+      begins[tile] = offsets[tile * tiles_a_row];
+      ends[tile] = offsets[tile * tiles_a_row + 1];
+    }
+    offsets += 2 * int64_t{tiles_a_row};
+  };
+  // Begins to copy the values of a stage into its slots. Of each tile: where its values begin in the slot, and their
+  // bytes, −1 where the table is damaged.
+  unsigned char* const slots = shared + warp * 2 * Plan::kRowTiles * Plan::kSlotBytes;
+  const unsigned char* const values = reinterpret_cast<const unsigned char*>(args.weight.values) + 16 * lane;
+  int stage = 0, heads[2] = {}, sizes[2] = {};
+  const auto fetch_values = [&](int there) {
+    PYFAST_UNROLL
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint64_t begin = static_cast<uint64_t>(begins[tile]), end = static_cast<uint64_t>(ends[tile]);
+      const uint64_t stored = static_cast<uint64_t>(args.weight.stored);
+      const bool sound = begin <= stored && end <= stored && end - begin <= kTileElements;
+      heads[tile] = 2 * static_cast<int>(begin & 7);
+      sizes[tile] = sound ? 2 * static_cast<int>(end - begin) : -1;
+      if (there <= tile || !sound) continue;
+      unsigned char* to = slots + (2 * stage + tile) * Plan::kSlotBytes + 16 * lane;
+      const unsigned char* from = values + 2 * (begin - (begin & 7));
+      int rest = heads[tile] + sizes[tile] - 16 * lane;
+      if (stored - end >= 8) {  // the last chunk may be read whole
+        PYFAST_UNROLL_NOT
+        for (; rest > 0; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
+      } else {
+        PYFAST_UNROLL_NOT
+        for (; rest > 0; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from, rest < 16 ? rest : 16);
       }
     }
+  };
+  const auto arrive = [] {
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::syncwarp();
+  };
+  fetch_bits(left);
+  fetch_offsets(left);
+  fetch_values(left);
+  fetch_offsets(left - 2);
+
+  float sums[4][TokenTiles][4] = {};
+  for (; left > 0; left -= 2) {
+    BitmapRuns runs[2];
+    uint32_t held[2], from[2][2];
+    arrive();
+    PYFAST_UNROLL
+    for (int tile = 0; tile < 2; ++tile)
+      held[tile] = static_cast<uint32_t>(bits[tile][0]) | static_cast<uint32_t>(bits[tile][1]) << 16;
+    count_runs(held, runs);
+    PYFAST_UNROLL
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint32_t begin =
+          ptx::shared_address(slots + (2 * stage + tile) * Plan::kSlotBytes) + static_cast<uint32_t>(heads[tile]);
+      const uint32_t end = place_runs(runs[tile], begin, from[tile]);
+      if (end - begin != static_cast<uint32_t>(sizes[tile])) runs[tile].bits = 0;
+    }
+    fetch_bits(left - 2);
+    stage ^= 1;
+    fetch_values(left - 2);
+    fetch_offsets(left - 4);
+
+    PYFAST_UNROLL
+    for (int tile = 0; tile < 2; ++tile) {
+      if (left <= tile) break;
+      uint32_t b[TokenTiles][2];
+      PYFAST_UNROLL
+      for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
+        const unsigned char* const row = grad + (token_tile == 0 ? 0 : args.token_tiles[token_tile]);
+        b[token_tile][0] = ptx::ld_nc(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile));
+        b[token_tile][1] = ptx::ld_nc(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile + 16));
+      }
+      const auto multiply = [&](auto half) {
+        constexpr int kHalf = decltype(half)::value;
+        uint32_t upper[4], lower[4];
+        expand_half<0, kHalf>(runs[tile], from[tile][0], upper);
+        expand_half<1, kHalf>(runs[tile], from[tile][1], lower);
+        PYFAST_UNROLL
+        for (int pair = 0; pair < 4; ++pair) {
+          upper[pair] = ptx::transpose_matrix(upper[pair]);
+          lower[pair] = ptx::transpose_matrix(lower[pair]);
+        }
+        PYFAST_UNROLL
+        for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
+        for (int q = 0; q < 2; ++q) {
+          const uint32_t a[4] = {upper[2 * q], upper[2 * q + 1], lower[2 * q], lower[2 * q + 1]};
+          float (&sum)[4] = sums[2 * kHalf + q][token_tile];
+          ptx::mma_m16n8k16<T>(sum, a, b[token_tile], sum);
+        }
+      };
+      multiply(std::integral_constant<int, 0>{});
+      multiply(std::integral_constant<int, 1>{});
+    }
+    grad += 2 * Plan::kRowTiles * kTileRows;
   }
-  ptx::cp_async_wait<0>();
   ptx::syncthreads();
 
   float* const totals = reinterpret_cast<float*>(shared);
@@ -185,8 +208,10 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   PYFAST_UNROLL
   for (int q = 0; q < 4; ++q) PYFAST_UNROLL
   for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
-  for (int i = 0; i < 4; ++i)
-    own[(8 * token_tile + 2 * t + i % 2) * Plan::kSumStride + 4 * q + i / 2 * 2] = sums[q][token_tile][i];
+  for (int i = 0; i < 4; ++i) {
+    const int token = first_token(token_tile, args.tokens) + 2 * t + i % 2;
+    if (token >= 8 * token_tile) own[token * Plan::kSumStride + 4 * q + i / 2 * 2] = sums[q][token_tile][i];
+  }
   ptx::syncthreads();
   finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kColumns, Plan::kSumStride>(
       totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kColumns);

@@ -13,7 +13,7 @@
 // addresses come from sums of bits, kept in bytes, by one IDP each; the same sums, over the warp, tell where each run
 // begins. No address waits for another one's load or bit.
 //
-// Instructions of a warp for a tile (sm_90): 16 for the sums, 15 for the scan, 16 IDP, 32 loads, 16 PRMT, 23 zeros and
+// Instructions of a warp for a tile (sm_90): 13 for the sums, 13 for the scan, 16 IDP, 32 loads, 16 PRMT, 23 zeros and
 // 8 tests of bits. The same by a pointer that moves under each bit's predicate is a chain of 16 steps, and half of them
 // become an addition and a select, or an addition and two moves: 144 for loads, additions, zeros and tests instead
 // of 95.
@@ -25,7 +25,7 @@ namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
 
-// The lane's two runs of a tile, sizes in bytes of values.
+// The lane's two runs of a tile, in numbers of values.
 struct BitmapRuns {
   uint32_t bits;     // row g in the lower half, row g + 8 in the upper one
   uint32_t sums[4];  // byte b of sums[j]: how many of the bits 8b … 8b + 2j + 1 are set
@@ -33,27 +33,35 @@ struct BitmapRuns {
   uint32_t total;    // of the tile, likewise
 };
 
-// [warp]
-PYFAST_DEVICE BitmapRuns bitmap_runs(uint32_t bits) {
-  BitmapRuns runs;
-  const uint32_t pairs = bits - (bits >> 1 & 0x55555555u);
-  runs.bits = bits;
-  runs.sums[0] = pairs & 0x03030303u;
+// [warp] The runs of two tiles, whose counts go through the scan together as long as they fit in a byte: over 8 lanes.
+PYFAST_DEVICE void count_runs(const uint32_t (&bits)[2], BitmapRuns (&runs)[2]) {
   PYFAST_UNROLL
-  for (int j = 1; j < 4; ++j) runs.sums[j] = runs.sums[j - 1] + (pairs >> 2 * j & 0x03030303u);
-  const uint32_t counts = ptx::byte_permute(runs.sums[3] * 0x202u, 0, 0x4341u);  // bytes 1 and 3: of two neighbours
-  const uint32_t scan = inclusive_scan(counts);
-  runs.total = ptx::shfl(scan, 31);
-  runs.before = scan - counts;
-  return runs;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t pairs = bits[i] - (bits[i] >> 1 & 0x55555555u);
+    runs[i].bits = bits[i];
+    runs[i].sums[0] = pairs & 0x03030303u;
+    PYFAST_UNROLL
+    for (int j = 1; j < 4; ++j) runs[i].sums[j] = runs[i].sums[j - 1] + (pairs >> 2 * j & 0x03030303u);
+  }
+  // Bytes 1 and 3 of a product with 0x101 are sums of two neighbours.
+  const uint32_t counts = ptx::byte_permute(runs[0].sums[3] * 0x101u, runs[1].sums[3] * 0x101u, 0x7531u);
+  const uint32_t scan = ptx::add_from_below<4>(ptx::add_from_below<2>(ptx::add_from_below<1>(counts)));
+  PYFAST_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bytes = i == 0 ? 0x4140u : 0x4342u;
+    const uint32_t all = ptx::add_from_below<16>(ptx::add_from_below<8>(ptx::byte_permute(scan, 0, bytes)));
+    runs[i].total = ptx::shfl(all, 31);
+    runs[i].before = all - ptx::byte_permute(counts, 0, bytes);
+  }
 }
 
-// Where the values of the lane's runs begin when those of the tile begin at `begin`, and where the tile's end.
-PYFAST_DEVICE uint32_t bitmap_runs_begin(const BitmapRuns& runs, uint32_t begin, uint32_t (&from)[2]) {
-  const uint32_t middle = ptx::dot2(runs.total, 0x0001u, begin);
-  from[0] = ptx::dot2(runs.before, 0x0001u, begin);
-  from[1] = ptx::dot2(runs.before, 0x0100u, middle);
-  return ptx::dot2(runs.total, 0x0100u, middle);
+// Where the values of the lane's runs begin, in bytes, when those of the tile begin at `begin`; and where the tile's
+// end.
+PYFAST_DEVICE uint32_t place_runs(const BitmapRuns& runs, uint32_t begin, uint32_t (&from)[2]) {
+  const uint32_t middle = ptx::dot2(runs.total, 0x0002u, begin);
+  from[0] = ptx::dot2(runs.before, 0x0002u, begin);
+  from[1] = ptx::dot2(runs.before, 0x0200u, middle);
+  return ptx::dot2(runs.total, 0x0200u, middle);
 }
 
 // Columns 8·Half to 8·Half + 7 of a run whose values from there on begin at the shared address `from`, which moves

@@ -77,7 +77,8 @@ Tensor bitmap_linear_few(const Tensor& x, const Tensor& values, const Tensor& bi
   BitmapLinearArgs args{};
   args.out = make_epilogue(y, bias, activation, mul);
   if (tokens == 0 || n == 0) return y;
-  const Tensor rows = aligned_rows(x, kTileColumns), read = aligned_start(values), bits = aligned_start(bitmaps);
+  const Tensor rows = aligned_rows(x, tokens > 4 ? kTileColumns : 8), read = aligned_start(values),
+               bits = aligned_start(bitmaps);
   args.weight = bitmap_view(static_cast<const uint16_t*>(read.const_data_ptr()), read.size(0), bits, offsets, k);
   args.x = static_cast<const uint16_t*>(rows.const_data_ptr());
   args.x_stride = rows.stride(0);

@@ -21,7 +21,7 @@
 // 80 %, the rest does not:
 //
 //   token tiles           1     2     4     8
-//   expand, multiply    162   167   187   207
+//   expand, multiply    160   166   182   206
 //   fetch, 50 %          15    15    26    26
 //   fetch, 80 %           6     6    10    10
 //
@@ -83,14 +83,14 @@ struct BitmapLinearPlan {
   static constexpr int kStageTiles = kColumnTiles * kColumnWarps;  // of a block
   static constexpr int kWarps = kRowWarps * kColumnWarps;
   static constexpr int kThreads = 32 * kWarps;
+  // Of a multiprocessor, as the registers are meant to allow.
   static constexpr int kBlocks = TokenTiles == 1 ? 6 : TokenTiles == 2 ? 5 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
   static constexpr int kRingBytes = 8192 / kRowTiles, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
   static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
-  static constexpr int kPipelineBytes = kWarps * kRowTiles * kRingSpace;
-  static constexpr int kSharedBytes =
-      kPipelineBytes > kColumnWarps* kSumBytes ? kPipelineBytes : kColumnWarps * kSumBytes;
+  static constexpr int kAllSumBytes = kColumnWarps * kSumBytes, kPipelineBytes = kWarps * kRowTiles * kRingSpace;
+  static constexpr int kSharedBytes = kPipelineBytes > kAllSumBytes ? kPipelineBytes : kAllSumBytes;
 };
 
 #if defined(PYFAST_KERNELS)
@@ -165,11 +165,9 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
 
     BitmapRuns runs[2];
     uint32_t at[2][2];
+    count_runs(held, runs);
     PYFAST_UNROLL
-    for (int slot = 0; slot < 2; ++slot) {
-      runs[slot] = bitmap_runs(held[slot]);
-      rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
-    }
+    for (int slot = 0; slot < 2; ++slot) rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
     bool late = false;
     PYFAST_UNROLL
     for (int i = 0; i < Plan::kRowTiles; ++i) late = late || rings[i].at > arrived[i];

@@ -48,7 +48,7 @@ struct BitmapRing {
   // Where the two runs of the tile at `at` begin: shared addresses. `at` moves behind the tile.
   PYFAST_DEVICE void take(const BitmapRuns& runs, uint32_t (&from)[2]) {
     const uint32_t base = ptx::shared_address(ring);
-    at = bitmap_runs_begin(runs, at, from);
+    at = place_runs(runs, at, from);
     from[0] = base + (from[0] & (Bytes - 1));
     from[1] = base + (from[1] & (Bytes - 1));
   }

@@ -1,5 +1,5 @@
-// A warp's own pipeline of bitmap tiles through shared memory, two tiles a stage, by cp.async. The lanes of the warp
-// fetch and read it; no other warp is waited for.
+// A warp's own pipeline of bitmap tiles through shared memory, two tiles side by side a stage, by cp.async. The lanes
+// of the warp fetch and read it; no other warp is waited for. bitmap_vector.cuh uses it; bitmap_ring.cuh costs less.
 //
 //   slot of a tile   bitmaps 128 bytes, values `room` bytes: the 16-byte chunks that hold them, as they lie in memory
 //   offsets          [2·Stages][4]: begin and end of the two tiles of a stage
@@ -33,18 +33,14 @@ constexpr int bitmap_room(int64_t mean) {
 
 #if defined(PYFAST_KERNELS)
 
-// The stage's two tiles are one below the other (RowTiles = 2) or side by side (RowTiles = 1); the stages follow each
-// other along a row of tiles, or Down a column of them.
-template <int Stages, int RowTiles, bool Down = false>
+// The stages follow each other along a row of tiles.
+template <int Stages>
 struct BitmapStream {
-  static constexpr int kColumnTiles = 2 / RowTiles;
-  static constexpr int kOffsetBytes = 2 * Stages * 4 * 8;  // of a warp
-
   const BitmapWeight<const uint16_t>& weight;
   unsigned char* slots;   // of stage 0
   int stage_bytes, room;  // from stage to stage; of a tile's values
   int64_t* offsets;
-  int64_t first_row_tile;
+  int64_t row_tile;
   int first_column_tile, stages;
   int lane;
 
@@ -52,8 +48,7 @@ struct BitmapStream {
 
   // The number of tile `tile` (0 or 1) of a stage, or −1 outside the weight.
   PYFAST_DEVICE int64_t number(int stage, int tile) const {
-    const int column_tile = first_column_tile + (Down ? 0 : stage * kColumnTiles) + (RowTiles == 2 ? 0 : tile);
-    const int64_t row_tile = first_row_tile + (Down ? stage * RowTiles : 0) + (RowTiles == 2 ? tile : 0);
+    const int column_tile = first_column_tile + 2 * stage + tile;
     const int64_t row = row_tile * weight.tiles_a_row;
     return column_tile < static_cast<int>(weight.tiles_a_row) && row < weight.tiles ? row + column_tile : -1;
   }
@@ -110,15 +105,13 @@ struct BitmapStream {
     }
   }
 
-  // Before anything else: the offsets of the first stages, then their tiles, `also(stage)` with each.
-  template <class Also>
-  PYFAST_DEVICE void begin(const Also& also) const {
+  // Before anything else: the offsets of the first stages, then their tiles.
+  PYFAST_DEVICE void begin() const {
     for (int stage = 0; stage < Stages - 1; ++stage) fetch_offsets(stage);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::syncwarp();
     for (int stage = 0; stage < Stages - 1; ++stage) {
-      also(stage);
       fetch(stage);
       ptx::cp_async_commit();
     }

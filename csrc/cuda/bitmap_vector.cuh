@@ -87,7 +87,7 @@ template <class T, int Tokens>
 __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
     bitmap_vector_kernel(const BitmapLinearArgs args) {
   using Plan = BitmapVectorPlan<Tokens>;
-  using Stream = BitmapStream<Plan::kStages, 1>;
+  using Stream = BitmapStream<Plan::kStages>;
   PYFAST_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int stage_bytes = Plan::stage_bytes(args.room);
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
                       first_stage * 2,
                       all_stages - first_stage < args.split_stages ? all_stages - first_stage : args.split_stages,
                       lane};
-  stream.begin([](int) {});
+  stream.begin();
 
   uint16_t* const x = reinterpret_cast<uint16_t*>(shared);
   const int chunks = stream.stages * (Plan::kColumns / 8);

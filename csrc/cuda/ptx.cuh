@@ -59,7 +59,7 @@ inline constexpr bool kIsTensorCoreType = kIsBFloat16<T> || std::is_same_v<T, Fl
 
 namespace pyfast::cuda::ptx {
 
-// Where a variable lies in the shared memory of the block, in bytes; there are no others than below 2^18.
+// Where something lies in shared memory: the address that load_marked takes.
 PYFAST_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

@@ -14,6 +14,7 @@ void grad_x(BitmapLinearArgs args, unsigned splits, bool cluster) {
   using Plan = BitmapGradXPlan<TokenTiles>;
   const unsigned stages = parts(args.weight.tiles / args.weight.tiles_a_row, 2);
   args.split_stages = static_cast<int32_t>(parts(stages, splits));
+  set_token_tiles(args);
   const bool two_kernels = splits > 1 && !cluster;
   if (two_kernels)
     args.partial =
@@ -21,7 +22,7 @@ void grad_x(BitmapLinearArgs args, unsigned splits, bool cluster) {
   simt::launch({{splits, parts(args.out.n, Plan::kColumns)},
                 {Plan::kThreads},
                 cluster ? splits : 1,
-                static_cast<size_t>(Plan::shared_bytes(args.room))},
+                static_cast<size_t>(Plan::kSharedBytes)},
                bitmap_grad_x_kernel<T, TokenTiles>, args);
   if (two_kernels)
     simt::launch({{parts(args.out.n, 256), static_cast<unsigned>(args.tokens)}, {256}}, reduce_splits_kernel<T>,
@@ -41,13 +42,12 @@ void choose(const BitmapLinearArgs& args, unsigned splits, bool cluster) {
 // grad [tokens, stride] with n columns that count, W [n, k].
 SIMT_EXPORT bitmap_grad_x(const uint16_t* grad, const uint16_t* values, const uint32_t* bitmaps, const int64_t* offsets,
                           uint16_t* out, int64_t tokens, int64_t n, int64_t stride, int64_t k, int64_t stored,
-                          int64_t mean, int64_t splits, int64_t cluster, int64_t bfloat16) {
+                          int64_t splits, int64_t cluster, int64_t bfloat16) {
   BitmapLinearArgs args{};
   const uint32_t across = parts(k, kTileColumns);
   args.weight = {values, bitmaps, offsets, stored, across * parts(n, kTileRows), across};
   args.x = grad, args.x_stride = stride;
   args.tokens = static_cast<int32_t>(tokens), args.k = static_cast<int32_t>(stride);
-  args.room = bitmap_room(mean);
   args.out = {nullptr, nullptr, out, k, Activation::none};
   if (bfloat16) {
     choose<BFloat16>(args, static_cast<unsigned>(splits), cluster != 0);
@@ -73,9 +73,9 @@ SIMT_EXPORT bitmap_grad_values(const uint16_t* grad, const uint16_t* x, const ui
                bfloat16 ? bitmap_grad_values_kernel<BFloat16> : bitmap_grad_values_kernel<Float16>, args);
 }
 
-// Shared memory of a launch: grad_x of 1 and 4 token tiles at `mean` values a tile, and grad_values.
-SIMT_EXPORT bitmap_backward_shared_bytes(int32_t* bytes, int64_t mean) {
-  bytes[0] = BitmapGradXPlan<1>::shared_bytes(bitmap_room(mean));
-  bytes[1] = BitmapGradXPlan<4>::shared_bytes(bitmap_room(mean));
+// Shared memory of a launch: grad_x of 1 and 4 token tiles, and grad_values.
+SIMT_EXPORT bitmap_backward_shared_bytes(int32_t* bytes) {
+  bytes[0] = BitmapGradXPlan<1>::kSharedBytes;
+  bytes[1] = BitmapGradXPlan<4>::kSharedBytes;
   bytes[2] = BitmapGradValuesPlan::kSharedBytes;
 }
