@@ -10,24 +10,27 @@ import torch
 from sparse_cases import weight_24, weight_unstructured
 
 from pyfast import BitmapWeight, Sparse24Weight, sparse
-from pyfast.sparse import cuda_costs, layouts
+from pyfast.sparse import cuda_calibration, cuda_costs, layouts
 from pyfast.sparse.cost_model import Work
 from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants
 
 
 def simple() -> CudaConstants:
     """Times that can be worked out by hand."""
+
+    def row(*positions: float) -> cuda_costs.Row:
+        return tuple((2.0, position) for position in positions)
+
     return CudaConstants(
         source="calibrated",
         device="a GPU",
-        launch_us=2.0,
-        bitmap=tuple(tuple(0.5 + density for density in DENSITIES) for _ in FEW_TOKENS),
-        bitmap_decompress=tuple(2.0 for _ in DENSITIES),
-        sliced=tuple(tuple(tokens * density for density in DENSITIES) for tokens in SLICED_TOKENS),
-        sparse24=tuple(0.5 + tokens / 64 for tokens in FEW_TOKENS),
-        sparse24_decompress=3.0,
-        cusparselt=tuple(0.9 * max(1.0, tokens / 256) for tokens in MANY_TOKENS),
-        dense=tuple(max(1.0, tokens / 256) for tokens in MANY_TOKENS),
+        bitmap=tuple(row(*(0.5 + density for density in DENSITIES)) for _ in FEW_TOKENS),
+        bitmap_decompress=row(*(2.0 for _ in DENSITIES)),
+        sliced=tuple(row(*(tokens * density for density in DENSITIES)) for tokens in SLICED_TOKENS),
+        sparse24=row(*(0.5 + tokens / 64 for tokens in FEW_TOKENS)),
+        sparse24_decompress=(2.0, 3.0),
+        cusparselt=row(*(0.9 * max(1.0, tokens / 256) for tokens in MANY_TOKENS)),
+        dense=row(*(max(1.0, tokens / 256) for tokens in MANY_TOKENS)),
     )
 
 
@@ -65,7 +68,13 @@ def test_bytes_beside_the_container():
 def test_constants_survive_json():
     plain = json.loads(json.dumps(cuda_costs.to_json(simple())))
     assert cuda_costs.from_json(plain, "calibrated") == simple()
-    for name, value in (("dense", [1.0]), ("bitmap", []), ("launch_us", "2"), ("device", 3), ("sparse24", [-1.0] * 7)):
+    for name, value in (
+        ("dense", [1.0]),
+        ("bitmap", []),
+        ("sparse24_decompress", ["2", 1.0]),
+        ("device", 3),
+        ("sparse24", [[-1.0, 1.0]] * 7),
+    ):
         with pytest.raises((KeyError, TypeError, ValueError)):
             cuda_costs.from_json({**plain, name: value}, "calibrated")
     del plain["sliced"]
@@ -76,7 +85,12 @@ def test_constants_survive_json():
 def test_the_built_in_constants_are_those_of_an_h100():
     found = cuda_costs.built_in()
     assert found.source == "built-in" and "H100" in found.device
-    assert all(0.01 < value < 100 for value in (*found.dense, *found.sparse24, found.launch_us))
+    assert all(begin < 20 and 0.01 < position < 100 for begin, position in (*found.dense, *found.sparse24))
+
+
+def test_a_line_through_two_sizes():
+    found = cuda_calibration._lines((5.0, (9.0, 4.0)), (8.0, (9.0, 16.0)), (1_000_000, 4_000_000))
+    assert found == ((4.0, 1.0), ((9.0, 0.0), (0.0, 4.0)))
 
 
 @pytest.mark.gpu

@@ -203,9 +203,11 @@ def test_on_the_gpu(tokens: int, n: int, k: int, dtype: torch.dtype) -> None:
     """Both gradients at real shapes, through autograd, against the dense product's in float64."""
     import pyfast
 
-    stored = torch.rand(n, k, device="cuda") < 0.3
+    whole = torch.randn(n, k, device="cuda", dtype=dtype)
+    whole[0, 0] = 1.0
+    stored = (torch.rand(n, k, device="cuda") < 0.3) & (whole != 0)  # +0.0 is not stored, whatever the mask says
     stored[0, 0] = True
-    weight = pyfast.BitmapWeight.from_dense(torch.randn(n, k, device="cuda", dtype=dtype), mask=stored)
+    weight = pyfast.BitmapWeight.from_dense(whole, mask=stored)
     weight.values.requires_grad_(True)
     x, grad = (torch.randn(tokens, width, device="cuda", dtype=dtype) for width in (k, n))
     x.requires_grad_(True)

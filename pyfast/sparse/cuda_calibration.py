@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from pyfast.ops import sparse24_convert
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.sparse import cache, cuda_costs, cusparselt
-from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants, Row
+from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants
 from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight
 from pyfast.sparse.sliced import SlicedLayout
 
-SHAPE = (8192, 8192)
-_SMALL = (64, 128)
+SHAPES = ((4096, 4096), (8192, 8192))  # a line through two sizes
 _CALLS = 8  # in a graph, at the least
+
+Times = dict[str, Any]  # microseconds, nested as the constants of the same name are
 
 
 @lru_cache(maxsize=1)
@@ -73,10 +74,15 @@ def save(found: CudaConstants) -> Path | None:
 def calibrate(
     *,
     say: Callable[[str], None] = lambda what: None,
-    shape: tuple[int, int] = SHAPE,
+    shapes: tuple[tuple[int, int], tuple[int, int]] = SHAPES,
     dtype: torch.dtype = torch.bfloat16,
 ) -> CudaConstants:
     """Measures the constants of the current GPU, saves them and gives them back: a few seconds.
+
+    Args:
+        say: is told what is measured.
+        shapes: (N, K) of a small and of a large weight.
+        dtype: bfloat16 or float16.
 
     Raises:
         RuntimeError: there is no GPU, or no CUDA kernels.
@@ -86,51 +92,56 @@ def calibrate(
     if _native.CUDA is None:
         raise RuntimeError(f"calibrate: {_native.CUDA_REASON}")
     with torch.inference_mode():
-        found = _measure(say, shape, dtype)
+        small, large = (_times(say, shape, dtype) for shape in shapes)
+    positions = tuple(n * k for n, k in shapes)
+    lines = {name: _lines(small[name], large[name], positions) for name in large}
+    found = CudaConstants(source="calibrated", device=torch.cuda.get_device_name(), **lines)
     save(found)
     return found
 
 
-def _measure(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dtype) -> CudaConstants:
+def _lines(small: Any, large: Any, positions: tuple[int, ...]) -> Any:
+    """Lines through the times at two sizes, nested as they are; neither part below nothing."""
+    if isinstance(large, tuple):
+        return tuple(_lines(one, other, positions) for one, other in zip(small, large, strict=True))
+    slope = max(large - small, 0.0) / (positions[1] - positions[0])
+    begin = max(small - slope * positions[0], 0.0)
+    return begin, (large - begin) / positions[1] * 1e6
+
+
+def _times(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dtype) -> Times:
     n, k = shape
     dense = torch.randn(n, k, device="cuda", dtype=dtype)
     x = {tokens: torch.randn(tokens, k, device="cuda", dtype=dtype) for tokens in sorted({*FEW_TOKENS, *MANY_TOKENS})}
 
-    def times(items: list[Any], multiply: Callable[[Tensor, Any], object], tokens: tuple[int, ...]) -> Row:
+    def times(items: list[Any], multiply: Callable[[Tensor, Any], object], tokens: tuple[int, ...]) -> tuple:
         def of(count: int) -> float:
-            return _picoseconds(items, lambda item: multiply(x[count], item), n * k)
+            return _microseconds(items, lambda item: multiply(x[count], item))
 
         return tuple(of(count) for count in tokens)
 
-    say("dense products")
-    found: dict[str, Any] = {"dense": times(_copies(dense, dense.nbytes), linear, MANY_TOKENS)}
-    say("2:4")
+    say(f"{n}x{k}: dense products")
+    found: Times = {"dense": times(_copies(dense, dense.nbytes), linear, MANY_TOKENS)}
+    say(f"{n}x{k}: 2:4")
     two_four = Sparse24Weight(*sparse24_convert.prune(dense), shape)
     items = _copies(two_four, two_four.nbytes)
     found["sparse24"] = times(items, _direct24, FEW_TOKENS)
-    found["sparse24_decompress"] = _picoseconds(items, _to_dense, n * k)
+    found["sparse24_decompress"] = _microseconds(items, _to_dense)
     found["cusparselt"] = ()
     if cusparselt.serves(shape, dense.device):
         found["cusparselt"] = times([CusparseltLayout.of(item) for item in items], _by_layout, MANY_TOKENS)
     bitmaps: dict[str, list[Any]] = {"bitmap": [], "sliced": [], "bitmap_decompress": []}
     for density in DENSITIES:
-        say(f"bitmap, {density:.0%} stored")
+        say(f"{n}x{k}: bitmap, {density:.0%} stored")
         weight = BitmapWeight.from_dense(dense, mask=torch.rand(n, k, device="cuda") < density)
         items = _copies(weight, weight.nbytes)
         bitmaps["bitmap"].append(times(items, _direct, FEW_TOKENS))
         bitmaps["sliced"].append(times([SlicedLayout.of(item) for item in items], _by_layout, SLICED_TOKENS))
-        bitmaps["bitmap_decompress"].append(_picoseconds(items, _to_dense, n * k))
-    small = BitmapWeight.from_dense(torch.ones(_SMALL, device="cuda", dtype=dtype))
-    one = torch.ones(1, _SMALL[1], device="cuda", dtype=dtype)
-    return CudaConstants(
-        source="calibrated",
-        device=torch.cuda.get_device_name(),
-        launch_us=_picoseconds([small], lambda item: _direct(one, item), 1) * 1e-6,
-        bitmap=tuple(zip(*bitmaps["bitmap"], strict=True)),
-        bitmap_decompress=tuple(bitmaps["bitmap_decompress"]),
-        sliced=tuple(zip(*bitmaps["sliced"], strict=True)),
-        **found,
-    )
+        bitmaps["bitmap_decompress"].append(_microseconds(items, _to_dense))
+    found["bitmap"] = tuple(zip(*bitmaps["bitmap"], strict=True))
+    found["sliced"] = tuple(zip(*bitmaps["sliced"], strict=True))
+    found["bitmap_decompress"] = tuple(bitmaps["bitmap_decompress"])
+    return found
 
 
 def _copies(weight: Any, nbytes: int) -> list[Any]:
@@ -139,11 +150,11 @@ def _copies(weight: Any, nbytes: int) -> list[Any]:
     return [weight, *(weight.clone() if isinstance(weight, Tensor) else copy.deepcopy(weight) for _ in range(count))]
 
 
-def _picoseconds(items: list[Any], call: Callable[[Any], object], positions: int) -> float:
-    """Of a position, by calls over all items in one CUDA graph."""
+def _microseconds(items: list[Any], call: Callable[[Any], object]) -> float:
+    """Of a call, by calls over all items in one CUDA graph."""
     rounds = -(-_CALLS // len(items))
-    captured = _cuda_clock.Captured([lambda item=item: call(item) for item in items] * rounds)  # type: ignore[misc]
-    return _cuda_clock.median_ms(captured) / (rounds * len(items)) * 1e9 / positions
+    captured = _cuda_clock.Captured([partial(call, item) for item in items] * rounds)
+    return _cuda_clock.median_ms(captured) / (rounds * len(items)) * 1e3
 
 
 def _direct(x: Tensor, weight: BitmapWeight) -> Tensor:

@@ -1,9 +1,9 @@
 """What a product with a sparse weight is expected to take on a GPU, by each kernel that can serve it.
 
-    time = a launch + positions of the matrix · time of one
+    time = a beginning + positions of the matrix · time of one
 
-The time of a position is that of the whole product by the number of tokens and by density, as ``pyfast calibrate
---device cuda`` measures it with cold weights in CUDA graphs, or as it was measured on an H100 (``cuda_built_in.json``).
+Both depend on the kernel, the number of tokens and the density. ``pyfast calibrate --device cuda`` finds them from two
+sizes of weights, cold, in CUDA graphs; before that those of an H100 serve (``cuda_built_in.json``).
 
     direct      the weight as it is stored: our kernels to 64 tokens; above, decompression and the dense product
     sliced      bitmap weights, to 8 tokens, by the layout of ``sliced.py``
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
@@ -31,34 +32,33 @@ MANY_TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048)  # of the dense library and 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 HALVES = ("bfloat16", "float16")
 
-Row = tuple[float, ...]
+Line = tuple[float, float]  # microseconds to begin and end, picoseconds a position
+Row = tuple[Line, ...]
 
 
 @dataclass(frozen=True)
 class CudaConstants:
-    """What the cost model knows of a GPU; times in picoseconds a position but for ``launch_us``.
+    """What the cost model knows of a GPU.
 
     Attributes:
         source: ``"calibrated"`` or ``"built-in"``.
         device: the name of the GPU that was measured.
-        launch_us: of a product that has next to nothing to do, in a CUDA graph.
         bitmap: for each of ``FEW_TOKENS`` a row over ``DENSITIES``.
         bitmap_decompress: over ``DENSITIES``.
         sliced: for each of ``SLICED_TOKENS`` a row over ``DENSITIES``.
         sparse24: for each of ``FEW_TOKENS``.
-        sparse24_decompress: of a position.
+        sparse24_decompress: the same of a 2:4 weight.
         cusparselt: for each of ``MANY_TOKENS``; empty where the library is not there.
         dense: for each of ``MANY_TOKENS``.
     """
 
     source: str
     device: str
-    launch_us: float
     bitmap: tuple[Row, ...]
     bitmap_decompress: Row
     sliced: tuple[Row, ...]
     sparse24: Row
-    sparse24_decompress: float
+    sparse24_decompress: Line
     cusparselt: Row
     dense: Row
 
@@ -66,25 +66,27 @@ class CudaConstants:
 def predict(constants: CudaConstants, work: Work) -> dict[str, float]:
     """Milliseconds of each kernel that can serve the product."""
     positions = work.n * work.k
-    wider = work.itemsize / 2  # than what was measured
     two_four = work.format == "2:4"
+    halves = work.dtype in HALVES
 
-    def ms(picoseconds: float) -> float:
-        return constants.launch_us * 1e-3 + picoseconds * positions * 1e-9
+    def ms(line: Line, wider: float = 1.0) -> float:
+        return line[0] * 1e-3 + wider * line[1] * positions * 1e-9
 
-    dense = wider * _many(constants.dense, work.tokens)
-    found = {"dense": ms(dense)}
-    if work.dtype in HALVES and work.tokens <= FEW_TOKENS[-1]:
-        row = _few(FEW_TOKENS, constants.sparse24 if two_four else constants.bitmap, work.tokens)
-        found["direct"] = ms(row if isinstance(row, float) else interpolate(DENSITIES, row, work.density))
+    def by_density(row: Row) -> Line:
+        return _between(DENSITIES, row, work.density)
+
+    wider = work.itemsize / 2  # than what was measured
+    dense = ms(_many(constants.dense, work.tokens), wider)
+    found = {"dense": dense}
+    if halves and work.tokens <= FEW_TOKENS[-1]:
+        tier = _tier(FEW_TOKENS, work.tokens)
+        found["direct"] = ms(constants.sparse24[tier] if two_four else by_density(constants.bitmap[tier]))
     else:
-        decompress = constants.bitmap_decompress
-        one = constants.sparse24_decompress if two_four else interpolate(DENSITIES, decompress, work.density)
-        found["direct"] = ms(wider * one + dense) + constants.launch_us * 1e-3
-    if work.dtype in HALVES and not two_four and work.tokens <= SLICED_TOKENS[-1]:
-        row = _few(SLICED_TOKENS, constants.sliced, work.tokens)
-        found["sliced"] = ms(interpolate(DENSITIES, row, work.density))
-    if work.dtype in HALVES and two_four and constants.cusparselt:
+        line = constants.sparse24_decompress if two_four else by_density(constants.bitmap_decompress)
+        found["direct"] = ms(line, wider) + dense
+    if halves and not two_four and work.tokens <= SLICED_TOKENS[-1]:
+        found["sliced"] = ms(by_density(constants.sliced[_tier(SLICED_TOKENS, work.tokens)]))
+    if halves and two_four and constants.cusparselt:
         found["cusparselt"] = ms(_many(constants.cusparselt, work.tokens))
     return found
 
@@ -99,15 +101,21 @@ def layout_bytes(work: Work, kernel: str) -> int:
     return positions * 9 // 8 if kernel == "cusparselt" else work.dense_bytes
 
 
-def _few(tiers: tuple[int, ...], rows: Any, tokens: int) -> Any:
-    """The entry of the smallest tier that holds the tokens."""
-    return rows[next(i for i, tier in enumerate(tiers) if tier >= tokens)]
+def _tier(tiers: tuple[int, ...], tokens: int) -> int:
+    """The smallest tier that holds the tokens."""
+    return next(i for i, tier in enumerate(tiers) if tier >= tokens)
 
 
-def _many(row: Row, tokens: int) -> float:
+def _many(row: Row, tokens: int) -> Line:
     if tokens <= MANY_TOKENS[-1]:
-        return interpolate(MANY_TOKENS, row, tokens)
-    return row[-1] * tokens / MANY_TOKENS[-1]
+        return _between(MANY_TOKENS, row, tokens)
+    begin, position = row[-1]
+    return begin, position * tokens / MANY_TOKENS[-1]
+
+
+def _between(points: Sequence[float], row: Row, at: float) -> Line:
+    begins, positions = zip(*row, strict=True)
+    return interpolate(points, begins, at), interpolate(points, positions, at)
 
 
 def to_json(found: CudaConstants) -> dict[str, Any]:
@@ -124,15 +132,19 @@ def from_json(plain: dict[str, Any], source: str) -> CudaConstants:
     return CudaConstants(
         source=source,
         device=device,
-        launch_us=_number(plain["launch_us"]),
         bitmap=tuple(_row(row, len(DENSITIES)) for row in _sized(plain["bitmap"], len(FEW_TOKENS))),
         bitmap_decompress=_row(plain["bitmap_decompress"], len(DENSITIES)),
         sliced=tuple(_row(row, len(DENSITIES)) for row in _sized(plain["sliced"], len(SLICED_TOKENS))),
         sparse24=_row(plain["sparse24"], len(FEW_TOKENS)),
-        sparse24_decompress=_number(plain["sparse24_decompress"]),
+        sparse24_decompress=_line(plain["sparse24_decompress"]),
         cusparselt=_row(cusparselt, len(MANY_TOKENS)) if cusparselt else (),
         dense=_row(plain["dense"], len(MANY_TOKENS)),
     )
+
+
+def _line(value: Any) -> Line:
+    begin, position = (_number(number) for number in _sized(value, 2))
+    return begin, position
 
 
 def _number(value: Any) -> float:
@@ -148,7 +160,7 @@ def _sized(values: Any, size: int) -> list[Any]:
 
 
 def _row(values: Any, size: int) -> Row:
-    return tuple(_number(value) for value in _sized(values, size))
+    return tuple(_line(value) for value in _sized(values, size))
 
 
 @lru_cache(maxsize=1)
