@@ -43,6 +43,8 @@ class SignalCase(ABC):
     budget_s: ClassVar[float] = 2.0
     min_rounds: ClassVar[int] = 5
     warmed: ClassVar[bool] = True
+    # Whether the arithmetic is that of matrix products in the case's dtype, and not of float32.
+    by_products: ClassVar[bool] = False
 
     dtype: str = "float32"
     device: str = "cpu"
@@ -180,13 +182,17 @@ def measure(case: SignalCase, options: Options, floors: Floors) -> list[Result]:
         case.say(line)
 
     kept = keep_runnable({name: partial(examined, name) for name in tasks}, is_pyfast, leave_out)
+    budget_s, min_rounds = case.budget_s, case.min_rounds
+    if case.device != "cpu":  # milliseconds a call
+        budget_s, min_rounds = 0.5, 5
     timings = time_case(
         {name: tasks[name] for name in kept},
-        budget_s=options.budget(case.budget_s),
-        min_rounds=case.min_rounds,
+        budget_s=options.budget(budget_s),
+        min_rounds=min_rounds,
         device=case.device,
     )
-    perfect = floor_ms(case.bytes, case.flops, floors, by="copy", dtype="float32")
+    arithmetic = case.dtype if case.by_products else "float32"
+    perfect = floor_ms(case.bytes, case.flops, floors, by="copy", dtype=arithmetic)
     eager = timings.get("eager")
     results = []
     for name, timing in timings.items():

@@ -37,6 +37,7 @@ class AttentionCase(SignalCase):
 
     op: ClassVar[str] = "attention_distill"
     min_rounds: ClassVar[int] = 3
+    by_products: ClassVar[bool] = True
 
     length: int
     heads: int = 16
@@ -103,6 +104,8 @@ class AttentionCase(SignalCase):
 def cases(options: Options) -> list[AttentionCase]:
     """16 heads of 64 at a length and at twice that, to tell how memory grows."""
     make = partial(AttentionCase, device=options.device, seed=options.seed)
-    return [
-        make(length, heads=4 if options.quick else 16) for length in ((128, 256) if options.quick else (1024, 2048))
-    ]
+    if options.quick:
+        return [make(length, heads=4) for length in (128, 256)]
+    if options.device == "cuda":
+        return [make(length, dtype="bfloat16") for length in (2048, 4096)]
+    return [make(length) for length in (1024, 2048)]

@@ -36,6 +36,7 @@ class LinearCase(SignalCase):
     budget_s: ClassVar[float] = 0.0  # the rounds at the least: one call takes seconds
     min_rounds: ClassVar[int] = 1
     warmed: ClassVar[bool] = False
+    by_products: ClassVar[bool] = True
 
     rows: int
     hidden: int
