@@ -131,7 +131,8 @@ def tokens_of(op: str) -> int:
 def _static_cache(model: nn.Module, tokens: int) -> Any:
     from transformers import StaticCache
 
-    return StaticCache(config=model.config, max_cache_len=tokens)
+    config: Any = model.config
+    return StaticCache(config=config, max_cache_len=tokens)
 
 
 def _set_length(cache: Any, tokens: int) -> None:
