@@ -125,9 +125,9 @@ gpu_tests() {
   return "$status"
 }
 
-# A suite into a file of its own, then into bench.json with those before it.
+# A suite, with options of its own, into a file of its own, then into bench.json with those before it.
 suite() {
-  "$python" -c 'from pyfast.cli import main; main()' bench "$1" --device cuda --json "$work/$1.json" || return
+  "$python" -c 'from pyfast.cli import main; main()' bench "$@" --device cuda --json "$work/$1.json" || return
   "$python" - "$out/bench.json" "$work/$1.json" <<'PYTHON'
 import sys
 from pathlib import Path
@@ -186,7 +186,7 @@ if step build 180 "${shell[@]}" build; then
   step profile 60 "${shell[@]}" profile
   step tests 150 "${shell[@]}" gpu_tests
   step layers 60 "${shell[@]}" suite layers
-  step model 90 "${shell[@]}" suite model
+  step model 90 "${shell[@]}" suite model --model llama-3.2-1b
   step memcheck 60 "${shell[@]}" sanitize memcheck
   step racecheck 60 "${shell[@]}" sanitize racecheck
 fi
