@@ -29,7 +29,7 @@ from pyfast.sparse import layouts
 CONVERSION_SHAPE = (4096, 4096)
 _16_BIT_TOKENS = (1, 16)  # numbers of tokens at which bfloat16 is timed on a CPU
 _CSR_TOKENS = (1, 16, 128)
-_COMPILED_TOKENS = (1, 16)  # and on a GPU torch.compile, which searches for seconds a case
+_COMPILED_TOKENS = (1, 16)  # and on a GPU, at the first shape, torch.compile, which searches for seconds a case
 
 
 @dataclass
@@ -70,7 +70,8 @@ class SparseCase:
         if self.device == "cpu":
             return baselines.available(self.device)
         found = baselines.available(self.device, (torch.bfloat16,))
-        return tuple(b for b in found if b.impl != "torch.compile" or self.tokens in _COMPILED_TOKENS)
+        compiled = self.tokens in _COMPILED_TOKENS and self.shape == bars_cuda.SPARSE_SHAPES[0]
+        return tuple(b for b in found if b.impl != "torch.compile" or compiled)
 
     def weights(self) -> Weights:
         """The weights of this case's shape; cases of one shape that follow each other share them."""
