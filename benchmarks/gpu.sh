@@ -12,7 +12,7 @@
 #   STEPS    the steps to run, of those below                        [all]
 #
 # Results, each written as its step ends, so that a run cut short leaves what it had:
-#   bench.json    figures of the suites done so far
+#   cuda.json    figures of the suites done so far
 #   calibration.json  constants of the cost model, as `pyfast calibrate --device cuda` measured them
 #   profile.json  counters of each kernel (Nsight Compute)
 #   steps.tsv     step, seconds, exit status
@@ -62,7 +62,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 1' INT TERM
 
-rm -f "$out/bench.json"
+rm -f "$out/cuda.json"
 : >"$out/log.txt"
 printf 'step\tseconds\tstatus\n' >"$out/steps.tsv"
 
@@ -125,10 +125,10 @@ gpu_tests() {
   return "$status"
 }
 
-# A suite, with options of its own, into a file of its own, then into bench.json with those before it.
+# A suite, with options of its own, into a file of its own, then into cuda.json with those before it.
 suite() {
   "$python" -c 'from pyfast.cli import main; main()' bench "$@" --device cuda --json "$work/$1.json" || return
-  "$python" - "$out/bench.json" "$work/$1.json" <<'PYTHON'
+  "$python" - "$out/cuda.json" "$work/$1.json" <<'PYTHON'
 import sys
 from pathlib import Path
 
