@@ -177,7 +177,7 @@ MUTANTS = {
         "group.memory.blocks[group.half][group.size - 1]",
         "races|wrote|no barrier",
     ),
-    "no wait": (("distill_kl_store.cuh", "        ptx::cp_async_wait<2>();\n"), "        ;\n", "cp_async"),
+    "no wait": (("distill_kl_store.cuh", "        ptx::cp_async_wait<1>();\n"), "        ;\n", "cp_async"),
     "one half": (("distill_kl_group.cuh", "  group.half ^= 1;\n"), "", "no barrier"),
     "no barrier of the block": (
         ("distill_kl_group.cuh", "  ptx::syncthreads();\n  if (warp"),

@@ -39,9 +39,7 @@
 #include "distill_kl_group.cuh"
 #include "distill_kl_plan.h"
 #include "distill_kl_store.cuh"
-#include "vec.cuh"
-
-#include "../distill_kl_terms.h"
+#include "distill_kl_terms.cuh"
 
 namespace pyfast::cuda {
 
@@ -81,16 +79,6 @@ struct DistillKlArgs {
 
 #if defined(PYFAST_KERNELS)
 
-// The words of a vector, as floats.
-template <class T>
-struct Words {
-  static constexpr int kVecs = kVectorWords<T> / Vec::width;
-  Vec vec[kVecs];
-
-  PYFAST_DEVICE float& at(int i) { return vec[i / Vec::width].at[i % Vec::width]; }
-  PYFAST_DEVICE float at(int i) const { return vec[i / Vec::width].at[i % Vec::width]; }
-};
-
 template <class T>
 PYFAST_DEVICE Words<T> widen_vector(const Words4& bits) {
   const uint32_t parts[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -98,11 +86,11 @@ PYFAST_DEVICE Words<T> widen_vector(const Words4& bits) {
   PYFAST_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
-      out.at(i) = float_of(parts[i]);
+      out.at[i] = float_of(parts[i]);
     } else {
       const Floats2 pair = ptx::unpack<T>(parts[i]);
-      out.at(2 * i) = pair.x;
-      out.at(2 * i + 1) = pair.y;
+      out.at[2 * i] = pair.x;
+      out.at[2 * i + 1] = pair.y;
     }
   }
   return out;
@@ -114,62 +102,66 @@ PYFAST_DEVICE Words4 narrow_vector(const Words<T>& z) {
   PYFAST_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4)
-      parts[i] = bits_of(z.at(i));
+      parts[i] = bits_of(z.at[i]);
     else
-      parts[i] = ptx::pack<T>(z.at(2 * i), z.at(2 * i + 1));
+      parts[i] = ptx::pack<T>(z.at[2 * i], z.at[2 * i + 1]);
   }
   return {parts[0], parts[1], parts[2], parts[3]};
 }
 
-PYFAST_DEVICE Vec capped(const Vec& z, float softcap) {
-  const Vec excluded = broadcast(kNegInf);
-  return select(equal(z, excluded), excluded, broadcast(softcap) * tanh(z * broadcast(1.0f / softcap)));
+// The highest word of a vector, before its softcap; NaN gives way to others.
+template <class T>
+PYFAST_DEVICE float highest_of(const Words4& bits) {
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_fmaxf(__builtin_fmaxf(float_of(bits.x), float_of(bits.y)),
+                           __builtin_fmaxf(float_of(bits.z), float_of(bits.w)));
+  } else {
+    const Floats2 pair =
+        ptx::unpack<T>(ptx::max_pair<T>(ptx::max_pair<T>(bits.x, bits.y), ptx::max_pair<T>(bits.z, bits.w)));
+    return __builtin_fmaxf(pair.x, pair.y);
+  }
 }
 
-PYFAST_DEVICE float capped(float z, float softcap) { return softcap == 0.0f ? z : capped(broadcast(z), softcap).at[0]; }
+PYFAST_DEVICE float capped(float z, float softcap) {
+  return softcap == 0.0f || z == kNegInf ? z : softcap * tanh(broadcast(z * (1.0f / softcap))).at[0];
+}
 
-// Logits of a vector under their softcap; -inf stands where the vector reaches beyond the row.
+// Logits of a vector under their softcap.
 template <class T>
-PYFAST_DEVICE Words<T> logits_of(const Words4& bits, int word, int count, float softcap) {
+PYFAST_DEVICE Words<T> logits_of(const Words4& bits, float softcap) {
   Words<T> z = widen_vector<T>(bits);
   if (softcap != 0.0f) {
     PYFAST_UNROLL
-    for (Vec& vec : z.vec) vec = capped(vec, softcap);
-  }
-  if (word < 0 || word + kVectorWords<T> > count) {
-    PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i)
-      if (word + i < 0 || word + i >= count) z.at(i) = kNegInf;
+    for (float& word : z.at) word = capped(word, softcap);
   }
   return z;
 }
 
-template <class T>
-PYFAST_DEVICE float highest_of(const Words<T>& z) {
-  float top = z.at(0);
+// Σ a(i), Σ a(i) b(i) over the words of a vector.
+template <class T, class A>
+PYFAST_DEVICE float sum_over(const A& a) {
+  float part[kVectorWords<T> / 2];
   PYFAST_UNROLL
-  for (int i = 1; i < kVectorWords<T>; ++i) top = __builtin_fmaxf(top, z.at(i));
-  return top;
-}
-
-// Σ f(i) over the words of a vector, by a tree.
-template <class T, class F>
-PYFAST_DEVICE float sum_over(const F& f) {
-  float part[kVectorWords<T>];
+  for (int i = 0; i < kVectorWords<T> / 2; ++i) part[i] = a(2 * i) + a(2 * i + 1);
   PYFAST_UNROLL
-  for (int i = 0; i < kVectorWords<T>; ++i) part[i] = f(i);
-  PYFAST_UNROLL
-  for (int half = kVectorWords<T> / 2; half > 0; half /= 2) {
+  for (int half = kVectorWords<T> / 4; half > 0; half /= 2) {
     PYFAST_UNROLL
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   }
   return part[0];
 }
+template <class T, class A, class B>
+PYFAST_DEVICE float sum_over(const A& a, const B& b) {
+  float part[2] = {a(0) * b(0), a(1) * b(1)};
+  PYFAST_UNROLL
+  for (int i = 2; i < kVectorWords<T>; ++i) part[i % 2] = __builtin_fmaf(a(i), b(i), part[i % 2]);
+  return part[0] + part[1];
+}
 
 // What the gradient takes besides the divergence.
 struct Extras {
-  float ce_scale;  // 0: no cross-entropy
-  float log2_sum;  // of e^(z - peak), at temperature 1
+  float ce_scale;       // 0: no cross-entropy
+  float top, log2_sum;  // the highest logit, and log2 Σ e^(z - top) at temperature 1
   int64_t label;
 };
 
@@ -214,62 +206,159 @@ struct DistillKl {
     T* grad = a.grad + i * a.grad_stride;
     const int lead = words_past_multiple(grad), threads = static_cast<int>(blockDim.x);
     const int vectors = (lead + a.words + kVectorWords<T> - 1) / kVectorWords<T>;
-    for (int v = group.rank * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads)
-      write(grad, v * kVectorWords<T> - lead, true, Words<T>{});
-  }
-
-  // The vector of the gradient whose first word is `word`.
-  PYFAST_DEVICE void write(T* grad, int word, bool aligned, const Words<T>& z) const {
-    if (aligned && word >= 0 && word + kVectorWords<T> <= a.words) {
-      ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), narrow_vector(z));
-      return;
-    }
-    PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i) {
-      if (word + i < 0 || word + i >= a.words) continue;
-      if constexpr (sizeof(T) == 4)
-        grad[word + i] = z.at(i);
+    PYFAST_ROLLED
+    for (int v = group.rank * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads) {
+      const int word = v * kVectorWords<T> - lead;
+      const Words4 zeros{};
+      if (is_inside<T>(word, a.words))
+        ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), zeros);
       else
-        grad[word + i].bits = ptx::from_float<T>(z.at(i)).bits;
+        write_words(grad, &zeros, word, a.words);
     }
   }
 
-  // The row's x up to a constant: near those of the row where its logits have an offset.
-  PYFAST_DEVICE float origin(const RowInMemory<T>& row, const RowPair& pair) const {
+  // run.template operator()<divergence>() with that of the call.
+  template <class Run>
+  PYFAST_DEVICE void with_divergence(const Run& run) const {
+    switch (a.divergence) {
+      case Divergence::forward_kl:
+        return run.template operator()<Divergence::forward_kl>();
+      case Divergence::reverse_kl:
+        return run.template operator()<Divergence::reverse_kl>();
+      case Divergence::jsd:
+        return run.template operator()<Divergence::jsd>();
+      case Divergence::skew_kl:
+        return run.template operator()<Divergence::skew_kl>();
+      case Divergence::skew_reverse_kl:
+        return run.template operator()<Divergence::skew_reverse_kl>();
+      case Divergence::tvd:
+        return run.template operator()<Divergence::tvd>();
+      case Divergence::mse:
+        return run.template operator()<Divergence::mse>();
+    }
+  }
+
+  PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next) const {
+    const bool with_extras = a.labels != nullptr || a.student_softcap != 0.0f || a.teacher_softcap != 0.0f;
+    RowConstants constants = rates();
+    const float zero = is_kl(a.divergence) ? origin(row, constants) : 0.0f;
+    Statistics sums = first_pass(row, constants, zero, with_extras);
+    sums = join_group(group, sums, constants.student_rate, constants.teacher_rate, a.divergence, a.labels != nullptr);
+    set_sums(constants, sums);
+    Extras extras{ce_scale(i), sums.student_top, 0.0f, 0};
+    if (extras.ce_scale != 0.0f) {
+      extras.label = a.labels[i];
+      const bool known = extras.label >= 0 && extras.label < a.words;
+      extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
+    }
+
+    Way way = with_extras ? Way::general : Way::plain;
+    Measured measured;
+    bool near_kl = false;
+    if (is_kl(a.divergence)) {
+      measured = measured_by_sums(sums, constants, zero);
+      near_kl = measured.value <= kNearValue;
+      if (near_kl && way == Way::plain) way = Way::near;
+    } else {
+      if (is_mixture(a.divergence) && __builtin_fminf(a.mixture_teacher, a.mixture_student) < kLeastShare)
+        way = Way::general;
+      measured = second_pass(row, constants, way);
+    }
+    const float value = last_pass(i, row, next, constants, extras, measured.center, way);
+    if (near_kl) measured.value = join_group(group, Totals{value, 0.0f, 0.0f}).value * constants.mass;
+    if (leads()) write_values(i, row, extras, measured.value);
+  }
+
+  // The loop that a pass over a row takes. `general` has softcaps and labels, and is right for any row.
+  enum class Way { plain, near, general };
+
+  PYFAST_DEVICE RowConstants rates() const {
+    RowConstants row{};
+    row.student_rate = a.student_inverse * kLog2e;
+    row.teacher_rate = a.teacher_inverse * kLog2e;
+    row.share = a.teacher_share;
+    row.inverse = a.student_inverse;
+    row.mixture_teacher = a.mixture_teacher;
+    row.mixture_student = a.mixture_student;
+    return row;
+  }
+
+  // The row's x but for RowConstants::offset: near those of the row where its logits have an offset.
+  PYFAST_DEVICE float origin(const RowInMemory<T>& row, const RowConstants& constants) const {
     const float zs = capped(ptx::to_float(*row.student), a.student_softcap);
     const float zt = capped(ptx::to_float(*row.teacher), a.teacher_softcap);
-    const float x = log_ratio(broadcast(zs), broadcast(zt), pair).at[0];
-    return __builtin_fabsf(x) <= -kLowestLogit ? x : 0.0f;
+    const float x = log_ratio(zs, zt, constants);
+    return is_finite(x) ? x : 0.0f;
   }
 
-  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words<T>& zs, const Words<T>& zt, const RowPair& pair,
-                                    float origin) const {
-    const float top_s = __builtin_fmaxf(sums.student_peak, highest_of(zs));
-    const float top_t = __builtin_fmaxf(sums.teacher_peak, highest_of(zt));
-    const float keep_s = power_below(sums.student_peak, top_s, pair.student_scale);
-    const float keep_t = power_below(sums.teacher_peak, top_t, pair.teacher_scale);
-    Words<T> weight;
-    PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i) weight.at(i) = power_below(zs.at(i), top_s, pair.student_scale);
-    const float more_s = sum_over<T>([&](int i) { return weight.at(i); });
-    const float more_t = sum_over<T>([&](int i) { return power_below(zt.at(i), top_t, pair.teacher_scale); });
-    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, more_s);
-    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, more_t);
-    if (a.labels != nullptr) {
-      const float more = sum_over<T>([&](int i) { return power_below(zs.at(i), top_s, kLog2e); });
-      sums.plain = __builtin_fmaf(sums.plain, power_below(sums.student_peak, top_s, kLog2e), more);
-    }
-    if (a.divergence == Divergence::reverse_kl) {
-      const float drift = sum_over<T>([&](int i) {
-        const float x = __builtin_fmaf(-zt.at(i), pair.teacher_share, zs.at(i)) * pair.student_inverse - origin;
-        return zt.at(i) == kNegInf || weight.at(i) == 0.0f ? 0.0f : weight.at(i) * x;
+  PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, const RowConstants& constants, float origin,
+                                      bool with_extras) const {
+    Statistics sums = Statistics::nothing();
+    const auto pass = [&]<bool kGeneral, Divergence divergence>() {
+      store.first(row, [&](const Words4& student, const Words4& teacher) {
+        add_statistics<kGeneral, divergence>(sums, student, teacher, constants, origin);
       });
-      const float absent = sum_over<T>([&](int i) { return zt.at(i) == kNegInf ? weight.at(i) : 0.0f; });
-      sums.drift = __builtin_fmaf(sums.drift, keep_s, drift);
+    };
+    if (with_extras)
+      pass.template operator()<true, Divergence::forward_kl>();
+    else if (a.divergence == Divergence::forward_kl)
+      pass.template operator()<false, Divergence::forward_kl>();
+    else if (a.divergence == Divergence::reverse_kl)
+      pass.template operator()<false, Divergence::reverse_kl>();
+    else
+      pass.template operator()<false, Divergence::jsd>();
+    return sums;
+  }
+
+  // Adds a vector to the statistics of this thread.
+  template <bool kGeneral, Divergence kDivergence>
+  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4& student, const Words4& teacher,
+                                    const RowConstants& row, float origin) const {
+    const Divergence divergence = kGeneral ? a.divergence : kDivergence;
+    const bool reverse = divergence == Divergence::reverse_kl;
+    float top_s = highest_of<T>(student), top_t = highest_of<T>(teacher);
+    if constexpr (kGeneral) {
+      top_s = capped(top_s, a.student_softcap);
+      top_t = capped(top_t, a.teacher_softcap);
+    }
+    top_s = __builtin_fmaxf(sums.student_top, top_s);
+    top_t = __builtin_fmaxf(sums.teacher_top, top_t);
+    const float shift_s = ptx::multiply(top_s, row.student_rate), shift_t = ptx::multiply(top_t, row.teacher_rate);
+    const float keep_s = ptx::exp2_approx(ptx::multiply(sums.student_top, row.student_rate) - shift_s);
+    const float keep_t = ptx::exp2_approx(ptx::multiply(sums.teacher_top, row.teacher_rate) - shift_t);
+    const Words<T> zs = logits_of<T>(student, kGeneral ? a.student_softcap : 0.0f);
+    const Words<T> zt = logits_of<T>(teacher, kGeneral ? a.teacher_softcap : 0.0f);
+    Words<T> s, t;
+    PYFAST_UNROLL
+    for (int i = 0; i < kVectorWords<T>; ++i) {
+      s.at[i] = ptx::exp2_approx(__builtin_fmaf(zs.at[i], row.student_rate, -shift_s));
+      t.at[i] = ptx::exp2_approx(__builtin_fmaf(zt.at[i], row.teacher_rate, -shift_t));
+    }
+    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<T>([&](int i) { return s.at[i]; }));
+    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<T>([&](int i) { return t.at[i]; }));
+    if (kGeneral && a.labels != nullptr) {
+      const float keep = ptx::exp2_approx((sums.student_top - top_s) * kLog2e);
+      const float more = sum_over<T>([&](int i) { return ptx::exp2_approx((zs.at[i] - top_s) * kLog2e); });
+      sums.plain = __builtin_fmaf(sums.plain, keep, more);
+    }
+    if (is_kl(divergence)) {
+      const auto weight = [&](int i) { return reverse ? s.at[i] : t.at[i]; };
+      const auto ratio = [&](int i) {
+        return __builtin_fmaf(__builtin_fmaf(-zt.at[i], row.share, zs.at[i]), row.inverse, -origin);
+      };
+      float drift = sum_over<T>(weight, ratio), absent = 0.0f;
+      if (!is_finite(drift)) [[unlikely]] {  // logits of -inf, which count only where there is mass
+        drift = sum_over<T>([&](int i) {
+          const bool counts = weight(i) != 0.0f && !(reverse && zt.at[i] == kNegInf);
+          return counts ? weight(i) * ratio(i) : 0.0f;
+        });
+        absent = sum_over<T>([&](int i) { return zt.at[i] == kNegInf ? s.at[i] : 0.0f; });
+      }
+      sums.drift = __builtin_fmaf(sums.drift, reverse ? keep_s : keep_t, drift);
       sums.absent = __builtin_fmaf(sums.absent, keep_s, absent);
     }
-    sums.student_peak = top_s;
-    sums.teacher_peak = top_t;
+    sums.student_top = top_s;
+    sums.teacher_top = top_t;
   }
 
   // log(t / s) of two sums, which keeps its digits where they are close.
@@ -280,164 +369,156 @@ struct DistillKl {
     return gap < 0.0f ? -log : log;
   }
 
-  PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next) const {
-    RowPair pair;
-    pair.student_scale = a.student_inverse * kLog2e;
-    pair.teacher_scale = a.teacher_inverse * kLog2e;
-    pair.teacher_share = a.teacher_share;
-    pair.student_inverse = a.student_inverse;
-    pair.mixture_teacher = a.mixture_teacher;
-    pair.mixture_student = a.mixture_student;
-    pair.log_ratio_offset = 0.0f;
-    const bool reverse = a.divergence == Divergence::reverse_kl;
-    const float zero = reverse ? origin(row, pair) : 0.0f;
-
-    Statistics sums = Statistics::nothing();
-    store.first(row, [&](int vector, const Words4& student, const Words4& teacher) {
-      const int word = row.first_word(vector);
-      add_statistics(sums, logits_of<T>(student, word, a.words, a.student_softcap),
-                     logits_of<T>(teacher, word, a.words, a.teacher_softcap), pair, zero);
-    });
-    sums = join_group(group, sums, pair.student_scale, pair.teacher_scale, a.labels != nullptr, reverse);
-
-    pair.student_shift = sums.student_peak;
-    pair.teacher_shift = sums.teacher_peak;
-    pair.student_log2_sum = ptx::log2_approx(sums.student.hi);
-    pair.teacher_log2_sum = ptx::log2_approx(sums.teacher.hi);
-    pair.log_ratio_offset = log_of_ratio(sums.teacher, sums.student) -
-                            log_ratio(broadcast(sums.student_peak), broadcast(sums.teacher_peak), pair).at[0];
-    float center = 0.0f;  // H
-    if (reverse) {
-      const float present = sums.student.hi - sums.absent;
-      center = (__builtin_fmaf(zero + pair.log_ratio_offset, present, sums.drift) - sums.absent) / sums.student.hi;
-    }
-    Extras extras{ce_scale(i), 0.0f, 0};
-    if (extras.ce_scale != 0.0f) {
-      extras.label = a.labels[i];
-      const bool known = extras.label >= 0 && extras.label < a.words;
-      extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
-    }
-
-    const bool center_known = reverse || a.divergence == Divergence::forward_kl;
-    Totals totals = Totals::nothing();
-    if (!center_known || a.grad == nullptr) {
-      store.again(row, [&](int vector, const Words4& student, const Words4& teacher) {
-        const int word = row.first_word(vector);
-        const Words<T> zs = logits_of<T>(student, word, a.words, a.student_softcap);
-        const Words<T> zt = logits_of<T>(teacher, word, a.words, a.teacher_softcap);
-        const VectorTerms e = terms_of(zs, zt, pair);
-        totals.value += sum_over<T>([&](int k) { return e.value.at(k); });
-        totals.slope += sum_over<T>([&](int k) { return e.slope.at(k); });
-      });
-      totals = join_group(group, totals, 0.0f, 0.0f, false, false);
-      if (!center_known) center = totals.slope;
-    }
-    if (a.grad == nullptr) {
-      store.begin(next);
-    } else {
-      const float value = write_gradient(i, row, next, pair, extras, center);
-      if (center_known) totals = join_group(group, Totals{value, 0.0f}, 0.0f, 0.0f, false, false);
-    }
-    if (leads()) write_values(i, row, pair, extras, totals.value);
+  // What follows from the sums. NaN in any of them reaches every constant.
+  PYFAST_DEVICE static void set_sums(RowConstants& row, const Statistics& sums) {
+    const float shift_s = ptx::multiply(sums.student_top, row.student_rate);
+    const float shift_t = ptx::multiply(sums.teacher_top, row.teacher_rate);
+    const float rest_s = __builtin_fmaf(sums.student_top, row.student_rate, -shift_s);
+    const float rest_t = __builtin_fmaf(sums.teacher_top, row.teacher_rate, -shift_t);
+    const float log2_s = ptx::log2_approx(sums.student.hi), log2_t = ptx::log2_approx(sums.teacher.hi);
+    const bool fits = __builtin_fmaxf(__builtin_fabsf(shift_s), __builtin_fabsf(shift_t)) < kMostExponent;
+    const float bad = fits ? 0.0f * (log2_s + log2_t) : __builtin_nanf("");
+    row.student_log2 = shift_s + log2_s + bad;
+    row.teacher_log2 = shift_t + log2_t + bad;
+    const float ratio = log_of_ratio(sums.teacher, sums.student);
+    row.offset = 0.0f;
+    row.offset = __builtin_fmaf(rest_s - rest_t, kLn2, ratio) - log_ratio(sums.student_top, sums.teacher_top, row);
+    const float over_s = row.student_log2 - shift_s, over_t = row.teacher_log2 - shift_t;
+    row.balance = power_near_1(__builtin_fmaf(-kLog2e, ratio, over_t - over_s));
+    row.mass = power_near_1(over_s - log2_s);
+    row.student_top = sums.student_top;
+    row.teacher_top = sums.teacher_top;
+    row.student_sum = log2_s - rest_s + bad;
+    row.teacher_sum = log2_t - rest_t + bad;
   }
 
-  // The last pass. Returns this thread's part of the value for forward_kl and reverse_kl.
-  PYFAST_DEVICE float write_gradient(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next,
-                                     const RowPair& pair, const Extras& extras, float center) const {
-    T* grad = a.grad + i * a.grad_stride;
-    const float scale = a.row_scale[i] * a.student_inverse;
-    const bool aligned = words_past_multiple(grad) == row.lead;
-    float value = 0.0f;
-    store.last(row, next, [&](int vector, const Words4& student, const Words4& teacher) {
-      const int word = row.first_word(vector);
-      const Words<T> zs = logits_of<T>(student, word, a.words, a.student_softcap);
-      const Words<T> zt = logits_of<T>(teacher, word, a.words, a.teacher_softcap);
-      const VectorTerms e = slopes_of(zs, zt, pair);
-      Words<T> g;
-      PYFAST_UNROLL
-      for (int k = 0; k < kVectorWords<T>; ++k) g.at(k) = __builtin_fmaf(-e.mass.at(k), center, e.slope.at(k)) * scale;
-      value += sum_over<T>([&](int k) { return e.value.at(k); });
-      if (extras.ce_scale != 0.0f) {
-        PYFAST_UNROLL
-        for (int v = 0; v < Words<T>::kVecs; ++v) {
-          const Vec p = probability(zs.vec[v], pair.student_shift, kLog2e, extras.log2_sum);
-          PYFAST_UNROLL
-          for (int k = 0; k < Vec::width; ++k) {
-            const float chosen = word + v * Vec::width + k == extras.label ? 1.0f : 0.0f;
-            const float own = scale == 0.0f ? 0.0f : g.vec[v].at[k];
-            g.vec[v].at[k] = __builtin_fmaf(extras.ce_scale, p.at[k] - chosen, own);
+  // The two KL: H, and the value of a row that is not near.
+  PYFAST_DEVICE Measured measured_by_sums(const Statistics& sums, const RowConstants& row, float origin) const {
+    const float offset = origin + row.offset;
+    if (a.divergence == Divergence::forward_kl) return {-(sums.drift / sums.teacher.hi + offset), 0.0f};
+    const float present = sums.student.hi - sums.absent;
+    const float value = __builtin_fmaf(offset, present, sums.drift) / sums.student.hi;
+    return {value, value - sums.absent / sums.student.hi};
+  }
+
+  // The others: value and H. Finds out whether the row is near.
+  PYFAST_DEVICE Measured second_pass(const RowInMemory<T>& row, const RowConstants& constants, Way& way) const {
+    while (true) {
+      Totals parts[2] = {Totals::nothing(), Totals::nothing()};
+      if (way == Way::general) {
+        store.again(row, [&](const Words4& student, const Words4& teacher) {
+          const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
+          with_divergence([&]<Divergence divergence>() {
+            if constexpr (!is_kl(divergence)) measure<divergence, true, T>(zs, zt, constants, parts);
+          });
+        });
+      } else {
+        with_divergence([&]<Divergence divergence>() {
+          const auto pass = [&]<bool kNear>() {
+            store.again(row, [&](const Words4& student, const Words4& teacher) {
+              measure<divergence, kNear, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants, parts);
+            });
+          };
+          if constexpr (divergence == Divergence::tvd || divergence == Divergence::mse) {
+            if (way == Way::near) return pass.template operator()<true>();
           }
-        }
+          if constexpr (!is_kl(divergence)) pass.template operator()<false>();
+        });
       }
-      if (a.student_softcap != 0.0f) {  // z is capped: dz / d(raw) = 1 - (z / cap)²; a word of -inf has no gradient
-        const float inverse = 1.0f / a.student_softcap;
-        PYFAST_UNROLL
-        for (int k = 0; k < kVectorWords<T>; ++k) {
-          const float u = zs.at(k) * inverse;
-          g.at(k) = zs.at(k) == kNegInf ? 0.0f : g.at(k) * __builtin_fmaf(-u, u, 1.0f);
-        }
-      }
-      write(grad, word, aligned, g);
-    });
-    return value;
+      const Totals totals = join_group(group, Totals{parts[0].value + parts[1].value, parts[0].slope + parts[1].slope,
+                                                     parts[0].square + parts[1].square});
+      Measured measured{};
+      bool again = false;
+      with_divergence([&]<Divergence divergence>() {
+        measured = measured_of<divergence>(totals, constants, way == Way::general);
+        again = way == Way::plain && lies_near<divergence>(measured, totals);
+      });
+      if (!again) return measured;
+      way = is_mixture(a.divergence) ? Way::general : Way::near;
+    }
   }
 
-  PYFAST_DEVICE void write_values(int64_t i, const RowInMemory<T>& row, const RowPair& pair, const Extras& extras,
-                                  float value) const {
+  // The last pass. Returns this thread's part of the value of near rows of forward_kl and reverse_kl.
+  PYFAST_DEVICE float last_pass(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next,
+                                const RowConstants& constants, const Extras& extras, float center, Way way) const {
+    const float scale = a.row_scale[i] * a.student_inverse;
+    Factors factors{};
+    with_divergence([&]<Divergence divergence>() {
+      factors = factors_of<divergence>(scale, center, constants, way == Way::general);
+    });
+    float value[2] = {0.0f, 0.0f};
+    T* const grad = a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride;
+    const bool aligned = words_past_multiple(grad) == row.lead;
+    if (way == Way::general) {
+      store.last(row, next, [&](int vector, const Words4& student, const Words4& teacher, Words4* slot) {
+        const int word = row.first_word(vector);
+        const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
+        Words<T> g;
+        with_divergence(
+            [&]<Divergence divergence>() { g = gradients<divergence, true, T>(zs, zt, constants, factors, value); });
+        add_extras(g, zs, word, scale, extras);
+        write(grad, word, aligned, g, slot);
+      });
+    } else {
+      with_divergence([&]<Divergence divergence>() {
+        const auto pass = [&]<bool kNear>() {
+          store.last(row, next, [&](int vector, const Words4& student, const Words4& teacher, Words4* slot) {
+            write(grad, row.first_word(vector), aligned,
+                  gradients<divergence, kNear, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants,
+                                                  factors, value),
+                  slot);
+          });
+        };
+        if constexpr (is_kl(divergence) || divergence == Divergence::mse) {
+          if (way == Way::near) return pass.template operator()<true>();
+        }
+        pass.template operator()<false>();
+      });
+    }
+    return value[0] + value[1];
+  }
+
+  // The vector of the gradient whose first word is `word`. slot: that of its logits, which are not needed any more.
+  PYFAST_DEVICE void write(T* grad, int word, bool aligned, const Words<T>& z, Words4* slot) const {
+    if (grad == nullptr) return;
+    const Words4 bits = narrow_vector(z);
+    if (is_inside<T>(word, a.words) && aligned) {
+      ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), bits);
+    } else {
+      *slot = bits;
+      write_words(grad, slot, word, a.words);
+    }
+  }
+
+  // Adds the cross-entropy's gradient, and takes the softcap's slope: z is capped, dz / d(raw) = 1 - (z / cap)².
+  PYFAST_DEVICE void add_extras(Words<T>& g, const Words<T>& zs, int word, float scale, const Extras& extras) const {
+    if (extras.ce_scale != 0.0f) {
+      PYFAST_UNROLL
+      for (int k = 0; k < kVectorWords<T>; ++k) {
+        const float p = ptx::exp2_approx(__builtin_fmaf(zs.at[k] - extras.top, kLog2e, -extras.log2_sum));
+        const float own = scale == 0.0f ? 0.0f : g.at[k];
+        g.at[k] = __builtin_fmaf(extras.ce_scale, p - (word + k == extras.label ? 1.0f : 0.0f), own);
+      }
+    }
+    if (a.student_softcap == 0.0f) return;
+    const float inverse = 1.0f / a.student_softcap;
+    PYFAST_UNROLL
+    for (int k = 0; k < kVectorWords<T>; ++k) {
+      const float u = zs.at[k] * inverse;
+      g.at[k] = zs.at[k] == kNegInf ? 0.0f : g.at[k] * __builtin_fmaf(-u, u, 1.0f);
+    }
+  }
+
+  PYFAST_DEVICE void write_values(int64_t i, const RowInMemory<T>& row, const Extras& extras, float value) const {
     float ce = 0.0f;
     if (extras.ce_scale != 0.0f) {  // log2_sum is NaN where the label names no word
       const bool known = extras.log2_sum == extras.log2_sum;
       const float logit = known ? capped(ptx::to_float(row.student[extras.label]), a.student_softcap) : 0.0f;
-      ce = extras.ce_scale * __builtin_fmaf(kLn2, extras.log2_sum, pair.student_shift - logit);
+      ce = extras.ce_scale * __builtin_fmaf(kLn2, extras.log2_sum, extras.top - logit);
     }
     const float scale = a.row_scale[i];
     a.rows[i] = (scale == 0.0f ? 0.0f : scale * value) + ce;
     if (a.labels != nullptr) a.ce_rows[i] = ce;
-  }
-
-  struct VectorTerms {
-    Words<T> value, slope, mass;
-  };
-
-  template <Divergence divergence>
-  PYFAST_DEVICE static VectorTerms terms_of(const Words<T>& zs, const Words<T>& zt, const RowPair& pair) {
-    VectorTerms out;
-    PYFAST_UNROLL
-    for (int v = 0; v < Words<T>::kVecs; ++v) {
-      const Terms e = terms<divergence>(zs.vec[v], zt.vec[v], pair);
-      out.value.vec[v] = e.value;
-      out.slope.vec[v] = e.slope;
-      out.mass.vec[v] = e.mass;
-    }
-    return out;
-  }
-
-  PYFAST_DEVICE VectorTerms terms_of(const Words<T>& zs, const Words<T>& zt, const RowPair& pair) const {
-    switch (a.divergence) {
-      case Divergence::forward_kl:
-        return terms_of<Divergence::forward_kl>(zs, zt, pair);
-      case Divergence::reverse_kl:
-        return terms_of<Divergence::reverse_kl>(zs, zt, pair);
-      case Divergence::jsd:
-        return terms_of<Divergence::jsd>(zs, zt, pair);
-      case Divergence::skew_kl:
-        return terms_of<Divergence::skew_kl>(zs, zt, pair);
-      case Divergence::skew_reverse_kl:
-        return terms_of<Divergence::skew_reverse_kl>(zs, zt, pair);
-      case Divergence::tvd:
-        return terms_of<Divergence::tvd>(zs, zt, pair);
-      default:
-        return terms_of<Divergence::mse>(zs, zt, pair);
-    }
-  }
-
-  // The same without the values of those divergences that have them from the pass before.
-  PYFAST_DEVICE VectorTerms slopes_of(const Words<T>& zs, const Words<T>& zt, const RowPair& pair) const {
-    if (a.divergence == Divergence::forward_kl) return terms_of<Divergence::forward_kl>(zs, zt, pair);
-    if (a.divergence == Divergence::reverse_kl) return terms_of<Divergence::reverse_kl>(zs, zt, pair);
-    VectorTerms out = terms_of(zs, zt, pair);
-    out.value = {};
-    return out;
   }
 };
 

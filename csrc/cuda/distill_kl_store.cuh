@@ -18,6 +18,8 @@
 // word by word: right for any stride and width, fast where the three agree, as they do for contiguous tensors.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 #include "distill_kl_plan.h"
 
@@ -25,7 +27,7 @@ namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
 
-inline constexpr int kBatches = 4;  // commits a row, in Resident
+inline constexpr int kBatches = 2;  // commits a row, in Resident
 
 template <class T>
 inline constexpr int kVectorWords = 16 / static_cast<int>(sizeof(T));
@@ -54,27 +56,37 @@ PYFAST_DEVICE RowInMemory<T> row_in_memory(const T* student, const T* teacher, i
   return {student, teacher, words, vectors, lead, words_past_multiple(teacher) == lead};
 }
 
-// Begins to copy the vector whose first word is `word` into a slot of this thread. What is not in the row becomes 0.
+// Whether all words of a vector that begins at `word` are in the row.
 template <class T>
-PYFAST_DEVICE void fetch_vector(Words4* slot, const T* row, int word, int words, bool aligned) {
-  const int left = words - word;
-  if (aligned && word >= 0) {
-    ptx::cp_async<16>(slot, row + word, left < kVectorWords<T> ? left * static_cast<int>(sizeof(T)) : 16);
-    return;
-  }
-  constexpr int kWordsOf32Bits = 4 / static_cast<int>(sizeof(T));
-  uint32_t parts[4] = {};
-  PYFAST_UNROLL
-  for (int i = 0; i < kVectorWords<T>; ++i) {
-    if (word + i < 0 || i >= left) continue;
-    uint32_t bits;
-    if constexpr (sizeof(T) == 4)
-      bits = __builtin_bit_cast(uint32_t, row[word + i]);
-    else
-      bits = row[word + i].bits;
-    parts[i / kWordsOf32Bits] |= bits << (i % kWordsOf32Bits * 16);
-  }
-  *slot = {parts[0], parts[1], parts[2], parts[3]};
+PYFAST_DEVICE bool is_inside(int word, int words) {
+  return static_cast<uint32_t>(word) <= static_cast<uint32_t>(words - kVectorWords<T>) && words >= kVectorWords<T>;
+}
+
+// The bits of a word, which may be in shared memory, and of a logit of -inf.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+
+template <class T>
+inline constexpr Bits<T> kExcluded = sizeof(T) == 4   ? 0xff800000u
+                                     : kIsBFloat16<T> ? 0xff80u
+                                                      : 0xfc00u;
+
+// A vector word by word into a slot of this thread, -inf where it is not in the row.
+template <class T>
+PYFAST_DEVICE void fetch_words(Words4* slot, const T* row, int word, int words) {
+  Bits<T>* const to = reinterpret_cast<Bits<T>*>(slot);
+  PYFAST_ROLLED
+  for (int i = 0; i < kVectorWords<T>; ++i)
+    to[i] = word + i >= 0 && word + i < words ? __builtin_bit_cast(Bits<T>, row[word + i]) : kExcluded<T>;
+}
+
+// A vector word by word from a slot of this thread, without those that are not in the row.
+template <class T>
+PYFAST_DEVICE void write_words(T* row, const Words4* slot, int word, int words) {
+  const Bits<T>* const from = reinterpret_cast<const Bits<T>*>(slot);
+  PYFAST_ROLLED
+  for (int i = 0; i < kVectorWords<T>; ++i)
+    if (word + i >= 0 && word + i < words) row[word + i] = __builtin_bit_cast(T, from[i]);
 }
 
 // Slots of this block: `capacity` for the student, as many for the teacher.
@@ -85,11 +97,17 @@ struct Slots {
   PYFAST_DEVICE Slots(unsigned char* shared, int capacity)
       : student(reinterpret_cast<Words4*>(shared)), teacher(student + capacity) {}
 
+  // Begins to copy a vector of the row pair into a slot of this thread. What is not in the row becomes -inf.
   template <class T>
   PYFAST_DEVICE void fetch(int slot, const RowInMemory<T>& row, int vector) const {
     const int word = row.first_word(vector);
-    fetch_vector(student + slot, row.student, word, row.words, true);
-    fetch_vector(teacher + slot, row.teacher, word, row.words, row.teacher_alike);
+    if (is_inside<T>(word, row.words) && row.teacher_alike) {
+      ptx::cp_async<16>(student + slot, row.student + word);
+      ptx::cp_async<16>(teacher + slot, row.teacher + word);
+      return;
+    }
+    fetch_words(student + slot, row.student, word, row.words);
+    fetch_words(teacher + slot, row.teacher, word, row.words);
   }
 };
 
@@ -106,46 +124,49 @@ class Resident {
   // Asks for the row, into slots that are free.
   PYFAST_DEVICE void begin(const RowInMemory<T>& row) const {
     const int count = held(row);
+    PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
+      PYFAST_ROLLED
       for (int k = batch_begin(batch); k < batch_end(batch, count); k += step()) slots_.fetch(k, row, first_ + k);
       ptx::cp_async_commit();
     }
   }
 
-  // The first pass over a row: visit(vector, student, teacher), as they arrive.
+  // The first pass over a row: visit(student, teacher), as they arrive.
   template <class Visit>
   PYFAST_DEVICE void first(const RowInMemory<T>& row, const Visit& visit) const {
     const int count = held(row);
-    static_assert(kBatches == 4);
+    static_assert(kBatches == 2);
+    PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
       if (batch == 0)
-        ptx::cp_async_wait<3>();
-      else if (batch == 1)
-        ptx::cp_async_wait<2>();
-      else if (batch == 2)
         ptx::cp_async_wait<1>();
       else
         ptx::cp_async_wait<0>();
+      PYFAST_ROLLED
       for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
-        visit(first_ + k, slots_.student[k], slots_.teacher[k]);
+        visit(slots_.student[k], slots_.teacher[k]);
     }
   }
 
   template <class Visit>
   PYFAST_DEVICE void again(const RowInMemory<T>& row, const Visit& visit) const {
     const int count = held(row);
-    for (int k = static_cast<int>(threadIdx.x); k < count; k += step())
-      visit(first_ + k, slots_.student[k], slots_.teacher[k]);
+    PYFAST_ROLLED
+    for (int k = static_cast<int>(threadIdx.x); k < count; k += step()) visit(slots_.student[k], slots_.teacher[k]);
   }
 
-  // The last pass over a row, which makes room for the next one and asks for it.
+  // The last pass over a row, which makes room for the next one and asks for it: visit(vector, student, teacher, slot),
+  // slot being one that it may write into.
   template <class Visit>
   PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>& next, const Visit& visit) const {
     const int count = held(row), count_next = held(next);
     const int more = count > count_next ? count : count_next;
+    PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
+      PYFAST_ROLLED
       for (int k = batch_begin(batch); k < batch_end(batch, more); k += step()) {
-        if (k < count) visit(first_ + k, slots_.student[k], slots_.teacher[k]);
+        if (k < count) visit(first_ + k, slots_.student[k], slots_.teacher[k], slots_.student + k);
         if (k < count_next) slots_.fetch(k, next, first_ + k);
       }
       ptx::cp_async_commit();
@@ -184,25 +205,32 @@ class Streamed {
 
   template <class Visit>
   PYFAST_DEVICE void again(const RowInMemory<T>& row, const Visit& visit) {
+    read(row, [&](int, const Words4& student, const Words4& teacher, Words4*) { visit(student, teacher); });
+  }
+
+  template <class Visit>
+  PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>&, const Visit& visit) {
+    read(row, visit);
+  }
+
+ private:
+  template <class Visit>
+  PYFAST_DEVICE void read(const RowInMemory<T>& row, const Visit& visit) {
     backwards_ = !backwards_;
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     const int own = (row.vectors - thread + threads - 1) / threads;
+    PYFAST_ROLLED
     for (int k = 0; k < kStages - 1; ++k) fetch(row, k, own);
+    PYFAST_ROLLED
     for (int k = 0; k < own; ++k) {
       ptx::cp_async_wait<kStages - 2>();
       const int slot = k % kStages * threads + thread;
       const Words4 student = slots_.student[slot], teacher = slots_.teacher[slot];
       fetch(row, k + kStages - 1, own);
-      visit(vector(k, own), student, teacher);
+      visit(vector(k, own), student, teacher, slots_.student + slot);
     }
   }
 
-  template <class Visit>
-  PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>&, const Visit& visit) {
-    again(row, visit);
-  }
-
- private:
   PYFAST_DEVICE int vector(int k, int own) const {
     return (backwards_ ? own - 1 - k : k) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
   }

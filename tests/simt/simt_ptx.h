@@ -136,8 +136,10 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
   simt::multiply_sparse(kIsBFloat16<T>, Selector, d, a, b, c, metadata, where);
 }
 
-PYFAST_DEVICE float exp2_approx(float x) { return std::exp2(x); }
-PYFAST_DEVICE float log2_approx(float x) { return std::log2(x); }
+// Subnormal numbers count as 0, before and after.
+PYFAST_DEVICE float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+PYFAST_DEVICE float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
+PYFAST_DEVICE float log2_approx(float x) { return std::log2(flushed(x)); }
 PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
 PYFAST_DEVICE float to_float(float x) { return x; }
 PYFAST_DEVICE float to_float(BFloat16 x) { return widen(bf16{x.bits}); }
@@ -161,6 +163,16 @@ template <class T>
 PYFAST_DEVICE uint32_t pack(float first, float second) {
   static_assert(kIsTensorCoreType<T>);
   return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
+}
+template <class T>
+PYFAST_DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
+  const Floats2 x = unpack<T>(a), y = unpack<T>(b);
+  return pack<T>(std::fmax(x.x, y.x), std::fmax(x.y, y.y));
+}
+PYFAST_DEVICE float multiply(float a, float b) { return a * b; }
+PYFAST_DEVICE float fma_saturated(float a, float b, float c) {
+  const float x = std::fma(a, b, c);
+  return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f;
 }
 
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
