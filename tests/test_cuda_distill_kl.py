@@ -209,9 +209,9 @@ PLANS = {
 def test_plan(library: host.Library, limits: tuple[int, int, int]) -> None:
     for words, size, cluster in PLANS[limits]:
         out = host.InOut(np.zeros(4, np.int64))
-        library.run("plan", words, size, *limits, out)
+        library.run("plan", words, size, 0, *limits, out)
         got, share, threads, shared = out.array
-        assert got == cluster and threads % 32 == 0 and 32 <= threads <= 640
+        assert got == cluster and threads % 32 == 0 and 32 <= threads <= 768
         assert shared + 2048 <= limits[0]
         if cluster:
             assert shared == 32 * share

@@ -32,9 +32,11 @@ DeviceLimits limits_of(int device) {
 // As many groups of blocks as the device runs at once, and no more than there are rows: each does rows in turn.
 template <class T>
 void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
-  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), limits_of(device));
+  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), args.is_general(), limits_of(device));
   const bool resident = plan.cluster > 0;
-  auto* const kernel = resident ? distill_kl_resident_kernel<T> : distill_kl_streamed_kernel<T>;
+  auto* const kernel = args.is_general()
+                           ? (resident ? distill_kl_resident_kernel<T, true> : distill_kl_streamed_kernel<T, true>)
+                           : (resident ? distill_kl_resident_kernel<T, false> : distill_kl_streamed_kernel<T, false>);
   args.share = plan.share;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),

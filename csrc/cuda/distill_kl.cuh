@@ -35,6 +35,8 @@
 //   distill_kl_streamed_kernel<T>    96 registers     40960 bytes of shared memory
 #pragma once
 
+#include <algorithm>
+
 #include "common.cuh"
 #include "distill_kl_group.cuh"
 #include "distill_kl_plan.h"
@@ -61,6 +63,13 @@ struct DistillKlArgs {
   float teacher_share;                     // student_temperature / teacher_temperature
   float student_softcap, teacher_softcap;  // 0: none
   float mixture_teacher, mixture_student;
+  bool goes_shared;  // a mixture of which one weight is small
+  MixtureSeries series;
+
+  // Whether rows need what only the general kernel has.
+  bool is_general() const {
+    return labels != nullptr || student_softcap != 0.0f || teacher_softcap != 0.0f || goes_shared;
+  }
 
   // mix: share of the first distribution of the mixture, see pyfast/reference/distill_kl.py.
   void set_options(Divergence kind, double mix, double student_temperature, double teacher_temperature,
@@ -74,6 +83,12 @@ struct DistillKlArgs {
     teacher_softcap = static_cast<float>(teacher_cap);
     mixture_teacher = static_cast<float>(teachers);
     mixture_student = static_cast<float>(1.0 - teachers);
+    const bool mixes = kind == Divergence::jsd || kind == Divergence::skew_kl || kind == Divergence::skew_reverse_kl;
+    goes_shared = mixes && std::min(teachers, 1.0 - teachers) < kLeastWeight;
+    constexpr double kLog2e = 1.44269504088896340736;
+    if (mixes && !goes_shared)
+      series = mixture_series(kind, teachers, 1.0 - teachers, kind == Divergence::skew_kl ? kLog2e : kLog2e / teachers,
+                              kind == Divergence::jsd ? kLog2e : 1.0);
   }
 };
 
@@ -166,7 +181,7 @@ struct Extras {
 };
 
 // One group of blocks doing rows `begin`, `begin` + `step`, …
-template <class T, class Store, bool kClusters>
+template <class T, class Store, bool kClusters, bool kGeneral>
 struct DistillKl {
   const DistillKlArgs<T>& a;
   Store& store;
@@ -210,7 +225,7 @@ struct DistillKl {
     for (int v = group.rank * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads) {
       const int word = v * kVectorWords<T> - lead;
       const Words4 zeros{};
-      if (is_inside<T>(word, a.words))
+      if (static_cast<uint32_t>(word) < inside_span<T>(a.words))
         ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), zeros);
       else
         write_words(grad, &zeros, word, a.words);
@@ -238,11 +253,23 @@ struct DistillKl {
     }
   }
 
+  // The same with the way of a row. The general kernel has no plain one: the other two are right for any row.
+  template <class Run>
+  PYFAST_DEVICE void with_way(Way way, const Run& run) const {
+    with_divergence([&]<Divergence divergence>() {
+      if constexpr (!kGeneral) {
+        if (way == Way::plain) return run.template operator()<divergence, Way::plain>();
+      } else if constexpr (is_mixture(divergence)) {
+        if (way == Way::shared) return run.template operator()<divergence, Way::shared>();
+      }
+      run.template operator()<divergence, Way::near>();
+    });
+  }
+
   PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next) const {
-    const bool with_extras = a.labels != nullptr || a.student_softcap != 0.0f || a.teacher_softcap != 0.0f;
     RowConstants constants = rates();
     const float zero = is_kl(a.divergence) ? origin(row, constants) : 0.0f;
-    Statistics sums = first_pass(row, constants, zero, with_extras);
+    Statistics sums = first_pass(row, constants, zero);
     sums = join_group(group, sums, constants.student_rate, constants.teacher_rate, a.divergence, a.labels != nullptr);
     set_sums(constants, sums);
     Extras extras{ce_scale(i), sums.student_top, 0.0f, 0};
@@ -252,25 +279,20 @@ struct DistillKl {
       extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
     }
 
-    Way way = with_extras ? Way::general : Way::plain;
+    Way way = !kGeneral ? Way::plain : a.goes_shared ? Way::shared : Way::near;
     Measured measured;
     bool near_kl = false;
     if (is_kl(a.divergence)) {
       measured = measured_by_sums(sums, constants, zero);
       near_kl = measured.value <= kNearValue;
-      if (near_kl && way == Way::plain) way = Way::near;
+      if (near_kl) way = Way::near;
     } else {
-      if (is_mixture(a.divergence) && __builtin_fminf(a.mixture_teacher, a.mixture_student) < kLeastShare)
-        way = Way::general;
       measured = second_pass(row, constants, way);
     }
     const float value = last_pass(i, row, next, constants, extras, measured.center, way);
     if (near_kl) measured.value = join_group(group, Totals{value, 0.0f, 0.0f}).value * constants.mass;
     if (leads()) write_values(i, row, extras, measured.value);
   }
-
-  // The loop that a pass over a row takes. `general` has softcaps and labels, and is right for any row.
-  enum class Way { plain, near, general };
 
   PYFAST_DEVICE RowConstants rates() const {
     RowConstants row{};
@@ -291,27 +313,24 @@ struct DistillKl {
     return is_finite(x) ? x : 0.0f;
   }
 
-  PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, const RowConstants& constants, float origin,
-                                      bool with_extras) const {
+  PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, const RowConstants& constants, float origin) const {
     Statistics sums = Statistics::nothing();
-    const auto pass = [&]<bool kGeneral, Divergence divergence>() {
+    const auto pass = [&]<Divergence divergence>() {
       store.first(row, [&](const Words4& student, const Words4& teacher) {
-        add_statistics<kGeneral, divergence>(sums, student, teacher, constants, origin);
+        add_statistics<divergence>(sums, student, teacher, constants, origin);
       });
     };
-    if (with_extras)
-      pass.template operator()<true, Divergence::forward_kl>();
+    if (kGeneral || !is_kl(a.divergence))
+      pass.template operator()<Divergence::jsd>();
     else if (a.divergence == Divergence::forward_kl)
-      pass.template operator()<false, Divergence::forward_kl>();
-    else if (a.divergence == Divergence::reverse_kl)
-      pass.template operator()<false, Divergence::reverse_kl>();
+      pass.template operator()<Divergence::forward_kl>();
     else
-      pass.template operator()<false, Divergence::jsd>();
+      pass.template operator()<Divergence::reverse_kl>();
     return sums;
   }
 
   // Adds a vector to the statistics of this thread.
-  template <bool kGeneral, Divergence kDivergence>
+  template <Divergence kDivergence>
   PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4& student, const Words4& teacher,
                                     const RowConstants& row, float origin) const {
     const Divergence divergence = kGeneral ? a.divergence : kDivergence;
@@ -369,6 +388,12 @@ struct DistillKl {
     return gap < 0.0f ? -log : log;
   }
 
+  // A sum whose highest word counts 2^rest, not what that was rounded to: exact where one word has all of the mass.
+  PYFAST_DEVICE static Sum with_exact_top(const Sum& sum, float rest) {
+    return {sum.hi,
+            sum.lo - (__builtin_fabsf(rest) < kNear1 ? (ptx::exp2_approx(rest) - 1.0f) - expm1_near_0(rest) : 0.0f)};
+  }
+
   // What follows from the sums. NaN in any of them reaches every constant.
   PYFAST_DEVICE static void set_sums(RowConstants& row, const Statistics& sums) {
     const float shift_s = ptx::multiply(sums.student_top, row.student_rate);
@@ -380,11 +405,12 @@ struct DistillKl {
     const float bad = fits ? 0.0f * (log2_s + log2_t) : __builtin_nanf("");
     row.student_log2 = shift_s + log2_s + bad;
     row.teacher_log2 = shift_t + log2_t + bad;
-    const float ratio = log_of_ratio(sums.teacher, sums.student);
+    const float ratio = log_of_ratio(with_exact_top(sums.teacher, rest_t), with_exact_top(sums.student, rest_s));
     row.offset = 0.0f;
     row.offset = __builtin_fmaf(rest_s - rest_t, kLn2, ratio) - log_ratio(sums.student_top, sums.teacher_top, row);
     const float over_s = row.student_log2 - shift_s, over_t = row.teacher_log2 - shift_t;
-    row.balance = power_near_1(__builtin_fmaf(-kLog2e, ratio, over_t - over_s));
+    row.balance_log2 = __builtin_fmaf(-kLog2e, ratio, over_t - over_s);
+    row.balance = power_near_1(row.balance_log2);
     row.mass = power_near_1(over_s - log2_s);
     row.student_top = sums.student_top;
     row.teacher_top = sums.teacher_top;
@@ -405,24 +431,20 @@ struct DistillKl {
   PYFAST_DEVICE Measured second_pass(const RowInMemory<T>& row, const RowConstants& constants, Way& way) const {
     while (true) {
       Totals parts[2] = {Totals::nothing(), Totals::nothing()};
-      if (way == Way::general) {
+      if constexpr (kGeneral) {
         store.again(row, [&](const Words4& student, const Words4& teacher) {
           const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
-          with_divergence([&]<Divergence divergence>() {
-            if constexpr (!is_kl(divergence)) measure<divergence, true, T>(zs, zt, constants, parts);
+          with_way(way, [&]<Divergence divergence, Way kWay>() {
+            if constexpr (!is_kl(divergence)) measure<divergence, kWay, T>(zs, zt, constants, a.series, parts);
           });
         });
       } else {
-        with_divergence([&]<Divergence divergence>() {
-          const auto pass = [&]<bool kNear>() {
+        with_way(way, [&]<Divergence divergence, Way kWay>() {
+          if constexpr (!is_kl(divergence))
             store.again(row, [&](const Words4& student, const Words4& teacher) {
-              measure<divergence, kNear, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants, parts);
+              measure<divergence, kWay, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants, a.series,
+                                           parts);
             });
-          };
-          if constexpr (divergence == Divergence::tvd || divergence == Divergence::mse) {
-            if (way == Way::near) return pass.template operator()<true>();
-          }
-          if constexpr (!is_kl(divergence)) pass.template operator()<false>();
         });
       }
       const Totals totals = join_group(group, Totals{parts[0].value + parts[1].value, parts[0].slope + parts[1].slope,
@@ -430,11 +452,11 @@ struct DistillKl {
       Measured measured{};
       bool again = false;
       with_divergence([&]<Divergence divergence>() {
-        measured = measured_of<divergence>(totals, constants, way == Way::general);
+        measured = measured_of<divergence>(totals, constants, way);
         again = way == Way::plain && lies_near<divergence>(measured, totals);
       });
       if (!again) return measured;
-      way = is_mixture(a.divergence) ? Way::general : Way::near;
+      way = Way::near;
     }
   }
 
@@ -443,48 +465,39 @@ struct DistillKl {
                                 const RowConstants& constants, const Extras& extras, float center, Way way) const {
     const float scale = a.row_scale[i] * a.student_inverse;
     Factors factors{};
-    with_divergence([&]<Divergence divergence>() {
-      factors = factors_of<divergence>(scale, center, constants, way == Way::general);
-    });
+    with_divergence([&]<Divergence divergence>() { factors = factors_of<divergence>(scale, center, constants, way); });
     float value[2] = {0.0f, 0.0f};
     T* const grad = a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride;
-    const bool aligned = words_past_multiple(grad) == row.lead;
-    if (way == Way::general) {
-      store.last(row, next, [&](int vector, const Words4& student, const Words4& teacher, Words4* slot) {
-        const int word = row.first_word(vector);
+    const uint32_t span = grad != nullptr && words_past_multiple(grad) == row.lead ? inside_span<T>(a.words) : 0u;
+    if constexpr (kGeneral) {
+      store.last(row, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
         const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
         Words<T> g;
-        with_divergence(
-            [&]<Divergence divergence>() { g = gradients<divergence, true, T>(zs, zt, constants, factors, value); });
+        with_way(way, [&]<Divergence divergence, Way kWay>() {
+          g = gradients<divergence, kWay, T>(zs, zt, constants, a.series, factors, value);
+        });
         add_extras(g, zs, word, scale, extras);
-        write(grad, word, aligned, g, slot);
+        write(grad, word, span, g, slot);
       });
     } else {
-      with_divergence([&]<Divergence divergence>() {
-        const auto pass = [&]<bool kNear>() {
-          store.last(row, next, [&](int vector, const Words4& student, const Words4& teacher, Words4* slot) {
-            write(grad, row.first_word(vector), aligned,
-                  gradients<divergence, kNear, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants,
-                                                  factors, value),
-                  slot);
-          });
-        };
-        if constexpr (is_kl(divergence) || divergence == Divergence::mse) {
-          if (way == Way::near) return pass.template operator()<true>();
-        }
-        pass.template operator()<false>();
+      with_way(way, [&]<Divergence divergence, Way kWay>() {
+        store.last(row, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
+          write(grad, word, span,
+                gradients<divergence, kWay, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants, a.series,
+                                               factors, value),
+                slot);
+        });
       });
     }
     return value[0] + value[1];
   }
 
   // The vector of the gradient whose first word is `word`. slot: that of its logits, which are not needed any more.
-  PYFAST_DEVICE void write(T* grad, int word, bool aligned, const Words<T>& z, Words4* slot) const {
-    if (grad == nullptr) return;
+  PYFAST_DEVICE void write(T* grad, int word, uint32_t span, const Words<T>& z, Words4* slot) const {
     const Words4 bits = narrow_vector(z);
-    if (is_inside<T>(word, a.words) && aligned) {
+    if (static_cast<uint32_t>(word) < span) {
       ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), bits);
-    } else {
+    } else if (grad != nullptr) {
       *slot = bits;
       write_words(grad, slot, word, a.words);
     }
@@ -529,24 +542,24 @@ inline constexpr bool kHasClusters = false;
 #endif
 
 // Grid: clusters of blocks along x, each doing rows its number apart. Shared memory: two times a.share vectors.
-template <class T>
-__global__ void __launch_bounds__(kResidentThreads, 1) distill_kl_resident_kernel(const DistillKlArgs<T> a) {
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(resident_threads(kGeneral), 1) distill_kl_resident_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
   Group<kHasClusters> group(memory);
   Resident<T> store(slots, a.share, group.rank);
   const int64_t size = group.size;
-  DistillKl<T, Resident<T>, kHasClusters>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
+  DistillKl<T, Resident<T>, kHasClusters, kGeneral>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
 }
 
 // Grid: blocks, each doing rows its number apart. Shared memory: two times kStages vectors a thread.
-template <class T>
+template <class T, bool kGeneral>
 __global__ void __launch_bounds__(kStreamedThreads, 2) distill_kl_streamed_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
   Group<false> group(memory);
   Streamed<T> store(slots);
-  DistillKl<T, Streamed<T>, false>{a, store, group}.run(blockIdx.x, gridDim.x);
+  DistillKl<T, Streamed<T>, false, kGeneral>{a, store, group}.run(blockIdx.x, gridDim.x);
 }
 
 #endif

@@ -19,8 +19,10 @@ struct DistillKlPlan {
   int64_t shared_bytes;
 };
 
-inline constexpr int kMaxCluster = 8;         // what every GPU with clusters can run
-inline constexpr int kResidentThreads = 640;  // of all blocks on a multiprocessor: 96 registers each
+inline constexpr int kMaxCluster = 8;  // what every GPU with clusters can run
+// Threads of all blocks on a multiprocessor: 80 registers each, and 96 in the kernel that takes softcaps, labels and
+// any mixture.
+constexpr int resident_threads(bool is_general) { return is_general ? 640 : 768; }
 inline constexpr int kStreamedThreads = 320;  // twice fits a multiprocessor, of registers as of 100 KB
 inline constexpr int kStages = 4;
 inline constexpr int64_t kGroupBytes = 2048;     // shared memory besides the words
@@ -29,7 +31,7 @@ inline constexpr int64_t kReservedBytes = 1024;  // that a block takes from a mu
 // Blocks that share a multiprocessor do not wait at the same time: three of them keep memory busy while one reduces.
 // So a row is spread over as few blocks as let three share a multiprocessor; failing that, over as many as there may
 // be.
-inline DistillKlPlan plan_distill_kl(int64_t words, int64_t word_bytes, const DeviceLimits& limits) {
+inline DistillKlPlan plan_distill_kl(int64_t words, int64_t word_bytes, bool is_general, const DeviceLimits& limits) {
   constexpr int64_t kVectorBytes = 16, kWanted = 3, kMost = 12;
   const int64_t vector_words = kVectorBytes / word_bytes;
   const int64_t vectors = (words + 2 * (vector_words - 1)) / vector_words;  // rows may begin within one
@@ -38,7 +40,7 @@ inline DistillKlPlan plan_distill_kl(int64_t words, int64_t word_bytes, const De
     const int64_t share = (vectors + cluster - 1) / cluster, bytes = 2 * kVectorBytes * share;
     if (bytes + kGroupBytes > limits.shared_a_block) continue;
     const int64_t blocks = limits.shared_a_multiprocessor / (bytes + kGroupBytes + kReservedBytes);
-    const int64_t room = kResidentThreads / std::clamp<int64_t>(blocks, 1, kMost) / 32 * 32;
+    const int64_t room = resident_threads(is_general) / std::clamp<int64_t>(blocks, 1, kMost) / 32 * 32;
     plan = {cluster, static_cast<int>(share), static_cast<int>(std::min(room, (share + 31) / 32 * 32)), bytes};
     if (blocks >= kWanted) break;
   }

@@ -32,6 +32,12 @@ inline constexpr int kBatches = 2;  // commits a row, in Resident
 template <class T>
 inline constexpr int kVectorWords = 16 / static_cast<int>(sizeof(T));
 
+// A vector that begins at `word` lies in a row of that many words if, as an unsigned number, word < inside_span.
+template <class T>
+PYFAST_DEVICE uint32_t inside_span(int words) {
+  return words < kVectorWords<T> ? 0u : static_cast<uint32_t>(words - kVectorWords<T> + 1);
+}
+
 // A row pair in memory; no vectors: nothing of it is to be read.
 template <class T>
 struct RowInMemory {
@@ -41,6 +47,8 @@ struct RowInMemory {
   int lead;  // words of the first vector before the row
   bool teacher_alike;
 
+  // That of the words whose vectors can be copied as a whole.
+  PYFAST_DEVICE uint32_t span() const { return teacher_alike ? inside_span<T>(words) : 0u; }
   PYFAST_DEVICE int first_word(int vector) const { return vector * kVectorWords<T> - lead; }
 };
 
@@ -54,12 +62,6 @@ PYFAST_DEVICE RowInMemory<T> row_in_memory(const T* student, const T* teacher, i
   const int lead = words_past_multiple(student);
   const int vectors = (lead + words + kVectorWords<T> - 1) / kVectorWords<T>;
   return {student, teacher, words, vectors, lead, words_past_multiple(teacher) == lead};
-}
-
-// Whether all words of a vector that begins at `word` are in the row.
-template <class T>
-PYFAST_DEVICE bool is_inside(int word, int words) {
-  return static_cast<uint32_t>(word) <= static_cast<uint32_t>(words - kVectorWords<T>) && words >= kVectorWords<T>;
 }
 
 // The bits of a word, which may be in shared memory, and of a logit of -inf.
@@ -99,13 +101,19 @@ struct Slots {
 
   // Begins to copy a vector of the row pair into a slot of this thread. What is not in the row becomes -inf.
   template <class T>
-  PYFAST_DEVICE void fetch(int slot, const RowInMemory<T>& row, int vector) const {
-    const int word = row.first_word(vector);
-    if (is_inside<T>(word, row.words) && row.teacher_alike) {
-      ptx::cp_async<16>(student + slot, row.student + word);
-      ptx::cp_async<16>(teacher + slot, row.teacher + word);
-      return;
-    }
+  PYFAST_DEVICE void fetch(int slot, const RowInMemory<T>& row, int word) const {
+    if (static_cast<uint32_t>(word) < row.span())
+      fetch_whole(slot, row, word);
+    else
+      fetch_by_words(slot, row, word);
+  }
+  template <class T>
+  PYFAST_DEVICE void fetch_whole(int slot, const RowInMemory<T>& row, int word) const {
+    ptx::cp_async<16>(student + slot, row.student + word);
+    ptx::cp_async<16>(teacher + slot, row.teacher + word);
+  }
+  template <class T>
+  PYFAST_DEVICE void fetch_by_words(int slot, const RowInMemory<T>& row, int word) const {
     fetch_words(student + slot, row.student, word, row.words);
     fetch_words(teacher + slot, row.teacher, word, row.words);
   }
@@ -127,7 +135,8 @@ class Resident {
     PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
       PYFAST_ROLLED
-      for (int k = batch_begin(batch); k < batch_end(batch, count); k += step()) slots_.fetch(k, row, first_ + k);
+      for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
+        slots_.fetch(k, row, row.first_word(first_ + k));
       ptx::cp_async_commit();
     }
   }
@@ -156,19 +165,26 @@ class Resident {
     for (int k = static_cast<int>(threadIdx.x); k < count; k += step()) visit(slots_.student[k], slots_.teacher[k]);
   }
 
-  // The last pass over a row, which makes room for the next one and asks for it: visit(vector, student, teacher, slot),
-  // slot being one that it may write into.
+  // The last pass over a row, which makes room for the next one and asks for it: visit(word, student, teacher, slot)
+  // with the first word of the vector and a slot that may be written into.
   template <class Visit>
   PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>& next, const Visit& visit) const {
     const int count = held(row), count_next = held(next);
-    const int more = count > count_next ? count : count_next;
+    const int shift = row.lead - next.lead;
+    const uint32_t span = next.vectors == 0 ? 0u : next.span();
     PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
+      int k = batch_begin(batch), word = row.first_word(first_ + k);
       PYFAST_ROLLED
-      for (int k = batch_begin(batch); k < batch_end(batch, more); k += step()) {
-        if (k < count) visit(first_ + k, slots_.student[k], slots_.teacher[k], slots_.student + k);
-        if (k < count_next) slots_.fetch(k, next, first_ + k);
+      for (; k < batch_end(batch, count); k += step(), word += step() * kVectorWords<T>) {
+        visit(word, slots_.student[k], slots_.teacher[k], slots_.student + k);
+        if (static_cast<uint32_t>(word + shift) < span)
+          slots_.fetch_whole(k, next, word + shift);
+        else if (k < count_next)
+          slots_.fetch_by_words(k, next, word + shift);
       }
+      PYFAST_ROLLED
+      for (; k < batch_end(batch, count_next); k += step()) slots_.fetch(k, next, next.first_word(first_ + k));
       ptx::cp_async_commit();
     }
   }
@@ -227,7 +243,7 @@ class Streamed {
       const int slot = k % kStages * threads + thread;
       const Words4 student = slots_.student[slot], teacher = slots_.teacher[slot];
       fetch(row, k + kStages - 1, own);
-      visit(vector(k, own), student, teacher, slots_.student + slot);
+      visit(row.first_word(vector(k, own)), student, teacher, slots_.student + slot);
     }
   }
 
@@ -236,7 +252,7 @@ class Streamed {
   }
   PYFAST_DEVICE void fetch(const RowInMemory<T>& row, int k, int own) const {
     const int slot = k % kStages * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (k < own) slots_.fetch(slot, row, vector(k, own));
+    if (k < own) slots_.fetch(slot, row, row.first_word(vector(k, own)));
     ptx::cp_async_commit();
   }
 

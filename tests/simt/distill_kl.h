@@ -37,7 +37,7 @@ void distill_kl(const T* student, const T* teacher, const float* row_scale, cons
   const unsigned block = static_cast<unsigned>(threads);
   if (cluster == 0) {
     simt::launch({.grid = {static_cast<unsigned>(groups)}, .block = {block}, .shared_bytes = 32 * kStages * block},
-                 distill_kl_streamed_kernel<T>, args);
+                 args.is_general() ? distill_kl_streamed_kernel<T, true> : distill_kl_streamed_kernel<T, false>, args);
     return;
   }
   const int64_t vectors = (words + 2 * (kVectorWords<T> - 1)) / kVectorWords<T>;
@@ -46,7 +46,7 @@ void distill_kl(const T* student, const T* teacher, const float* row_scale, cons
                 .block = {block},
                 .cluster = static_cast<unsigned>(cluster),
                 .shared_bytes = 32 * static_cast<size_t>(args.share)},
-               distill_kl_resident_kernel<T>, args);
+               args.is_general() ? distill_kl_resident_kernel<T, true> : distill_kl_resident_kernel<T, false>, args);
 }
 
 }  // namespace
