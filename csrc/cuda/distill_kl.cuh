@@ -224,11 +224,10 @@ struct DistillKl {
     PYFAST_ROLLED
     for (int v = group.rank * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads) {
       const int word = v * kVectorWords<T> - lead;
-      const Words4 zeros{};
       if (static_cast<uint32_t>(word) < inside_span<T>(a.words))
-        ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), zeros);
+        ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), Words4{});
       else
-        write_words(grad, &zeros, word, a.words);
+        write_zeros(grad, word, a.words);
     }
   }
 
@@ -266,32 +265,45 @@ struct DistillKl {
     });
   }
 
-  PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next) const {
-    RowConstants constants = rates();
-    const float zero = is_kl(a.divergence) ? origin(row, constants) : 0.0f;
-    Statistics sums = first_pass(row, constants, zero);
-    sums = join_group(group, sums, constants.student_rate, constants.teacher_rate, a.divergence, a.labels != nullptr);
-    set_sums(constants, sums);
+  // What a pass needs to know of its row. The first warp finds it out, the others read it.
+  struct Row {
+    RowConstants constants;
+    Measured measured;
+    Extras extras;
+    Way way;
+  };
+
+  PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& memory, const RowInMemory<T>& next) const {
+    Row row{};
+    row.constants = rates();
+    const float zero = is_kl(a.divergence) ? origin(memory, row.constants) : 0.0f;
+    const Statistics sums = join_group(group, first_pass(memory, row.constants, zero), row.constants.student_rate,
+                                       row.constants.teacher_rate, a.divergence, a.labels != nullptr);
+    if (group.leads()) {
+      set_sums(row.constants, sums);
+      row.way = !kGeneral ? Way::plain : a.goes_shared ? Way::shared : Way::near;
+      if (is_kl(a.divergence)) {
+        row.measured = measured_by_sums(sums, row.constants, zero);
+        if (row.measured.value <= kNearValue) row.way = Way::near;
+      }
+      if constexpr (kGeneral) row.extras = extras_of(i, sums);
+    }
+    row = group.broadcast(row);
+    if (!is_kl(a.divergence)) second_pass(memory, row);
+    const float value = last_pass(i, memory, next, row);
+    if (is_kl(a.divergence) && row.measured.value <= kNearValue)
+      row.measured.value = group.broadcast(join_group(group, Totals{value, 0.0f, 0.0f}).value) * row.constants.mass;
+    if (leads()) write_values(i, memory, row);
+  }
+
+  PYFAST_DEVICE Extras extras_of(int64_t i, const Statistics& sums) const {
     Extras extras{ce_scale(i), sums.student_top, 0.0f, 0};
     if (extras.ce_scale != 0.0f) {
       extras.label = a.labels[i];
       const bool known = extras.label >= 0 && extras.label < a.words;
       extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
     }
-
-    Way way = !kGeneral ? Way::plain : a.goes_shared ? Way::shared : Way::near;
-    Measured measured;
-    bool near_kl = false;
-    if (is_kl(a.divergence)) {
-      measured = measured_by_sums(sums, constants, zero);
-      near_kl = measured.value <= kNearValue;
-      if (near_kl) way = Way::near;
-    } else {
-      measured = second_pass(row, constants, way);
-    }
-    const float value = last_pass(i, row, next, constants, extras, measured.center, way);
-    if (near_kl) measured.value = join_group(group, Totals{value, 0.0f, 0.0f}).value * constants.mass;
-    if (leads()) write_values(i, row, extras, measured.value);
+    return extras;
   }
 
   PYFAST_DEVICE RowConstants rates() const {
@@ -428,63 +440,72 @@ struct DistillKl {
   }
 
   // The others: value and H. Finds out whether the row is near.
-  PYFAST_DEVICE Measured second_pass(const RowInMemory<T>& row, const RowConstants& constants, Way& way) const {
+  PYFAST_DEVICE void second_pass(const RowInMemory<T>& memory, Row& row) const {
     while (true) {
       Totals parts[2] = {Totals::nothing(), Totals::nothing()};
       if constexpr (kGeneral) {
-        store.again(row, [&](const Words4& student, const Words4& teacher) {
+        store.again(memory, [&](const Words4& student, const Words4& teacher) {
           const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
-          with_way(way, [&]<Divergence divergence, Way kWay>() {
-            if constexpr (!is_kl(divergence)) measure<divergence, kWay, T>(zs, zt, constants, a.series, parts);
+          with_way(row.way, [&]<Divergence divergence, Way way>() {
+            if constexpr (!is_kl(divergence)) measure<divergence, way, T>(zs, zt, row.constants, a.series, parts);
           });
         });
       } else {
-        with_way(way, [&]<Divergence divergence, Way kWay>() {
+        with_way(row.way, [&]<Divergence divergence, Way way>() {
           if constexpr (!is_kl(divergence))
-            store.again(row, [&](const Words4& student, const Words4& teacher) {
-              measure<divergence, kWay, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants, a.series,
-                                           parts);
+            store.again(memory, [&](const Words4& student, const Words4& teacher) {
+              measure<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants, a.series,
+                                          parts);
             });
         });
       }
       const Totals totals = join_group(group, Totals{parts[0].value + parts[1].value, parts[0].slope + parts[1].slope,
                                                      parts[0].square + parts[1].square});
-      Measured measured{};
-      bool again = false;
-      with_divergence([&]<Divergence divergence>() {
-        measured = measured_of<divergence>(totals, constants, way);
-        again = way == Way::plain && lies_near<divergence>(measured, totals);
-      });
-      if (!again) return measured;
-      way = Way::near;
+      Found found{};
+      if (group.leads())
+        with_divergence([&]<Divergence divergence>() {
+          found.measured = measured_of<divergence>(totals, row.constants, row.way);
+          found.again = row.way == Way::plain && lies_near<divergence>(found.measured, totals);
+        });
+      found = group.broadcast(found);
+      row.measured = found.measured;
+      if (!found.again) return;
+      row.way = Way::near;
     }
   }
 
+  struct Found {
+    Measured measured;
+    bool again;
+  };
+
   // The last pass. Returns this thread's part of the value of near rows of forward_kl and reverse_kl.
-  PYFAST_DEVICE float last_pass(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next,
-                                const RowConstants& constants, const Extras& extras, float center, Way way) const {
+  PYFAST_DEVICE float last_pass(int64_t i, const RowInMemory<T>& memory, const RowInMemory<T>& next,
+                                const Row& row) const {
     const float scale = a.row_scale[i] * a.student_inverse;
     Factors factors{};
-    with_divergence([&]<Divergence divergence>() { factors = factors_of<divergence>(scale, center, constants, way); });
+    with_divergence([&]<Divergence divergence>() {
+      factors = factors_of<divergence>(scale, row.measured.center, row.constants, row.way);
+    });
     float value[2] = {0.0f, 0.0f};
     T* const grad = a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride;
-    const uint32_t span = grad != nullptr && words_past_multiple(grad) == row.lead ? inside_span<T>(a.words) : 0u;
+    const uint32_t span = grad != nullptr && words_past_multiple(grad) == memory.lead ? inside_span<T>(a.words) : 0u;
     if constexpr (kGeneral) {
-      store.last(row, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
+      store.last(memory, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
         const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
         Words<T> g;
-        with_way(way, [&]<Divergence divergence, Way kWay>() {
-          g = gradients<divergence, kWay, T>(zs, zt, constants, a.series, factors, value);
+        with_way(row.way, [&]<Divergence divergence, Way way>() {
+          g = gradients<divergence, way, T>(zs, zt, row.constants, a.series, factors, value);
         });
-        add_extras(g, zs, word, scale, extras);
+        add_extras(g, zs, word, scale, row.extras);
         write(grad, word, span, g, slot);
       });
     } else {
-      with_way(way, [&]<Divergence divergence, Way kWay>() {
-        store.last(row, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
+      with_way(row.way, [&]<Divergence divergence, Way way>() {
+        store.last(memory, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
           write(grad, word, span,
-                gradients<divergence, kWay, T>(widen_vector<T>(student), widen_vector<T>(teacher), constants, a.series,
-                                               factors, value),
+                gradients<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants,
+                                              a.series, factors, value),
                 slot);
         });
       });
@@ -522,11 +543,13 @@ struct DistillKl {
     }
   }
 
-  PYFAST_DEVICE void write_values(int64_t i, const RowInMemory<T>& row, const Extras& extras, float value) const {
+  PYFAST_DEVICE void write_values(int64_t i, const RowInMemory<T>& memory, const Row& row) const {
+    const Extras& extras = row.extras;
+    const float value = row.measured.value;
     float ce = 0.0f;
-    if (extras.ce_scale != 0.0f) {  // log2_sum is NaN where the label names no word
+    if (kGeneral && extras.ce_scale != 0.0f) {  // log2_sum is NaN where the label names no word
       const bool known = extras.log2_sum == extras.log2_sum;
-      const float logit = known ? capped(ptx::to_float(row.student[extras.label]), a.student_softcap) : 0.0f;
+      const float logit = known ? capped(ptx::to_float(memory.student[extras.label]), a.student_softcap) : 0.0f;
       ce = extras.ce_scale * __builtin_fmaf(kLn2, extras.log2_sum, extras.top - logit);
     }
     const float scale = a.row_scale[i];

@@ -1,9 +1,11 @@
 // Sums over all threads that share a row of distill_kl: the threads of a block, or of a cluster of blocks.
 //
-//   32 lanes ──► shuffles ──► shared memory ──► warp 0 ──► a copy into every block of the cluster ──► every warp
+//   32 lanes ──► shuffles ──► shared memory ──► warp 0 ──► a copy into every block of the cluster ──► warp 0 ──► all
 //                                     (__syncthreads)           (st.shared::cluster)    (barrier.cluster)
+//                                     (__syncthreads)
 //
-// All threads get the same bits. What a block receives lies in two halves that sums use in turn, so that one barrier a
+// Each warp does its own part and the first one the rest, because instructions are what this kernel is short of. All
+// blocks get the same bits. What a block receives lies in two halves that sums use in turn, so that one barrier a
 // sum is enough: nobody writes into a half again before all have passed the barrier of the sum between.
 #pragma once
 
@@ -20,11 +22,13 @@ namespace pyfast::cuda {
 
 inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxFields = 9;
+inline constexpr int kMaxSent = 8;           // of 16 bytes, by broadcast()
 inline constexpr float kLowestTop = -1e30f;  // below the highest logit of a row; finite when it is scaled
 
 struct GroupMemory {
   float warps[kMaxWarps][kMaxFields];
   float blocks[2][kMaxCluster][kMaxFields];
+  Words4 sent[kMaxSent];
 };
 static_assert(sizeof(GroupMemory) <= kGroupBytes);
 
@@ -41,6 +45,19 @@ struct Group {
       size = static_cast<int>(ptx::cluster_size());
       sync();  // no block may be written to before it has begun
     }
+  }
+
+  // Whether this thread is of the first warp of its block: the one that has what join_group() joins.
+  PYFAST_DEVICE static bool leads() { return threadIdx.x < 32; }
+
+  // What the first lane of the block has, to all of its threads. A barrier lies between two calls.
+  template <class Fields>
+  PYFAST_DEVICE Fields broadcast(const Fields& own) const {
+    static_assert(sizeof(Fields) <= sizeof(memory.sent));
+    Fields* const sent = reinterpret_cast<Fields*>(memory.sent);
+    if (threadIdx.x == 0) *sent = own;
+    ptx::syncthreads();
+    return *sent;
   }
 
   PYFAST_DEVICE void sync() const {
@@ -153,7 +170,8 @@ struct Statistics {
   }
 };
 
-// Joins what the threads of the group hold; all of them call it together. What follows `mine` goes to join().
+// Joins what the threads of the group hold; all of them call it together, and the first warp of each block gets it.
+// What follows `mine` goes to join().
 template <bool kClusters, class Fields, class... Options>
 PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options... options) {
   constexpr int kFields = static_cast<int>(sizeof(Fields) / sizeof(float));
@@ -170,23 +188,23 @@ PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options...
     if (lane < warps) PYFAST_UNROLL
     for (int i = 0; i < kFields; ++i) fields[i] = group.memory.warps[lane][i];
     mine.template join<32, true>(options...);
-    float* target = group.memory.blocks[group.half][group.rank];
-    if (lane < group.size) {
-      PYFAST_UNROLL
-      for (int i = 0; i < kFields; ++i) {
-        if constexpr (kClusters)
-          ptx::st_cluster(target + i, static_cast<uint32_t>(lane), fields[i]);
-        else
-          target[i] = fields[i];
-      }
-    }
   }
-  group.sync();
-  mine = Fields::nothing();
-  if (lane % kMaxCluster < group.size) PYFAST_UNROLL
-  for (int i = 0; i < kFields; ++i) fields[i] = group.memory.blocks[group.half][lane % kMaxCluster][i];
-  mine.template join<kMaxCluster, true>(options...);
-  group.half ^= 1;
+  if constexpr (kClusters) {
+    if (group.size == 1) return mine;
+    if (warp == 0 && lane < group.size) {
+      float* const target = group.memory.blocks[group.half][group.rank];
+      PYFAST_UNROLL
+      for (int i = 0; i < kFields; ++i) ptx::st_cluster(target + i, static_cast<uint32_t>(lane), fields[i]);
+    }
+    group.sync();
+    if (warp == 0) {
+      mine = Fields::nothing();
+      if (lane % kMaxCluster < group.size) PYFAST_UNROLL
+      for (int i = 0; i < kFields; ++i) fields[i] = group.memory.blocks[group.half][lane % kMaxCluster][i];
+      mine.template join<kMaxCluster, true>(options...);
+    }
+    group.half ^= 1;
+  }
   return mine;
 }
 

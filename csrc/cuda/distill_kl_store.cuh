@@ -91,31 +91,38 @@ PYFAST_DEVICE void write_words(T* row, const Words4* slot, int word, int words) 
     if (word + i >= 0 && word + i < words) row[word + i] = __builtin_bit_cast(T, from[i]);
 }
 
-// Slots of this block: `capacity` for the student, as many for the teacher.
+// A vector of zeros of a row in memory, word by word.
+template <class T>
+PYFAST_DEVICE void write_zeros(T* row, int word, int words) {
+  PYFAST_ROLLED
+  for (int i = 0; i < kVectorWords<T>; ++i)
+    if (word + i >= 0 && word + i < words) row[word + i] = T{};
+}
+
+// Slots of this block: `capacity` for the student, as many for the teacher behind them.
 struct Slots {
   Words4* student;
-  Words4* teacher;
+  int capacity;
 
-  PYFAST_DEVICE Slots(unsigned char* shared, int capacity)
-      : student(reinterpret_cast<Words4*>(shared)), teacher(student + capacity) {}
+  PYFAST_DEVICE Slots(unsigned char* shared, int slots) : student(reinterpret_cast<Words4*>(shared)), capacity(slots) {}
 
   // Begins to copy a vector of the row pair into a slot of this thread. What is not in the row becomes -inf.
   template <class T>
-  PYFAST_DEVICE void fetch(int slot, const RowInMemory<T>& row, int word) const {
+  PYFAST_DEVICE void fetch(Words4* slot, const RowInMemory<T>& row, int word) const {
     if (static_cast<uint32_t>(word) < row.span())
       fetch_whole(slot, row, word);
     else
       fetch_by_words(slot, row, word);
   }
   template <class T>
-  PYFAST_DEVICE void fetch_whole(int slot, const RowInMemory<T>& row, int word) const {
-    ptx::cp_async<16>(student + slot, row.student + word);
-    ptx::cp_async<16>(teacher + slot, row.teacher + word);
+  PYFAST_DEVICE void fetch_whole(Words4* slot, const RowInMemory<T>& row, int word) const {
+    ptx::cp_async<16>(slot, row.student + word);
+    ptx::cp_async<16>(slot + capacity, row.teacher + word);
   }
   template <class T>
-  PYFAST_DEVICE void fetch_by_words(int slot, const RowInMemory<T>& row, int word) const {
-    fetch_words(student + slot, row.student, word, row.words);
-    fetch_words(teacher + slot, row.teacher, word, row.words);
+  PYFAST_DEVICE void fetch_by_words(Words4* slot, const RowInMemory<T>& row, int word) const {
+    fetch_words(slot, row.student, word, row.words);
+    fetch_words(slot + capacity, row.teacher, word, row.words);
   }
 };
 
@@ -123,10 +130,9 @@ template <class T>
 class Resident {
  public:
   // share: vectors that a block holds; block `rank` has those from rank · share on.
-  PYFAST_DEVICE Resident(unsigned char* shared, int share, int rank) : slots_(shared, share), share_(share) {
-    first_ = rank * share;
-    const int threads = static_cast<int>(blockDim.x);
-    batch_ = ((share + threads - 1) / threads + kBatches - 1) / kBatches * threads;
+  PYFAST_DEVICE Resident(unsigned char* shared, int share, int rank)
+      : slots_(shared, share), share_(share), first_(rank * share) {
+    batch_ = ((share + step() - 1) / step() + kBatches - 1) / kBatches * step();
   }
 
   // Asks for the row, into slots that are free.
@@ -134,9 +140,7 @@ class Resident {
     const int count = held(row);
     PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
-      PYFAST_ROLLED
-      for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
-        slots_.fetch(k, row, row.first_word(first_ + k));
+      fetch_from(batch_begin(batch), batch, count, row);
       ptx::cp_async_commit();
     }
   }
@@ -152,17 +156,13 @@ class Resident {
         ptx::cp_async_wait<1>();
       else
         ptx::cp_async_wait<0>();
-      PYFAST_ROLLED
-      for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
-        visit(slots_.student[k], slots_.teacher[k]);
+      visit_slots(batch_begin(batch), batch_end(batch, count), visit);
     }
   }
 
   template <class Visit>
   PYFAST_DEVICE void again(const RowInMemory<T>& row, const Visit& visit) const {
-    const int count = held(row);
-    PYFAST_ROLLED
-    for (int k = static_cast<int>(threadIdx.x); k < count; k += step()) visit(slots_.student[k], slots_.teacher[k]);
+    visit_slots(static_cast<int>(threadIdx.x), held(row), visit);
   }
 
   // The last pass over a row, which makes room for the next one and asks for it: visit(word, student, teacher, slot)
@@ -172,19 +172,22 @@ class Resident {
     const int count = held(row), count_next = held(next);
     const int shift = row.lead - next.lead;
     const uint32_t span = next.vectors == 0 ? 0u : next.span();
+    const Words4* const end_next = slots_.student + count_next;
     PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
-      int k = batch_begin(batch), word = row.first_word(first_ + k);
+      const int begin = batch_begin(batch);
+      int word = row.first_word(first_ + begin);
+      Words4* slot = slots_.student + begin;
+      const Words4* const end = slots_.student + batch_end(batch, count);
       PYFAST_ROLLED
-      for (; k < batch_end(batch, count); k += step(), word += step() * kVectorWords<T>) {
-        visit(word, slots_.student[k], slots_.teacher[k], slots_.student + k);
+      for (; slot < end; slot += step(), word += step() * kVectorWords<T>) {
+        visit(word, *slot, slot[slots_.capacity], slot);
         if (static_cast<uint32_t>(word + shift) < span)
-          slots_.fetch_whole(k, next, word + shift);
-        else if (k < count_next)
-          slots_.fetch_by_words(k, next, word + shift);
+          slots_.fetch_whole(slot, next, word + shift);
+        else if (slot < end_next)
+          slots_.fetch_by_words(slot, next, word + shift);
       }
-      PYFAST_ROLLED
-      for (; k < batch_end(batch, count_next); k += step()) slots_.fetch(k, next, next.first_word(first_ + k));
+      fetch_from(static_cast<int>(slot - slots_.student), batch, count_next, next);
       ptx::cp_async_commit();
     }
   }
@@ -199,6 +202,16 @@ class Resident {
   PYFAST_DEVICE int held(const RowInMemory<T>& row) const {
     const int left = row.vectors - first_;
     return left < 0 ? 0 : left < share_ ? left : share_;
+  }
+  PYFAST_DEVICE void fetch_from(int k, int batch, int count, const RowInMemory<T>& row) const {
+    PYFAST_ROLLED
+    for (; k < batch_end(batch, count); k += step()) slots_.fetch(slots_.student + k, row, row.first_word(first_ + k));
+  }
+  template <class Visit>
+  PYFAST_DEVICE void visit_slots(int begin, int end, const Visit& visit) const {
+    const Words4* const past = slots_.student + end;
+    PYFAST_ROLLED
+    for (const Words4* slot = slots_.student + begin; slot < past; slot += step()) visit(*slot, slot[slots_.capacity]);
   }
 
   Slots slots_;
@@ -240,10 +253,10 @@ class Streamed {
     PYFAST_ROLLED
     for (int k = 0; k < own; ++k) {
       ptx::cp_async_wait<kStages - 2>();
-      const int slot = k % kStages * threads + thread;
-      const Words4 student = slots_.student[slot], teacher = slots_.teacher[slot];
+      Words4* const slot = slots_.student + (k % kStages * threads + thread);
+      const Words4 student = *slot, teacher = slot[slots_.capacity];
       fetch(row, k + kStages - 1, own);
-      visit(row.first_word(vector(k, own)), student, teacher, slots_.student + slot);
+      visit(row.first_word(vector(k, own)), student, teacher, slot);
     }
   }
 
@@ -252,7 +265,7 @@ class Streamed {
   }
   PYFAST_DEVICE void fetch(const RowInMemory<T>& row, int k, int own) const {
     const int slot = k % kStages * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (k < own) slots_.fetch(slot, row, row.first_word(vector(k, own)));
+    if (k < own) slots_.fetch(slots_.student + slot, row, row.first_word(vector(k, own)));
     ptx::cp_async_commit();
   }
 
