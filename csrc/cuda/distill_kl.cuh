@@ -124,15 +124,27 @@ PYFAST_DEVICE Words4 narrow_vector(const Words<T>& z) {
   return {parts[0], parts[1], parts[2], parts[3]};
 }
 
-// The highest word of a vector, before its softcap; NaN gives way to others.
-template <class T>
-PYFAST_DEVICE float highest_of(const Words4& bits) {
+// The highest word of some vectors, before its softcap; NaN gives way to others.
+template <class T, int kVectors>
+PYFAST_DEVICE float highest_of(const Words4 (&bits)[kVectors]) {
+  uint32_t top = bits[0].x;
+  const auto take = [&](uint32_t word) {
+    if constexpr (sizeof(T) == 4)
+      top = bits_of(__builtin_fmaxf(float_of(top), float_of(word)));
+    else
+      top = ptx::max_pair<T>(top, word);
+  };
+  PYFAST_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    if (v > 0) take(bits[v].x);
+    take(bits[v].y);
+    take(bits[v].z);
+    take(bits[v].w);
+  }
   if constexpr (sizeof(T) == 4) {
-    return __builtin_fmaxf(__builtin_fmaxf(float_of(bits.x), float_of(bits.y)),
-                           __builtin_fmaxf(float_of(bits.z), float_of(bits.w)));
+    return float_of(top);
   } else {
-    const Floats2 pair =
-        ptx::unpack<T>(ptx::max_pair<T>(ptx::max_pair<T>(bits.x, bits.y), ptx::max_pair<T>(bits.z, bits.w)));
+    const Floats2 pair = ptx::unpack<T>(top);
     return __builtin_fmaxf(pair.x, pair.y);
   }
 }
@@ -152,24 +164,24 @@ PYFAST_DEVICE Words<T> logits_of(const Words4& bits, float softcap) {
   return z;
 }
 
-// Σ a(i), Σ a(i) b(i) over the words of a vector.
-template <class T, class A>
+// Σ a(i), Σ a(i) b(i) for i below kCount, a power of two.
+template <int kCount, class A>
 PYFAST_DEVICE float sum_over(const A& a) {
-  float part[kVectorWords<T> / 2];
+  float part[kCount / 2];
   PYFAST_UNROLL
-  for (int i = 0; i < kVectorWords<T> / 2; ++i) part[i] = a(2 * i) + a(2 * i + 1);
+  for (int i = 0; i < kCount / 2; ++i) part[i] = a(2 * i) + a(2 * i + 1);
   PYFAST_UNROLL
-  for (int half = kVectorWords<T> / 4; half > 0; half /= 2) {
+  for (int half = kCount / 4; half > 0; half /= 2) {
     PYFAST_UNROLL
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   }
   return part[0];
 }
-template <class T, class A, class B>
+template <int kCount, class A, class B>
 PYFAST_DEVICE float sum_over(const A& a, const B& b) {
   float part[2] = {a(0) * b(0), a(1) * b(1)};
   PYFAST_UNROLL
-  for (int i = 2; i < kVectorWords<T>; ++i) part[i % 2] = __builtin_fmaf(a(i), b(i), part[i % 2]);
+  for (int i = 2; i < kCount; ++i) part[i % 2] = __builtin_fmaf(a(i), b(i), part[i % 2]);
   return part[0] + part[1];
 }
 
@@ -328,9 +340,10 @@ struct DistillKl {
   PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, const RowConstants& constants, float origin) const {
     Statistics sums = Statistics::nothing();
     const auto pass = [&]<Divergence divergence>() {
-      store.first(row, [&](const Words4& student, const Words4& teacher) {
-        add_statistics<divergence>(sums, student, teacher, constants, origin);
-      });
+      store.template first<kGeneral ? 1 : 2>(
+          row, [&]<int kVectors>(const Words4(&student)[kVectors], const Words4(&teacher)[kVectors]) {
+            add_statistics<divergence, kVectors>(sums, student, teacher, constants, origin);
+          });
     };
     if (kGeneral || !is_kl(a.divergence))
       pass.template operator()<Divergence::jsd>();
@@ -341,10 +354,12 @@ struct DistillKl {
     return sums;
   }
 
-  // Adds a vector to the statistics of this thread.
-  template <Divergence kDivergence>
-  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4& student, const Words4& teacher,
-                                    const RowConstants& row, float origin) const {
+  // Adds vectors to the statistics of this thread. kDivergence: that of the call as far as it matters, but for the
+  // general kernel.
+  template <Divergence kDivergence, int kVectors>
+  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4 (&student)[kVectors],
+                                    const Words4 (&teacher)[kVectors], const RowConstants& row, float origin) const {
+    constexpr int kCount = kVectors * kVectorWords<T>;
     const Divergence divergence = kGeneral ? a.divergence : kDivergence;
     const bool reverse = divergence == Divergence::reverse_kl;
     float top_s = highest_of<T>(student), top_t = highest_of<T>(teacher);
@@ -357,36 +372,44 @@ struct DistillKl {
     const float shift_s = ptx::multiply(top_s, row.student_rate), shift_t = ptx::multiply(top_t, row.teacher_rate);
     const float keep_s = ptx::exp2_approx(ptx::multiply(sums.student_top, row.student_rate) - shift_s);
     const float keep_t = ptx::exp2_approx(ptx::multiply(sums.teacher_top, row.teacher_rate) - shift_t);
-    const Words<T> zs = logits_of<T>(student, kGeneral ? a.student_softcap : 0.0f);
-    const Words<T> zt = logits_of<T>(teacher, kGeneral ? a.teacher_softcap : 0.0f);
-    Words<T> s, t;
+    float zs[kCount], zt[kCount], s[kCount], t[kCount];
     PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i) {
-      s.at[i] = ptx::exp2_approx(__builtin_fmaf(zs.at[i], row.student_rate, -shift_s));
-      t.at[i] = ptx::exp2_approx(__builtin_fmaf(zt.at[i], row.teacher_rate, -shift_t));
+    for (int v = 0; v < kVectors; ++v) {
+      const Words<T> vs = logits_of<T>(student[v], kGeneral ? a.student_softcap : 0.0f);
+      const Words<T> vt = logits_of<T>(teacher[v], kGeneral ? a.teacher_softcap : 0.0f);
+      PYFAST_UNROLL
+      for (int i = 0; i < kVectorWords<T>; ++i) {
+        zs[v * kVectorWords<T> + i] = vs.at[i];
+        zt[v * kVectorWords<T> + i] = vt.at[i];
+      }
     }
-    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<T>([&](int i) { return s.at[i]; }));
-    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<T>([&](int i) { return t.at[i]; }));
+    PYFAST_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      s[i] = ptx::exp2_approx(__builtin_fmaf(zs[i], row.student_rate, -shift_s));
+      t[i] = ptx::exp2_approx(__builtin_fmaf(zt[i], row.teacher_rate, -shift_t));
+    }
+    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<kCount>([&](int i) { return s[i]; }));
+    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<kCount>([&](int i) { return t[i]; }));
     if (kGeneral && a.labels != nullptr) {
       const float keep = ptx::exp2_approx((sums.student_top - top_s) * kLog2e);
-      const float more = sum_over<T>([&](int i) { return ptx::exp2_approx((zs.at[i] - top_s) * kLog2e); });
+      const float more = sum_over<kCount>([&](int i) { return ptx::exp2_approx((zs[i] - top_s) * kLog2e); });
       sums.plain = __builtin_fmaf(sums.plain, keep, more);
     }
     if (is_kl(divergence)) {
-      const auto weight = [&](int i) { return reverse ? s.at[i] : t.at[i]; };
+      const auto weight = [&](int i) { return reverse ? s[i] : t[i]; };
       const auto ratio = [&](int i) {
-        return __builtin_fmaf(__builtin_fmaf(-zt.at[i], row.share, zs.at[i]), row.inverse, -origin);
+        return __builtin_fmaf(__builtin_fmaf(-zt[i], row.share, zs[i]), row.inverse, -origin);
       };
-      float drift = sum_over<T>(weight, ratio), absent = 0.0f;
+      float drift = sum_over<kCount>(weight, ratio), absent = 0.0f;
       if (!is_finite(drift)) [[unlikely]] {  // logits of -inf, which count only where there is mass
-        drift = sum_over<T>([&](int i) {
-          const bool counts = weight(i) != 0.0f && !(reverse && zt.at[i] == kNegInf);
+        drift = sum_over<kCount>([&](int i) {
+          const bool counts = weight(i) != 0.0f && !(reverse && zt[i] == kNegInf);
           return counts ? weight(i) * ratio(i) : 0.0f;
         });
-        absent = sum_over<T>([&](int i) { return zt.at[i] == kNegInf ? s.at[i] : 0.0f; });
+        absent = sum_over<kCount>([&](int i) { return zt[i] == kNegInf ? s[i] : 0.0f; });
       }
       sums.drift = __builtin_fmaf(sums.drift, reverse ? keep_s : keep_t, drift);
-      sums.absent = __builtin_fmaf(sums.absent, keep_s, absent);
+      if (reverse) sums.absent = __builtin_fmaf(sums.absent, keep_s, absent);
     }
     sums.student_top = top_s;
     sums.teacher_top = top_t;

@@ -140,13 +140,13 @@ class Resident {
     const int count = held(row);
     PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
-      fetch_from(batch_begin(batch), batch, count, row);
+      fetch_from(batch, 0, count, row);
       ptx::cp_async_commit();
     }
   }
 
-  // The first pass over a row: visit(student, teacher), as they arrive.
-  template <class Visit>
+  // The first pass over a row, as it arrives: visit(student, teacher) with arrays of kMost vectors, 1 or 2, or one.
+  template <int kMost, class Visit>
   PYFAST_DEVICE void first(const RowInMemory<T>& row, const Visit& visit) const {
     const int count = held(row);
     static_assert(kBatches == 2);
@@ -156,13 +156,21 @@ class Resident {
         ptx::cp_async_wait<1>();
       else
         ptx::cp_async_wait<0>();
-      visit_slots(batch_begin(batch), batch_end(batch, count), visit);
+      const Words4* const past = slots_.student + batch_end(batch, count);
+      const Words4* slot = slots_.student + batch_begin(batch);
+      PYFAST_ROLLED
+      for (; slot + (kMost - 1) * step() < past; slot += kMost * step()) visit_at<kMost>(slot, visit);
+      if (kMost > 1 && slot < past) visit_at<1>(slot, visit);
     }
   }
 
+  // A pass between: visit(student, teacher) with a vector of each.
   template <class Visit>
   PYFAST_DEVICE void again(const RowInMemory<T>& row, const Visit& visit) const {
-    visit_slots(static_cast<int>(threadIdx.x), held(row), visit);
+    const Words4* const past = slots_.student + held(row);
+    PYFAST_ROLLED
+    for (const Words4* slot = slots_.student + threadIdx.x; slot < past; slot += step())
+      visit(*slot, slot[slots_.capacity]);
   }
 
   // The last pass over a row, which makes room for the next one and asks for it: visit(word, student, teacher, slot)
@@ -187,7 +195,7 @@ class Resident {
         else if (slot < end_next)
           slots_.fetch_by_words(slot, next, word + shift);
       }
-      fetch_from(static_cast<int>(slot - slots_.student), batch, count_next, next);
+      if (count_next > count) fetch_from(batch, count, count_next, next);
       ptx::cp_async_commit();
     }
   }
@@ -203,15 +211,22 @@ class Resident {
     const int left = row.vectors - first_;
     return left < 0 ? 0 : left < share_ ? left : share_;
   }
-  PYFAST_DEVICE void fetch_from(int k, int batch, int count, const RowInMemory<T>& row) const {
-    PYFAST_ROLLED
-    for (; k < batch_end(batch, count); k += step()) slots_.fetch(slots_.student + k, row, row.first_word(first_ + k));
+  template <int kVectors, class Visit>
+  PYFAST_DEVICE void visit_at(const Words4* slot, const Visit& visit) const {
+    Words4 student[kVectors], teacher[kVectors];
+    PYFAST_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      student[v] = slot[v * step()];
+      teacher[v] = slot[v * step() + slots_.capacity];
+    }
+    visit(student, teacher);
   }
-  template <class Visit>
-  PYFAST_DEVICE void visit_slots(int begin, int end, const Visit& visit) const {
-    const Words4* const past = slots_.student + end;
+
+  // Those of a batch from slot `begin` on.
+  PYFAST_DEVICE void fetch_from(int batch, int begin, int count, const RowInMemory<T>& row) const {
     PYFAST_ROLLED
-    for (const Words4* slot = slots_.student + begin; slot < past; slot += step()) visit(*slot, slot[slots_.capacity]);
+    for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
+      if (k >= begin) slots_.fetch(slots_.student + k, row, row.first_word(first_ + k));
   }
 
   Slots slots_;
@@ -226,10 +241,13 @@ class Streamed {
 
   PYFAST_DEVICE void begin(const RowInMemory<T>&) {}
 
-  template <class Visit>
+  template <int kMost, class Visit>
   PYFAST_DEVICE void first(const RowInMemory<T>& row, const Visit& visit) {
     backwards_ = true;
-    again(row, visit);
+    again(row, [&](const Words4& student, const Words4& teacher) {
+      const Words4 students[1] = {student}, teachers[1] = {teacher};
+      visit(students, teachers);
+    });
   }
 
   template <class Visit>
