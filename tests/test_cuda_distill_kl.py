@@ -168,7 +168,7 @@ def test_label_that_names_no_word_on_the_host(library: host.Library, layout: Lay
 # One text of the kernel each, replaced by another; and what the host says to it.
 MUTANTS = {
     "no barrier of the cluster": (
-        ("distill_kl_group.cuh", "      ptx::cluster_sync();"),
+        ("distill_kl_group.cuh", "      ptx::cluster_sync(leads());"),
         "      ptx::syncthreads();",
         "no barrier|exit|begun",
     ),

@@ -134,7 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tenso
     args.grad_stride = words;
     args.count = count;
     args.words = static_cast<int>(words);
-    args.set_options(*kind, mix, student_temperature, teacher_temperature, student_softcap, teacher_softcap);
+    args.options =
+        distill_kl_options(*kind, mix, student_temperature, teacher_temperature, student_softcap, teacher_softcap);
     launch(args, device, current_stream(student));
   });
   return {rows, ce_rows, grad};

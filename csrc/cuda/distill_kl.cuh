@@ -35,10 +35,9 @@
 //   distill_kl_streamed_kernel<T>    96 registers     40960 bytes of shared memory
 #pragma once
 
-#include <algorithm>
-
 #include "common.cuh"
 #include "distill_kl_group.cuh"
+#include "distill_kl_options.h"
 #include "distill_kl_plan.h"
 #include "distill_kl_store.cuh"
 #include "distill_kl_terms.cuh"
@@ -58,37 +57,12 @@ struct DistillKlArgs {
   int64_t student_stride, teacher_stride, grad_stride, count;
   int words;
   int share;  // vectors of a row that a block holds (Resident)
-  Divergence divergence;
-  float student_inverse, teacher_inverse;  // 1 / temperature
-  float teacher_share;                     // student_temperature / teacher_temperature
-  float student_softcap, teacher_softcap;  // 0: none
-  float mixture_teacher, mixture_student;
-  bool goes_shared;  // a mixture of which one weight is small
-  MixtureSeries series;
+  DistillKlOptions options;
 
   // Whether rows need what only the general kernel has.
   bool is_general() const {
-    return labels != nullptr || student_softcap != 0.0f || teacher_softcap != 0.0f || goes_shared;
-  }
-
-  // mix: share of the first distribution of the mixture, see pyfast/reference/distill_kl.py.
-  void set_options(Divergence kind, double mix, double student_temperature, double teacher_temperature,
-                   double student_cap, double teacher_cap) {
-    const double teachers = kind == Divergence::skew_reverse_kl ? 1.0 - mix : mix;
-    divergence = kind;
-    student_inverse = static_cast<float>(1.0 / student_temperature);
-    teacher_inverse = static_cast<float>(1.0 / teacher_temperature);
-    teacher_share = static_cast<float>(student_temperature / teacher_temperature);
-    student_softcap = static_cast<float>(student_cap);
-    teacher_softcap = static_cast<float>(teacher_cap);
-    mixture_teacher = static_cast<float>(teachers);
-    mixture_student = static_cast<float>(1.0 - teachers);
-    const bool mixes = kind == Divergence::jsd || kind == Divergence::skew_kl || kind == Divergence::skew_reverse_kl;
-    goes_shared = mixes && std::min(teachers, 1.0 - teachers) < kLeastWeight;
-    constexpr double kLog2e = 1.44269504088896340736;
-    if (mixes && !goes_shared)
-      series = mixture_series(kind, teachers, 1.0 - teachers, kind == Divergence::skew_kl ? kLog2e : kLog2e / teachers,
-                              kind == Divergence::jsd ? kLog2e : 1.0);
+    return labels != nullptr || options.student_softcap != 0.0f || options.teacher_softcap != 0.0f ||
+           options.goes_shared;
   }
 };
 
@@ -246,7 +220,7 @@ struct DistillKl {
   // run.template operator()<divergence>() with that of the call.
   template <class Run>
   PYFAST_DEVICE void with_divergence(const Run& run) const {
-    switch (a.divergence) {
+    switch (a.options.divergence) {
       case Divergence::forward_kl:
         return run.template operator()<Divergence::forward_kl>();
       case Divergence::reverse_kl:
@@ -278,34 +252,43 @@ struct DistillKl {
   }
 
   // What a pass needs to know of its row. The first warp finds it out, the others read it.
-  struct Row {
+  struct alignas(16) Row {
     RowConstants constants;
+    Factors factors;
     Measured measured;
-    Extras extras;
     Way way;
+    Extras extras;
   };
 
   PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& memory, const RowInMemory<T>& next) const {
+    const DistillKlOptions& o = a.options;
+    const float zero = is_kl(o.divergence) ? origin(memory) : 0.0f;
+    const Statistics sums =
+        join_group(group, first_pass(memory, zero), o.student_rate, o.teacher_rate, o.divergence, a.labels != nullptr);
     Row row{};
-    row.constants = rates();
-    const float zero = is_kl(a.divergence) ? origin(memory, row.constants) : 0.0f;
-    const Statistics sums = join_group(group, first_pass(memory, row.constants, zero), row.constants.student_rate,
-                                       row.constants.teacher_rate, a.divergence, a.labels != nullptr);
     if (group.leads()) {
-      set_sums(row.constants, sums);
-      row.way = !kGeneral ? Way::plain : a.goes_shared ? Way::shared : Way::near;
-      if (is_kl(a.divergence)) {
+      row.constants = constants_of(sums);
+      row.way = !kGeneral ? Way::plain : o.goes_shared ? Way::shared : Way::near;
+      if (is_kl(o.divergence)) {
         row.measured = measured_by_sums(sums, row.constants, zero);
         if (row.measured.value <= kNearValue) row.way = Way::near;
+        set_factors(i, row);
       }
       if constexpr (kGeneral) row.extras = extras_of(i, sums);
     }
     row = group.broadcast(row);
-    if (!is_kl(a.divergence)) second_pass(memory, row);
+    if (!is_kl(o.divergence)) second_pass(i, memory, row);
     const float value = last_pass(i, memory, next, row);
-    if (is_kl(a.divergence) && row.measured.value <= kNearValue)
+    if (is_kl(o.divergence) && row.measured.value <= kNearValue)
       row.measured.value = group.broadcast(join_group(group, Totals{value, 0.0f, 0.0f}).value) * row.constants.mass;
     if (leads()) write_values(i, memory, row);
+  }
+
+  PYFAST_DEVICE void set_factors(int64_t i, Row& row) const {
+    const float scale = a.row_scale[i] * a.options.inverse;
+    with_divergence([&]<Divergence divergence>() {
+      row.factors = factors_of<divergence>(scale, row.measured.center, row.constants, a.options, row.way);
+    });
   }
 
   PYFAST_DEVICE Extras extras_of(int64_t i, const Statistics& sums) const {
@@ -318,36 +301,25 @@ struct DistillKl {
     return extras;
   }
 
-  PYFAST_DEVICE RowConstants rates() const {
-    RowConstants row{};
-    row.student_rate = a.student_inverse * kLog2e;
-    row.teacher_rate = a.teacher_inverse * kLog2e;
-    row.share = a.teacher_share;
-    row.inverse = a.student_inverse;
-    row.mixture_teacher = a.mixture_teacher;
-    row.mixture_student = a.mixture_student;
-    return row;
-  }
-
   // The row's x but for RowConstants::offset: near those of the row where its logits have an offset.
-  PYFAST_DEVICE float origin(const RowInMemory<T>& row, const RowConstants& constants) const {
-    const float zs = capped(ptx::to_float(*row.student), a.student_softcap);
-    const float zt = capped(ptx::to_float(*row.teacher), a.teacher_softcap);
-    const float x = log_ratio(zs, zt, constants);
+  PYFAST_DEVICE float origin(const RowInMemory<T>& row) const {
+    const float zs = capped(ptx::to_float(*row.student), a.options.student_softcap);
+    const float zt = capped(ptx::to_float(*row.teacher), a.options.teacher_softcap);
+    const float x = log_ratio(zs, zt, 0.0f, a.options);
     return is_finite(x) ? x : 0.0f;
   }
 
-  PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, const RowConstants& constants, float origin) const {
+  PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, float origin) const {
     Statistics sums = Statistics::nothing();
     const auto pass = [&]<Divergence divergence>() {
       store.template first<kGeneral ? 1 : 2>(
           row, [&]<int kVectors>(const Words4(&student)[kVectors], const Words4(&teacher)[kVectors]) {
-            add_statistics<divergence, kVectors>(sums, student, teacher, constants, origin);
+            add_statistics<divergence, kVectors>(sums, student, teacher, origin);
           });
     };
-    if (kGeneral || !is_kl(a.divergence))
+    if (kGeneral || !is_kl(a.options.divergence))
       pass.template operator()<Divergence::jsd>();
-    else if (a.divergence == Divergence::forward_kl)
+    else if (a.options.divergence == Divergence::forward_kl)
       pass.template operator()<Divergence::forward_kl>();
     else
       pass.template operator()<Divergence::reverse_kl>();
@@ -358,25 +330,26 @@ struct DistillKl {
   // general kernel.
   template <Divergence kDivergence, int kVectors>
   PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4 (&student)[kVectors],
-                                    const Words4 (&teacher)[kVectors], const RowConstants& row, float origin) const {
+                                    const Words4 (&teacher)[kVectors], float origin) const {
+    const DistillKlOptions& o = a.options;
     constexpr int kCount = kVectors * kVectorWords<T>;
-    const Divergence divergence = kGeneral ? a.divergence : kDivergence;
+    const Divergence divergence = kGeneral ? o.divergence : kDivergence;
     const bool reverse = divergence == Divergence::reverse_kl;
     float top_s = highest_of<T>(student), top_t = highest_of<T>(teacher);
     if constexpr (kGeneral) {
-      top_s = capped(top_s, a.student_softcap);
-      top_t = capped(top_t, a.teacher_softcap);
+      top_s = capped(top_s, o.student_softcap);
+      top_t = capped(top_t, o.teacher_softcap);
     }
     top_s = __builtin_fmaxf(sums.student_top, top_s);
     top_t = __builtin_fmaxf(sums.teacher_top, top_t);
-    const float shift_s = ptx::multiply(top_s, row.student_rate), shift_t = ptx::multiply(top_t, row.teacher_rate);
-    const float keep_s = ptx::exp2_approx(ptx::multiply(sums.student_top, row.student_rate) - shift_s);
-    const float keep_t = ptx::exp2_approx(ptx::multiply(sums.teacher_top, row.teacher_rate) - shift_t);
+    const float shift_s = ptx::multiply(top_s, o.student_rate), shift_t = ptx::multiply(top_t, o.teacher_rate);
+    const float keep_s = ptx::exp2_approx(ptx::multiply(sums.student_top, o.student_rate) - shift_s);
+    const float keep_t = ptx::exp2_approx(ptx::multiply(sums.teacher_top, o.teacher_rate) - shift_t);
     float zs[kCount], zt[kCount], s[kCount], t[kCount];
     PYFAST_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const Words<T> vs = logits_of<T>(student[v], kGeneral ? a.student_softcap : 0.0f);
-      const Words<T> vt = logits_of<T>(teacher[v], kGeneral ? a.teacher_softcap : 0.0f);
+      const Words<T> vs = logits_of<T>(student[v], kGeneral ? o.student_softcap : 0.0f);
+      const Words<T> vt = logits_of<T>(teacher[v], kGeneral ? o.teacher_softcap : 0.0f);
       PYFAST_UNROLL
       for (int i = 0; i < kVectorWords<T>; ++i) {
         zs[v * kVectorWords<T> + i] = vs.at[i];
@@ -385,8 +358,8 @@ struct DistillKl {
     }
     PYFAST_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      s[i] = ptx::exp2_approx(__builtin_fmaf(zs[i], row.student_rate, -shift_s));
-      t[i] = ptx::exp2_approx(__builtin_fmaf(zt[i], row.teacher_rate, -shift_t));
+      s[i] = ptx::exp2_approx(__builtin_fmaf(zs[i], o.student_rate, -shift_s));
+      t[i] = ptx::exp2_approx(__builtin_fmaf(zt[i], o.teacher_rate, -shift_t));
     }
     sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<kCount>([&](int i) { return s[i]; }));
     sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<kCount>([&](int i) { return t[i]; }));
@@ -397,9 +370,7 @@ struct DistillKl {
     }
     if (is_kl(divergence)) {
       const auto weight = [&](int i) { return reverse ? s[i] : t[i]; };
-      const auto ratio = [&](int i) {
-        return __builtin_fmaf(__builtin_fmaf(-zt[i], row.share, zs[i]), row.inverse, -origin);
-      };
+      const auto ratio = [&](int i) { return log_ratio(zs[i], zt[i], -origin, o); };
       float drift = sum_over<kCount>(weight, ratio), absent = 0.0f;
       if (!is_finite(drift)) [[unlikely]] {  // logits of -inf, which count only where there is mass
         drift = sum_over<kCount>([&](int i) {
@@ -430,19 +401,20 @@ struct DistillKl {
   }
 
   // What follows from the sums. NaN in any of them reaches every constant.
-  PYFAST_DEVICE static void set_sums(RowConstants& row, const Statistics& sums) {
-    const float shift_s = ptx::multiply(sums.student_top, row.student_rate);
-    const float shift_t = ptx::multiply(sums.teacher_top, row.teacher_rate);
-    const float rest_s = __builtin_fmaf(sums.student_top, row.student_rate, -shift_s);
-    const float rest_t = __builtin_fmaf(sums.teacher_top, row.teacher_rate, -shift_t);
+  PYFAST_DEVICE RowConstants constants_of(const Statistics& sums) const {
+    const DistillKlOptions& o = a.options;
+    RowConstants row;
+    const float shift_s = ptx::multiply(sums.student_top, o.student_rate);
+    const float shift_t = ptx::multiply(sums.teacher_top, o.teacher_rate);
+    const float rest_s = __builtin_fmaf(sums.student_top, o.student_rate, -shift_s);
+    const float rest_t = __builtin_fmaf(sums.teacher_top, o.teacher_rate, -shift_t);
     const float log2_s = ptx::log2_approx(sums.student.hi), log2_t = ptx::log2_approx(sums.teacher.hi);
     const bool fits = __builtin_fmaxf(__builtin_fabsf(shift_s), __builtin_fabsf(shift_t)) < kMostExponent;
     const float bad = fits ? 0.0f * (log2_s + log2_t) : __builtin_nanf("");
     row.student_log2 = shift_s + log2_s + bad;
     row.teacher_log2 = shift_t + log2_t + bad;
     const float ratio = log_of_ratio(with_exact_top(sums.teacher, rest_t), with_exact_top(sums.student, rest_s));
-    row.offset = 0.0f;
-    row.offset = __builtin_fmaf(rest_s - rest_t, kLn2, ratio) - log_ratio(sums.student_top, sums.teacher_top, row);
+    row.offset = __builtin_fmaf(rest_s - rest_t, kLn2, ratio) - log_ratio(sums.student_top, sums.teacher_top, 0.0f, o);
     const float over_s = row.student_log2 - shift_s, over_t = row.teacher_log2 - shift_t;
     row.balance_log2 = __builtin_fmaf(-kLog2e, ratio, over_t - over_s);
     row.balance = power_near_1(row.balance_log2);
@@ -451,76 +423,78 @@ struct DistillKl {
     row.teacher_top = sums.teacher_top;
     row.student_sum = log2_s - rest_s + bad;
     row.teacher_sum = log2_t - rest_t + bad;
+    return row;
   }
 
   // The two KL: H, and the value of a row that is not near.
   PYFAST_DEVICE Measured measured_by_sums(const Statistics& sums, const RowConstants& row, float origin) const {
     const float offset = origin + row.offset;
-    if (a.divergence == Divergence::forward_kl) return {-(sums.drift / sums.teacher.hi + offset), 0.0f};
+    if (a.options.divergence == Divergence::forward_kl) return {-(sums.drift / sums.teacher.hi + offset), 0.0f};
     const float present = sums.student.hi - sums.absent;
     const float value = __builtin_fmaf(offset, present, sums.drift) / sums.student.hi;
     return {value, value - sums.absent / sums.student.hi};
   }
 
   // The others: value and H. Finds out whether the row is near.
-  PYFAST_DEVICE void second_pass(const RowInMemory<T>& memory, Row& row) const {
+  PYFAST_DEVICE void second_pass(int64_t i, const RowInMemory<T>& memory, Row& row) const {
     while (true) {
       Totals parts[2] = {Totals::nothing(), Totals::nothing()};
       if constexpr (kGeneral) {
         store.again(memory, [&](const Words4& student, const Words4& teacher) {
-          const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
+          const Words<T> zs = logits_of<T>(student, a.options.student_softcap),
+                         zt = logits_of<T>(teacher, a.options.teacher_softcap);
           with_way(row.way, [&]<Divergence divergence, Way way>() {
-            if constexpr (!is_kl(divergence)) measure<divergence, way, T>(zs, zt, row.constants, a.series, parts);
+            if constexpr (!is_kl(divergence)) measure<divergence, way, T>(zs, zt, row.constants, a.options, parts);
           });
         });
       } else {
         with_way(row.way, [&]<Divergence divergence, Way way>() {
           if constexpr (!is_kl(divergence))
             store.again(memory, [&](const Words4& student, const Words4& teacher) {
-              measure<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants, a.series,
+              measure<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants, a.options,
                                           parts);
             });
         });
       }
       const Totals totals = join_group(group, Totals{parts[0].value + parts[1].value, parts[0].slope + parts[1].slope,
                                                      parts[0].square + parts[1].square});
-      Found found{};
-      if (group.leads())
+      Way way = Way::near;  // to be measured again as what it was found to be
+      if (group.leads()) {
         with_divergence([&]<Divergence divergence>() {
-          found.measured = measured_of<divergence>(totals, row.constants, row.way);
-          found.again = row.way == Way::plain && lies_near<divergence>(found.measured, totals);
+          row.measured = measured_of<divergence>(totals, row.constants, a.options, row.way);
+          if (row.way != Way::plain || !lies_near<divergence>(row.measured, totals)) way = row.way;
         });
-      found = group.broadcast(found);
+        set_factors(i, row);
+      }
+      const Found found = group.broadcast(Found{row.factors, row.measured, way});
+      row.factors = found.factors;
       row.measured = found.measured;
-      if (!found.again) return;
-      row.way = Way::near;
+      if (found.way == row.way) return;
+      row.way = found.way;
     }
   }
 
-  struct Found {
+  struct alignas(16) Found {
+    Factors factors;
     Measured measured;
-    bool again;
+    Way way;
   };
 
   // The last pass. Returns this thread's part of the value of near rows of forward_kl and reverse_kl.
   PYFAST_DEVICE float last_pass(int64_t i, const RowInMemory<T>& memory, const RowInMemory<T>& next,
                                 const Row& row) const {
-    const float scale = a.row_scale[i] * a.student_inverse;
-    Factors factors{};
-    with_divergence([&]<Divergence divergence>() {
-      factors = factors_of<divergence>(scale, row.measured.center, row.constants, row.way);
-    });
     float value[2] = {0.0f, 0.0f};
     T* const grad = a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride;
     const uint32_t span = grad != nullptr && words_past_multiple(grad) == memory.lead ? inside_span<T>(a.words) : 0u;
     if constexpr (kGeneral) {
       store.last(memory, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
-        const Words<T> zs = logits_of<T>(student, a.student_softcap), zt = logits_of<T>(teacher, a.teacher_softcap);
+        const Words<T> zs = logits_of<T>(student, a.options.student_softcap),
+                       zt = logits_of<T>(teacher, a.options.teacher_softcap);
         Words<T> g;
         with_way(row.way, [&]<Divergence divergence, Way way>() {
-          g = gradients<divergence, way, T>(zs, zt, row.constants, a.series, factors, value);
+          g = gradients<divergence, way, T>(zs, zt, row.constants, a.options, row.factors, value);
         });
-        add_extras(g, zs, word, scale, row.extras);
+        add_extras(g, zs, word, a.row_scale[i], row.extras);
         write(grad, word, span, g, slot);
       });
     } else {
@@ -528,7 +502,7 @@ struct DistillKl {
         store.last(memory, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
           write(grad, word, span,
                 gradients<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants,
-                                              a.series, factors, value),
+                                              a.options, row.factors, value),
                 slot);
         });
       });
@@ -557,8 +531,8 @@ struct DistillKl {
         g.at[k] = __builtin_fmaf(extras.ce_scale, p - (word + k == extras.label ? 1.0f : 0.0f), own);
       }
     }
-    if (a.student_softcap == 0.0f) return;
-    const float inverse = 1.0f / a.student_softcap;
+    if (a.options.student_softcap == 0.0f) return;
+    const float inverse = 1.0f / a.options.student_softcap;
     PYFAST_UNROLL
     for (int k = 0; k < kVectorWords<T>; ++k) {
       const float u = zs.at[k] * inverse;
@@ -572,7 +546,7 @@ struct DistillKl {
     float ce = 0.0f;
     if (kGeneral && extras.ce_scale != 0.0f) {  // log2_sum is NaN where the label names no word
       const bool known = extras.log2_sum == extras.log2_sum;
-      const float logit = known ? capped(ptx::to_float(memory.student[extras.label]), a.student_softcap) : 0.0f;
+      const float logit = known ? capped(ptx::to_float(memory.student[extras.label]), a.options.student_softcap) : 0.0f;
       ce = extras.ce_scale * __builtin_fmaf(kLn2, extras.log2_sum, extras.top - logit);
     }
     const float scale = a.row_scale[i];

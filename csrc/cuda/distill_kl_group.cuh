@@ -60,10 +60,11 @@ struct Group {
     return *sent;
   }
 
+  // All threads of the group; only what the first warps wrote before is seen after it in other blocks.
   PYFAST_DEVICE void sync() const {
     if constexpr (kClusters) {
       ptx::syncwarp();
-      ptx::cluster_sync();
+      ptx::cluster_sync(leads());
     } else {
       ptx::syncthreads();
     }

@@ -25,7 +25,7 @@
 
 #include "common.cuh"
 #include "distill_kl_group.cuh"
-#include "distill_kl_series.h"
+#include "distill_kl_options.h"
 #include "distill_kl_store.cuh"
 #include "vec.cuh"
 
@@ -51,25 +51,23 @@ struct Words {
   float at[count];
 };
 
-// What a row's words are computed from. zs and zt: logits under their softcaps.
+// What the words of a row are computed from, besides DistillKlOptions. zs and zt are logits under their softcaps.
 struct RowConstants {
-  float student_rate, student_log2;  // log2 s = zs · rate - log2
-  float teacher_rate, teacher_log2;
-  float share, inverse, offset;  // x = log s - log t = (zs - share · zt) · inverse + offset
+  float student_log2, teacher_log2;  // log2 s = zs · student_rate - student_log2
+  float offset;                      // x = log s - log t = (zs - share · zt) · inverse + offset
   float balance, balance_log2, mass;
-  float mixture_teacher, mixture_student;  // w_t, w_s
   // For Way::shared: the highest logits, and log2 of the sums of 2^((z - top) · rate).
   float student_top, student_sum, teacher_top, teacher_sum;
 };
 
-PYFAST_DEVICE float student_log2(float zs, const RowConstants& row) {
-  return __builtin_fmaf(zs, row.student_rate, -row.student_log2);
+PYFAST_DEVICE float student_log2(float zs, const RowConstants& row, const DistillKlOptions& o) {
+  return __builtin_fmaf(zs, o.student_rate, -row.student_log2);
 }
-PYFAST_DEVICE float teacher_log2(float zt, const RowConstants& row) {
-  return __builtin_fmaf(zt, row.teacher_rate, -row.teacher_log2);
+PYFAST_DEVICE float teacher_log2(float zt, const RowConstants& row, const DistillKlOptions& o) {
+  return __builtin_fmaf(zt, o.teacher_rate, -row.teacher_log2);
 }
-PYFAST_DEVICE float log_ratio(float zs, float zt, const RowConstants& row) {
-  return __builtin_fmaf(__builtin_fmaf(-zt, row.share, zs), row.inverse, row.offset);
+PYFAST_DEVICE float log_ratio(float zs, float zt, float offset, const DistillKlOptions& o) {
+  return __builtin_fmaf(__builtin_fmaf(-zt, o.share, zs), o.inverse, offset);
 }
 
 // 2^y - 1 for |y| < kNear1.
@@ -96,12 +94,13 @@ struct Word {
   bool is_near;
 
   template <bool kNear>
-  PYFAST_DEVICE static Word of(float zs, float zt, const RowConstants& row) {
+  PYFAST_DEVICE static Word of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
     Word out{};
-    out.s = ptx::exp2_approx(student_log2(zs, row));
-    out.t = ptx::exp2_approx(teacher_log2(zt, row));
+    out.s = ptx::exp2_approx(student_log2(zs, row, o));
+    out.t = ptx::exp2_approx(teacher_log2(zt, row, o));
     if constexpr (kNear) {
-      const float x = __builtin_fmaxf(__builtin_fminf(log_ratio(zs, zt, row), kMost), -kMost);  // of any word a number
+      const float x =
+          __builtin_fmaxf(__builtin_fminf(log_ratio(zs, zt, row.offset, o), kMost), -kMost);  // of any word a number
       out.t *= row.balance;
       out.is_near = __builtin_fabsf(x) < kNearLogRatio;
       out.first = out.t * x;
@@ -118,8 +117,8 @@ struct Word {
 };
 
 // sign(x) / 2 + 1 / 2.
-PYFAST_DEVICE float side_of(float zs, float zt, const RowConstants& row) {
-  return ptx::fma_saturated(log_ratio(zs, zt, row), 0x1p100f, 0.5f);
+PYFAST_DEVICE float side_of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
+  return ptx::fma_saturated(log_ratio(zs, zt, row.offset, o), 0x1p100f, 0.5f);
 }
 
 PYFAST_DEVICE constexpr bool is_mixture(Divergence divergence) {
@@ -135,13 +134,13 @@ struct Mixed {
   float share;               // w_t t / m
 
   template <Divergence divergence>
-  PYFAST_DEVICE static Mixed of(float zs, float zt, const RowConstants& row) {
+  PYFAST_DEVICE static Mixed of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
     Mixed out{};
-    out.student_log2 = __builtin_fmaxf(cuda::student_log2(zs, row), -127.0f);
-    out.teacher_log2 = __builtin_fmaxf(cuda::teacher_log2(zt, row), -100.0f);
+    out.student_log2 = __builtin_fmaxf(cuda::student_log2(zs, row, o), -127.0f);
+    out.teacher_log2 = __builtin_fmaxf(cuda::teacher_log2(zt, row, o), -100.0f);
     out.s = ptx::exp2_approx(out.student_log2);
-    out.teacher_mass = ptx::exp2_approx(out.teacher_log2) * (row.mixture_teacher * row.balance);
-    const float mass = __builtin_fmaf(out.s, row.mixture_student, out.teacher_mass);
+    out.teacher_mass = ptx::exp2_approx(out.teacher_log2) * (o.mixture_teacher * row.balance);
+    const float mass = __builtin_fmaf(out.s, o.mixture_student, out.teacher_mass);
     out.log2 = ptx::log2_approx(mass);
     if constexpr (divergence != Divergence::jsd) out.share = out.teacher_mass * ptx::reciprocal_approx(mass);
     return out;
@@ -153,9 +152,9 @@ struct NearMixed {
   float s, value, slope;
 
   template <Divergence divergence>
-  PYFAST_DEVICE static NearMixed of(float zs, float zt, const RowConstants& row, const MixtureSeries& series) {
-    const Mixed m = Mixed::of<divergence>(zs, zt, row);
-    const float x = log_ratio(zs, zt, row), wt = row.mixture_teacher, ws = row.mixture_student;
+  PYFAST_DEVICE static NearMixed of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
+    const Mixed m = Mixed::of<divergence>(zs, zt, row, o);
+    const float x = log_ratio(zs, zt, row.offset, o), wt = o.mixture_teacher, ws = o.mixture_student;
     const float student = m.student_log2 - m.log2;
     float value, slope;
     if constexpr (divergence == Divergence::jsd) {
@@ -169,11 +168,11 @@ struct NearMixed {
       slope = __builtin_fmaf(student, kLn2, m.share - wt);
       value = __builtin_fmaf(m.s, student - wt * kLog2e, m.teacher_mass * kLog2e);
     }
-    float near_value = series.value[kSeriesTerms - 1], near_slope = series.slope[kSeriesTerms - 1];
+    float near_value = o.series.value[kSeriesTerms - 1], near_slope = o.series.slope[kSeriesTerms - 1];
     PYFAST_UNROLL
     for (int i = kSeriesTerms - 2; i >= 0; --i) {
-      near_value = __builtin_fmaf(near_value, x, series.value[i]);
-      near_slope = __builtin_fmaf(near_slope, x, series.slope[i]);
+      near_value = __builtin_fmaf(near_value, x, o.series.value[i]);
+      near_slope = __builtin_fmaf(near_slope, x, o.series.slope[i]);
     }
     const bool is_near = __builtin_fabsf(x) < kSeriesReach;
     return {m.s, is_near ? m.teacher_mass * x * x * near_value : value, is_near ? x * near_slope : slope};
@@ -182,10 +181,11 @@ struct NearMixed {
 
 // take(i, terms) for the words of a vector, by csrc/distill_kl_terms.h.
 template <Divergence divergence, class T, class Take>
-PYFAST_DEVICE void each_shared(const Words<T>& zs, const Words<T>& zt, const RowConstants& row, const Take& take) {
-  const RowPair pair = {row.student_top,  row.student_rate,    row.student_sum,    row.teacher_top,
-                        row.teacher_rate, row.teacher_sum,     row.share,          row.inverse,
-                        row.offset,       row.mixture_teacher, row.mixture_student};
+PYFAST_DEVICE void each_shared(const Words<T>& zs, const Words<T>& zt, const RowConstants& row,
+                               const DistillKlOptions& o, const Take& take) {
+  const RowPair pair = {row.student_top, o.student_rate,    row.student_sum,  row.teacher_top,
+                        o.teacher_rate,  row.teacher_sum,   o.share,          o.inverse,
+                        row.offset,      o.mixture_teacher, o.mixture_student};
   PYFAST_UNROLL
   for (int v = 0; v < Words<T>::count; v += Vec::width) {
     Vec vs, vt;
@@ -202,10 +202,10 @@ PYFAST_DEVICE void each_shared(const Words<T>& zs, const Words<T>& zt, const Row
 
 // The second pass: adds the words of a vector. The totals are two, in turn, so that sums wait less for each other.
 template <Divergence divergence, Way way, class T>
-PYFAST_DEVICE void measure(const Words<T>& zs, const Words<T>& zt, const RowConstants& row, const MixtureSeries& series,
+PYFAST_DEVICE void measure(const Words<T>& zs, const Words<T>& zt, const RowConstants& row, const DistillKlOptions& o,
                            Totals (&totals)[2]) {
   if constexpr (way == Way::shared) {
-    each_shared<divergence, T>(zs, zt, row, [&](int i, float value, float slope, float) {
+    each_shared<divergence, T>(zs, zt, row, o, [&](int i, float value, float slope, float) {
       totals[i % 2].value += value;
       totals[i % 2].slope += slope;
     });
@@ -215,27 +215,27 @@ PYFAST_DEVICE void measure(const Words<T>& zs, const Words<T>& zt, const RowCons
       Totals& sum = totals[i % 2];
       const float s = zs.at[i], t = zt.at[i];
       if constexpr (is_mixture(divergence) && way == Way::near) {
-        const NearMixed m = NearMixed::of<divergence>(s, t, row, series);
+        const NearMixed m = NearMixed::of<divergence>(s, t, row, o);
         sum.value += m.value;
         sum.slope = __builtin_fmaf(m.s, m.slope, sum.slope);
       } else if constexpr (divergence == Divergence::jsd) {
-        const Mixed m = Mixed::of<divergence>(s, t, row);
+        const Mixed m = Mixed::of<divergence>(s, t, row, o);
         sum.value = __builtin_fmaf(m.teacher_mass, m.teacher_log2 - m.log2, sum.value);
         sum.slope = __builtin_fmaf(m.s, m.student_log2 - m.log2, sum.slope);
       } else if constexpr (divergence == Divergence::skew_kl) {
-        const Mixed m = Mixed::of<divergence>(s, t, row);
+        const Mixed m = Mixed::of<divergence>(s, t, row, o);
         sum.value = __builtin_fmaf(m.teacher_mass, m.teacher_log2 - m.log2, sum.value);
         sum.slope = __builtin_fmaf(m.s, m.share, sum.slope);
       } else if constexpr (divergence == Divergence::skew_reverse_kl) {
-        const Mixed m = Mixed::of<divergence>(s, t, row);
+        const Mixed m = Mixed::of<divergence>(s, t, row, o);
         const float student = m.student_log2 - m.log2;
         sum.value = __builtin_fmaf(m.s, student, sum.value);
         sum.slope = __builtin_fmaf(m.s, __builtin_fmaf(student, kLn2, m.share), sum.slope);
       } else {
-        const Word w = Word::of<way == Way::near>(s, t, row);
+        const Word w = Word::of<way == Way::near>(s, t, row, o);
         if constexpr (divergence == Divergence::tvd) {
           sum.value += __builtin_fabsf(w.gap);
-          sum.slope = __builtin_fmaf(w.s, side_of(s, t, row), sum.slope);
+          sum.slope = __builtin_fmaf(w.s, side_of(s, t, row, o), sum.slope);
           sum.square += w.s;
         } else {
           sum.value = __builtin_fmaf(w.gap, w.gap, sum.value);
@@ -253,7 +253,7 @@ struct Measured {
 };
 
 template <Divergence divergence>
-PYFAST_DEVICE Measured measured_of(const Totals& totals, const RowConstants& row, Way way) {
+PYFAST_DEVICE Measured measured_of(const Totals& totals, const RowConstants& row, const DistillKlOptions& o, Way way) {
   if (way == Way::shared) return {totals.value, totals.slope};
   const float value = totals.value * row.mass, slope = totals.slope * row.mass;
   if constexpr (divergence == Divergence::tvd) return {0.5f * value, (totals.slope - 0.5f * totals.square) * row.mass};
@@ -261,12 +261,12 @@ PYFAST_DEVICE Measured measured_of(const Totals& totals, const RowConstants& row
   const bool is_plain = way == Way::plain;
   const float balance = is_plain ? row.balance_log2 : 0.0f;  // which near words of log2 t have already
   if constexpr (divergence == Divergence::jsd) {
-    const float center = is_plain ? row.mixture_student * slope : slope;
-    return {kLn2 * (__builtin_fmaf(row.mixture_teacher, balance, value) + (is_plain ? center : 0.0f)), center};
+    const float center = is_plain ? o.mixture_student * slope : slope;
+    return {kLn2 * (__builtin_fmaf(o.mixture_teacher, balance, value) + (is_plain ? center : 0.0f)), center};
   }
   if constexpr (divergence == Divergence::skew_kl) {
-    const float center = is_plain ? -row.mixture_student / row.mixture_teacher * slope : slope;
-    return {kLn2 * (value / row.mixture_teacher + balance), center};
+    const float center = is_plain ? -o.mixture_student / o.mixture_teacher * slope : slope;
+    return {kLn2 * (value / o.mixture_teacher + balance), center};
   }
   return {kLn2 * value, slope};
 }
@@ -284,26 +284,27 @@ struct Factors {
 };
 
 template <Divergence divergence>
-PYFAST_DEVICE Factors factors_of(float scale, float center, const RowConstants& row, Way way) {
+PYFAST_DEVICE Factors factors_of(float scale, float center, const RowConstants& row, const DistillKlOptions& o,
+                                 Way way) {
   if (way == Way::shared) return {scale, center * scale};
   const float all = scale * row.mass;
   if constexpr (divergence == Divergence::tvd) return {all, (center + 0.5f) * all};
   if constexpr (divergence == Divergence::mse) return {2.0f * all * row.mass, center * all};
   const bool is_plain = way == Way::plain;
   if constexpr (divergence == Divergence::jsd)
-    return {(is_plain ? row.mixture_student : 1.0f) * kLn2 * all, center * kLn2 * all};
+    return {(is_plain ? o.mixture_student : 1.0f) * kLn2 * all, center * kLn2 * all};
   if constexpr (divergence == Divergence::skew_kl)
-    return {is_plain ? -row.mixture_student / row.mixture_teacher * all : all, center * all};
+    return {is_plain ? -o.mixture_student / o.mixture_teacher * all : all, center * all};
   return {all, center * all};
 }
 
 // The last pass: the gradient of a vector's words. Adds to `value` where a near row of the two KL has it from here.
 template <Divergence divergence, Way way, class T>
 PYFAST_DEVICE Words<T> gradients(const Words<T>& zs, const Words<T>& zt, const RowConstants& row,
-                                 const MixtureSeries& series, const Factors& by, float (&value)[2]) {
+                                 const DistillKlOptions& o, const Factors& by, float (&value)[2]) {
   Words<T> out;
   if constexpr (way == Way::shared) {
-    each_shared<divergence, T>(zs, zt, row, [&](int i, float, float slope, float mass) {
+    each_shared<divergence, T>(zs, zt, row, o, [&](int i, float, float slope, float mass) {
       out.at[i] = __builtin_fmaf(slope, by.factor, -mass * by.bias);
     });
   } else {
@@ -312,29 +313,29 @@ PYFAST_DEVICE Words<T> gradients(const Words<T>& zs, const Words<T>& zt, const R
     for (int i = 0; i < Words<T>::count; ++i) {
       const float s = zs.at[i], t = zt.at[i];
       if constexpr (divergence == Divergence::forward_kl) {
-        const Word w = Word::of<kNear>(s, t, row);
+        const Word w = Word::of<kNear>(s, t, row, o);
         out.at[i] = w.gap * by.factor;
         if constexpr (kNear) value[i % 2] += w.value();
       } else if constexpr (divergence == Divergence::reverse_kl) {  // h = -1 for words that the teacher excludes
-        const float x = log_ratio(s, t, row), h = is_finite(x) ? x : -1.0f;
-        const float p = ptx::exp2_approx(student_log2(s, row));
+        const float x = log_ratio(s, t, row.offset, o), h = is_finite(x) ? x : -1.0f;
+        const float p = ptx::exp2_approx(student_log2(s, row, o));
         out.at[i] = p * __builtin_fmaf(h, by.factor, -by.bias);
         if constexpr (kNear) {
-          const float q = ptx::exp2_approx(teacher_log2(t, row)), first = p * h;
+          const float q = ptx::exp2_approx(teacher_log2(t, row, o)), first = p * h;
           const float gap = t == kNegInf ? 0.0f : __builtin_fmaf(-q, row.balance, p);
           value[i % 2] += __builtin_fabsf(h) < kNearLogRatio ? -first * second_order(-h) : first - gap;
         }
       } else if constexpr (divergence == Divergence::tvd) {
-        const float p = ptx::exp2_approx(student_log2(s, row));
-        out.at[i] = p * __builtin_fmaf(side_of(s, t, row), by.factor, -by.bias);
+        const float p = ptx::exp2_approx(student_log2(s, row, o));
+        out.at[i] = p * __builtin_fmaf(side_of(s, t, row, o), by.factor, -by.bias);
       } else if constexpr (divergence == Divergence::mse) {
-        const Word w = Word::of<kNear>(s, t, row);
+        const Word w = Word::of<kNear>(s, t, row, o);
         out.at[i] = w.s * __builtin_fmaf(w.gap, by.factor, -by.bias);
       } else if constexpr (kNear) {
-        const NearMixed m = NearMixed::of<divergence>(s, t, row, series);
+        const NearMixed m = NearMixed::of<divergence>(s, t, row, o);
         out.at[i] = m.s * __builtin_fmaf(m.slope, by.factor, -by.bias);
       } else {
-        const Mixed m = Mixed::of<divergence>(s, t, row);
+        const Mixed m = Mixed::of<divergence>(s, t, row, o);
         float h = m.share;
         if constexpr (divergence == Divergence::jsd) h = m.student_log2 - m.log2;
         if constexpr (divergence == Divergence::skew_reverse_kl)

@@ -32,8 +32,8 @@ void distill_kl(const T* student, const T* teacher, const float* row_scale, cons
   args.grad_stride = words;
   args.count = count;
   args.words = static_cast<int>(words);
-  args.set_options(static_cast<Divergence>(divergence), mix, student_temperature, teacher_temperature, student_softcap,
-                   teacher_softcap);
+  args.options = distill_kl_options(static_cast<Divergence>(divergence), mix, student_temperature, teacher_temperature,
+                                    student_softcap, teacher_softcap);
   const unsigned block = static_cast<unsigned>(threads);
   if (cluster == 0) {
     simt::launch({.grid = {static_cast<unsigned>(groups)}, .block = {block}, .shared_bytes = 32 * kStages * block},
