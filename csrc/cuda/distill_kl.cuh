@@ -174,26 +174,27 @@ struct DistillKl {
   Group<kClusters>& group;
 
   PYFAST_DEVICE void run(int64_t begin, int64_t step) const {
-    RowInMemory<T> row = row_at(begin);
+    RowInMemory<T> row = row_at(begin, counts(begin));
     store.begin(row);
     for (int64_t i = begin; i < a.count; i += step) {
-      const RowInMemory<T> next = row_at(i + step);
-      if (row.vectors == 0)
-        skip(i, next);
-      else
-        distill(i, row, next);
-      row = next;
+      if (row.vectors != 0) {
+        row = distill(i, row, i + step);
+      } else {
+        row = row_at(i + step, counts(i + step));
+        skip(i, row);
+      }
     }
     group.sync();  // a block stays until nothing more is written into it
   }
 
  private:
-  PYFAST_DEVICE float ce_scale(int64_t i) const { return a.labels == nullptr ? 0.0f : a.ce_scale[i]; }
+  PYFAST_DEVICE float ce_scale(int64_t i) const { return kGeneral && a.labels != nullptr ? a.ce_scale[i] : 0.0f; }
+  PYFAST_DEVICE bool counts(int64_t i) const { return i < a.count && (a.row_scale[i] != 0.0f || ce_scale(i) != 0.0f); }
   PYFAST_DEVICE bool leads() const { return group.rank == 0 && threadIdx.x == 0; }
 
-  // Row i, or no vectors where there is none or it does not count.
-  PYFAST_DEVICE RowInMemory<T> row_at(int64_t i) const {
-    if (i >= a.count || (a.row_scale[i] == 0.0f && ce_scale(i) == 0.0f)) return {};
+  // Row i, or no vectors where it does not count.
+  PYFAST_DEVICE RowInMemory<T> row_at(int64_t i, bool counts) const {
+    if (!counts) return {};
     return row_in_memory(a.student + i * a.student_stride, a.teacher + i * a.teacher_stride, a.words);
   }
 
@@ -257,16 +258,19 @@ struct DistillKl {
     Factors factors;
     Measured measured;
     Way way;
+    bool next_counts;
     Extras extras;
   };
 
-  PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& memory, const RowInMemory<T>& next) const {
+  // Does row i, and begins to read row i_next, which it returns.
+  PYFAST_DEVICE RowInMemory<T> distill(int64_t i, const RowInMemory<T>& memory, int64_t i_next) const {
     const DistillKlOptions& o = a.options;
     const float zero = is_kl(o.divergence) ? origin(memory) : 0.0f;
     const Statistics sums =
         join_group(group, first_pass(memory, zero), o.student_rate, o.teacher_rate, o.divergence, a.labels != nullptr);
     Row row{};
     if (group.leads()) {
+      row.next_counts = counts(i_next);
       row.constants = constants_of(sums);
       row.way = !kGeneral ? Way::plain : o.goes_shared ? Way::shared : Way::near;
       if (is_kl(o.divergence)) {
@@ -278,10 +282,12 @@ struct DistillKl {
     }
     row = group.broadcast(row);
     if (!is_kl(o.divergence)) second_pass(i, memory, row);
+    const RowInMemory<T> next = row_at(i_next, row.next_counts);
     const float value = last_pass(i, memory, next, row);
     if (is_kl(o.divergence) && row.measured.value <= kNearValue)
       row.measured.value = group.broadcast(join_group(group, Totals{value, 0.0f, 0.0f}).value) * row.constants.mass;
     if (leads()) write_values(i, memory, row);
+    return next;
   }
 
   PYFAST_DEVICE void set_factors(int64_t i, Row& row) const {
@@ -567,7 +573,7 @@ __global__ void __launch_bounds__(resident_threads(kGeneral), 1) distill_kl_resi
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
   Group<kHasClusters> group(memory);
-  Resident<T> store(slots, a.share, group.rank);
+  Resident<T> store(slots, a.words, a.share, group.rank);
   const int64_t size = group.size;
   DistillKl<T, Resident<T>, kHasClusters, kGeneral>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
 }
@@ -578,7 +584,7 @@ __global__ void __launch_bounds__(kStreamedThreads, 2) distill_kl_streamed_kerne
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
   Group<false> group(memory);
-  Streamed<T> store(slots);
+  Streamed<T> store(slots, a.words);
   DistillKl<T, Streamed<T>, false, kGeneral>{a, store, group}.run(blockIdx.x, gridDim.x);
 }
 

@@ -64,7 +64,8 @@ struct Group {
   PYFAST_DEVICE void sync() const {
     if constexpr (kClusters) {
       ptx::syncwarp();
-      ptx::cluster_sync(leads());
+      if (leads()) ptx::cluster_fence();
+      ptx::cluster_sync_relaxed();
     } else {
       ptx::syncthreads();
     }

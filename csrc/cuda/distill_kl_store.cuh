@@ -43,12 +43,10 @@ template <class T>
 struct RowInMemory {
   const T* student;
   const T* teacher;
-  int words, vectors;
+  int vectors;
   int lead;  // words of the first vector before the row
   bool teacher_alike;
 
-  // That of the words whose vectors can be copied as a whole.
-  PYFAST_DEVICE uint32_t span() const { return teacher_alike ? inside_span<T>(words) : 0u; }
   PYFAST_DEVICE int first_word(int vector) const { return vector * kVectorWords<T> - lead; }
 };
 
@@ -61,7 +59,7 @@ template <class T>
 PYFAST_DEVICE RowInMemory<T> row_in_memory(const T* student, const T* teacher, int words) {
   const int lead = words_past_multiple(student);
   const int vectors = (lead + words + kVectorWords<T> - 1) / kVectorWords<T>;
-  return {student, teacher, words, vectors, lead, words_past_multiple(teacher) == lead};
+  return {student, teacher, vectors, lead, words_past_multiple(teacher) == lead};
 }
 
 // The bits of a word, which may be in shared memory, and of a logit of -inf.
@@ -99,30 +97,34 @@ PYFAST_DEVICE void write_zeros(T* row, int word, int words) {
     if (word + i >= 0 && word + i < words) row[word + i] = T{};
 }
 
-// Slots of this block: `capacity` for the student, as many for the teacher behind them.
+// Slots of this block for rows of so many words: `capacity` for the student, as many for the teacher behind them.
+template <class T>
 struct Slots {
   Words4* student;
-  int capacity;
+  int capacity, words;
 
-  PYFAST_DEVICE Slots(unsigned char* shared, int slots) : student(reinterpret_cast<Words4*>(shared)), capacity(slots) {}
+  PYFAST_DEVICE Slots(unsigned char* shared, int slots, int row_words)
+      : student(reinterpret_cast<Words4*>(shared)), capacity(slots), words(row_words) {}
+
+  // That of the words whose vectors can be copied as a whole.
+  PYFAST_DEVICE uint32_t span(const RowInMemory<T>& row) const {
+    return row.teacher_alike ? inside_span<T>(words) : 0u;
+  }
 
   // Begins to copy a vector of the row pair into a slot of this thread. What is not in the row becomes -inf.
-  template <class T>
   PYFAST_DEVICE void fetch(Words4* slot, const RowInMemory<T>& row, int word) const {
-    if (static_cast<uint32_t>(word) < row.span())
+    if (static_cast<uint32_t>(word) < span(row))
       fetch_whole(slot, row, word);
     else
       fetch_by_words(slot, row, word);
   }
-  template <class T>
   PYFAST_DEVICE void fetch_whole(Words4* slot, const RowInMemory<T>& row, int word) const {
     ptx::cp_async<16>(slot, row.student + word);
     ptx::cp_async<16>(slot + capacity, row.teacher + word);
   }
-  template <class T>
   PYFAST_DEVICE void fetch_by_words(Words4* slot, const RowInMemory<T>& row, int word) const {
-    fetch_words(slot, row.student, word, row.words);
-    fetch_words(slot + capacity, row.teacher, word, row.words);
+    fetch_words(slot, row.student, word, words);
+    fetch_words(slot + capacity, row.teacher, word, words);
   }
 };
 
@@ -130,8 +132,8 @@ template <class T>
 class Resident {
  public:
   // share: vectors that a block holds; block `rank` has those from rank · share on.
-  PYFAST_DEVICE Resident(unsigned char* shared, int share, int rank)
-      : slots_(shared, share), share_(share), first_(rank * share) {
+  PYFAST_DEVICE Resident(unsigned char* shared, int words, int share, int rank)
+      : slots_(shared, share, words), first_(rank * share) {
     batch_ = ((share + step() - 1) / step() + kBatches - 1) / kBatches * step();
   }
 
@@ -179,7 +181,7 @@ class Resident {
   PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>& next, const Visit& visit) const {
     const int count = held(row), count_next = held(next);
     const int shift = row.lead - next.lead;
-    const uint32_t span = next.vectors == 0 ? 0u : next.span();
+    const uint32_t span = next.vectors == 0 ? 0u : slots_.span(next);
     const Words4* const end_next = slots_.student + count_next;
     PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
@@ -209,7 +211,7 @@ class Resident {
   }
   PYFAST_DEVICE int held(const RowInMemory<T>& row) const {
     const int left = row.vectors - first_;
-    return left < 0 ? 0 : left < share_ ? left : share_;
+    return left < 0 ? 0 : left < slots_.capacity ? left : slots_.capacity;
   }
   template <int kVectors, class Visit>
   PYFAST_DEVICE void visit_at(const Words4* slot, const Visit& visit) const {
@@ -229,15 +231,16 @@ class Resident {
       if (k >= begin) slots_.fetch(slots_.student + k, row, row.first_word(first_ + k));
   }
 
-  Slots slots_;
-  int share_, first_;
+  Slots<T> slots_;
+  int first_;
   int batch_;  // slots of all threads in a batch
 };
 
 template <class T>
 class Streamed {
  public:
-  PYFAST_DEVICE explicit Streamed(unsigned char* shared) : slots_(shared, kStages * static_cast<int>(blockDim.x)) {}
+  PYFAST_DEVICE Streamed(unsigned char* shared, int words)
+      : slots_(shared, kStages * static_cast<int>(blockDim.x), words) {}
 
   PYFAST_DEVICE void begin(const RowInMemory<T>&) {}
 
@@ -287,7 +290,7 @@ class Streamed {
     ptx::cp_async_commit();
   }
 
-  Slots slots_;
+  Slots<T> slots_;
   bool backwards_ = false;
 };
 

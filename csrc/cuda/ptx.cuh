@@ -385,16 +385,28 @@ PYFAST_DEVICE uint32_t cluster_size() {
   return size;
 }
 
-// barrier.cluster arrive.release, wait.acquire: all threads of the cluster; orders their memory accesses, but not those
-// that a thread made before it came with releases = false (arrive.relaxed: a release waits for its stores; the value is
-// one for a warp). One comes before the first access to another block's shared memory (the block may not have begun) and
-// one after the last (it may have ended).
-PYFAST_DEVICE void cluster_sync(bool releases = true) {
-  if (releases)
-    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
-  else
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+// barrier.cluster arrive.release, wait.acquire: all threads of the cluster; orders their memory accesses. One comes
+// before the first access to another block's shared memory (the block may not have begun) and one after the last (it
+// may have ended).
+PYFAST_DEVICE void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;"
+      :
+      :
+      : "memory");
+}
+
+// fence.acq_rel.cluster, and barrier.cluster arrive.relaxed, wait.acquire: a cluster_sync() that orders only the accesses
+// that threads made before their cluster_fence(). A fence waits for all that its thread has written.
+PYFAST_DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" : : : "memory"); }
+PYFAST_DEVICE void cluster_sync_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;"
+      :
+      :
+      : "memory");
 }
 
 // mapa: the same variable in the shared memory of block `rank` of the cluster; plain loads and stores reach it.

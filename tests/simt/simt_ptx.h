@@ -177,7 +177,9 @@ PYFAST_DEVICE float fma_saturated(float a, float b, float c) {
 
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 PYFAST_DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
-PYFAST_DEVICE void cluster_sync(bool = true, Where where = Where::current()) { simt::cluster_barrier(where); }
+PYFAST_DEVICE void cluster_sync(Where where = Where::current()) { simt::cluster_barrier(where); }
+PYFAST_DEVICE void cluster_fence() {}
+PYFAST_DEVICE void cluster_sync_relaxed(Where where = Where::current()) { simt::cluster_barrier(where); }
 template <class T>
 PYFAST_DEVICE T* map_shared_rank(T* shared, uint32_t rank, Where where = Where::current()) {
   return static_cast<T*>(simt::map_shared(shared, rank, where));
