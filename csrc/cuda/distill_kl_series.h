@@ -11,7 +11,7 @@
 //   skew_reverse_kl   e^x (x - u) - w_t (e^x - 1)      (x - u) - (c - w_s)
 //
 // The nearest pole is at |x| >= pi. What is left out of a series on |x| <= kSeriesReach after kSeriesTerms terms is
-// below 2e-6 of it for weights from 1/16 on.
+// below 2e-6 of it for weights from 3 / 32 on.
 #pragma once
 
 #include "../divergence.h"
@@ -20,7 +20,7 @@ namespace pyfast::cuda {
 
 inline constexpr float kSeriesReach = 0.5f;
 inline constexpr int kSeriesTerms = 6;
-inline constexpr double kLeastWeight = 0.0625;
+inline constexpr double kLeastWeight = 0.09375;
 
 struct MixtureSeries {
   float value[kSeriesTerms];  // value / (t x²) = Σ value[i] x^i
