@@ -20,9 +20,9 @@ struct DistillKlPlan {
 };
 
 inline constexpr int kMaxCluster = 8;  // what every GPU with clusters can run
-// Threads of all blocks on a multiprocessor: 80 registers each, and 96 in the kernel that takes softcaps, labels and
+// Threads of all blocks on a multiprocessor: 80 registers each, and 112 in the kernel that takes softcaps, labels and
 // any mixture.
-constexpr int resident_threads(bool is_general) { return is_general ? 640 : 768; }
+constexpr int resident_threads(bool is_general) { return is_general ? 576 : 768; }
 inline constexpr int kStreamedThreads = 320;  // twice fits a multiprocessor, of registers as of 100 KB
 inline constexpr int kStages = 4;
 inline constexpr int64_t kGroupBytes = 2048;     // shared memory besides the words

@@ -126,25 +126,38 @@ PYFAST_DEVICE constexpr bool is_mixture(Divergence divergence) {
          divergence == Divergence::skew_reverse_kl;
 }
 
-// A word of a mixture; logarithms to base 2. Where the student excludes it s is 0; where the teacher does, t is 2^-100
-// and not 0, so that m never is.
+// A word of a mixture; logarithms to base 2. A word that the teacher excludes has a t of 2^-100, so that m is never 0;
+// one that the student does has s = 0, and a finite logarithm.
 struct Mixed {
-  float s, student_log2, teacher_log2;
-  float teacher_mass, log2;  // w_t t, log2 m
-  float share;               // w_t t / m
+  float s, teacher_mass;           // s, w_t t
+  float student_log, teacher_log;  // log2 s / m (jsd, skew_reverse_kl), log2 t / m (jsd, skew_kl)
+  float share;                     // t / m (skew_kl), s / m (skew_reverse_kl)
 
   template <Divergence divergence>
   PYFAST_DEVICE static Mixed of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
     Mixed out{};
-    out.student_log2 = __builtin_fmaxf(cuda::student_log2(zs, row, o), -127.0f);
-    out.teacher_log2 = __builtin_fmaxf(cuda::teacher_log2(zt, row, o), -100.0f);
-    out.s = ptx::exp2_approx(out.student_log2);
-    out.teacher_mass = ptx::exp2_approx(out.teacher_log2) * (o.mixture_teacher * row.balance);
+    float log2_s = student_log2(zs, row, o);
+    if constexpr (divergence == Divergence::jsd) log2_s = __builtin_fmaxf(log2_s, kLeastLog);
+    const float log2_t = __builtin_fmaxf(teacher_log2(zt, row, o), -100.0f);
+    out.s = ptx::exp2_approx(log2_s);
+    out.teacher_mass = ptx::exp2_approx(log2_t) * (o.mixture_teacher * row.balance);
     const float mass = __builtin_fmaf(out.s, o.mixture_student, out.teacher_mass);
-    out.log2 = ptx::log2_approx(mass);
-    if constexpr (divergence != Divergence::jsd) out.share = out.teacher_mass * ptx::reciprocal_approx(mass);
+    if constexpr (divergence == Divergence::jsd) {
+      const float log2_m = ptx::log2_approx(mass);
+      out.student_log = log2_s - log2_m;
+      out.teacher_log = log2_t - (log2_m - row.balance_log2);
+    } else if constexpr (divergence == Divergence::skew_kl) {
+      out.share = out.teacher_mass * ptx::reciprocal_approx(mass) * (1.0f / o.mixture_teacher);
+      out.teacher_log = ptx::log2_approx(out.share);
+    } else {
+      out.share = out.s * ptx::reciprocal_approx(mass);
+      out.student_log = __builtin_fmaxf(ptx::log2_approx(out.share), kLeastLog);
+    }
     return out;
   }
+
+ private:
+  static constexpr float kLeastLog = -127.0f;
 };
 
 // Of a word of a near mixture: its part of the value (to base 2; of skew_kl w_t times that) and h (to base 2 for jsd).
@@ -155,18 +168,16 @@ struct NearMixed {
   PYFAST_DEVICE static NearMixed of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
     const Mixed m = Mixed::of<divergence>(zs, zt, row, o);
     const float x = log_ratio(zs, zt, row.offset, o), wt = o.mixture_teacher, ws = o.mixture_student;
-    const float student = m.student_log2 - m.log2;
     float value, slope;
     if constexpr (divergence == Divergence::jsd) {
-      slope = ws * student;
-      value = __builtin_fmaf(m.teacher_mass, m.teacher_log2 - (m.log2 - row.balance_log2), m.s * slope);
+      slope = ws * m.student_log;
+      value = __builtin_fmaf(m.teacher_mass, m.teacher_log, m.s * slope);
     } else if constexpr (divergence == Divergence::skew_kl) {
-      const float teacher = m.teacher_log2 - (m.log2 - (row.balance_log2 - ws * kLog2e));
-      slope = __builtin_fmaf(m.share, -ws / wt, ws);
-      value = __builtin_fmaf(m.teacher_mass, teacher, m.s * (ws * wt * kLog2e));
+      slope = __builtin_fmaf(m.share, -ws, ws);
+      value = __builtin_fmaf(m.teacher_mass, m.teacher_log - ws * kLog2e, m.s * (ws * wt * kLog2e));
     } else {
-      slope = __builtin_fmaf(student, kLn2, m.share - wt);
-      value = __builtin_fmaf(m.s, student - wt * kLog2e, m.teacher_mass * kLog2e);
+      slope = __builtin_fmaf(m.share, -ws, __builtin_fmaf(m.student_log, kLn2, ws));
+      value = __builtin_fmaf(m.s, m.student_log - wt * kLog2e, m.teacher_mass * kLog2e);
     }
     float near_value = o.series.value[kSeriesTerms - 1], near_slope = o.series.slope[kSeriesTerms - 1];
     PYFAST_UNROLL
@@ -200,6 +211,14 @@ PYFAST_DEVICE void each_shared(const Words<T>& zs, const Words<T>& zt, const Row
   }
 }
 
+// h of a word of a mixture but for a constant, and a factor w_s (jsd) or -w_s (skew_kl).
+template <Divergence divergence>
+PYFAST_DEVICE float plain_slope(const Mixed& m, const DistillKlOptions& o) {
+  if constexpr (divergence == Divergence::jsd) return m.student_log;
+  if constexpr (divergence == Divergence::skew_kl) return m.share;
+  return __builtin_fmaf(m.share, -o.mixture_student, m.student_log * kLn2);
+}
+
 // The second pass: adds the words of a vector. The totals are two, in turn, so that sums wait less for each other.
 template <Divergence divergence, Way way, class T>
 PYFAST_DEVICE void measure(const Words<T>& zs, const Words<T>& zt, const RowConstants& row, const DistillKlOptions& o,
@@ -218,19 +237,12 @@ PYFAST_DEVICE void measure(const Words<T>& zs, const Words<T>& zt, const RowCons
         const NearMixed m = NearMixed::of<divergence>(s, t, row, o);
         sum.value += m.value;
         sum.slope = __builtin_fmaf(m.s, m.slope, sum.slope);
-      } else if constexpr (divergence == Divergence::jsd) {
+      } else if constexpr (is_mixture(divergence)) {
         const Mixed m = Mixed::of<divergence>(s, t, row, o);
-        sum.value = __builtin_fmaf(m.teacher_mass, m.teacher_log2 - m.log2, sum.value);
-        sum.slope = __builtin_fmaf(m.s, m.student_log2 - m.log2, sum.slope);
-      } else if constexpr (divergence == Divergence::skew_kl) {
-        const Mixed m = Mixed::of<divergence>(s, t, row, o);
-        sum.value = __builtin_fmaf(m.teacher_mass, m.teacher_log2 - m.log2, sum.value);
-        sum.slope = __builtin_fmaf(m.s, m.share, sum.slope);
-      } else if constexpr (divergence == Divergence::skew_reverse_kl) {
-        const Mixed m = Mixed::of<divergence>(s, t, row, o);
-        const float student = m.student_log2 - m.log2;
-        sum.value = __builtin_fmaf(m.s, student, sum.value);
-        sum.slope = __builtin_fmaf(m.s, __builtin_fmaf(student, kLn2, m.share), sum.slope);
+        const bool of_student = divergence == Divergence::skew_reverse_kl;
+        sum.value =
+            __builtin_fmaf(of_student ? m.s : m.teacher_mass, of_student ? m.student_log : m.teacher_log, sum.value);
+        sum.slope = __builtin_fmaf(m.s, plain_slope<divergence>(m, o), sum.slope);
       } else {
         const Word w = Word::of<way == Way::near>(s, t, row, o);
         if constexpr (divergence == Divergence::tvd) {
@@ -259,15 +271,12 @@ PYFAST_DEVICE Measured measured_of(const Totals& totals, const RowConstants& row
   if constexpr (divergence == Divergence::tvd) return {0.5f * value, (totals.slope - 0.5f * totals.square) * row.mass};
   if constexpr (divergence == Divergence::mse) return {value * row.mass, 2.0f * slope * row.mass};
   const bool is_plain = way == Way::plain;
-  const float balance = is_plain ? row.balance_log2 : 0.0f;  // which near words of log2 t have already
   if constexpr (divergence == Divergence::jsd) {
     const float center = is_plain ? o.mixture_student * slope : slope;
-    return {kLn2 * (__builtin_fmaf(o.mixture_teacher, balance, value) + (is_plain ? center : 0.0f)), center};
+    return {kLn2 * (value + (is_plain ? center : 0.0f)), center};
   }
-  if constexpr (divergence == Divergence::skew_kl) {
-    const float center = is_plain ? -o.mixture_student / o.mixture_teacher * slope : slope;
-    return {kLn2 * (value / o.mixture_teacher + balance), center};
-  }
+  if constexpr (divergence == Divergence::skew_kl)
+    return {kLn2 * value / o.mixture_teacher, is_plain ? -o.mixture_student * slope : slope};
   return {kLn2 * value, slope};
 }
 
@@ -293,8 +302,7 @@ PYFAST_DEVICE Factors factors_of(float scale, float center, const RowConstants& 
   const bool is_plain = way == Way::plain;
   if constexpr (divergence == Divergence::jsd)
     return {(is_plain ? o.mixture_student : 1.0f) * kLn2 * all, center * kLn2 * all};
-  if constexpr (divergence == Divergence::skew_kl)
-    return {is_plain ? -o.mixture_student / o.mixture_teacher * all : all, center * all};
+  if constexpr (divergence == Divergence::skew_kl) return {is_plain ? -o.mixture_student * all : all, center * all};
   return {all, center * all};
 }
 
@@ -336,11 +344,7 @@ PYFAST_DEVICE Words<T> gradients(const Words<T>& zs, const Words<T>& zt, const R
         out.at[i] = m.s * __builtin_fmaf(m.slope, by.factor, -by.bias);
       } else {
         const Mixed m = Mixed::of<divergence>(s, t, row, o);
-        float h = m.share;
-        if constexpr (divergence == Divergence::jsd) h = m.student_log2 - m.log2;
-        if constexpr (divergence == Divergence::skew_reverse_kl)
-          h = __builtin_fmaf(m.student_log2 - m.log2, kLn2, m.share);
-        out.at[i] = m.s * __builtin_fmaf(h, by.factor, -by.bias);
+        out.at[i] = m.s * __builtin_fmaf(plain_slope<divergence>(m, o), by.factor, -by.bias);
       }
     }
   }
