@@ -220,7 +220,7 @@ MUTANTS = {
         "no barrier|exit|begun",
     ),
     "wrong block": (
-        ("distill_kl_group.cuh", "group.memory.blocks[group.half][group.rank]"),
+        ("distill_kl_group.cuh", "group.memory.blocks[group.half][group.rank()]"),
         "group.memory.blocks[group.half][group.size - 1]",
         "races|wrote|no barrier",
     ),

@@ -38,6 +38,7 @@ void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
                            ? (resident ? distill_kl_resident_kernel<T, true> : distill_kl_streamed_kernel<T, true>)
                            : (resident ? distill_kl_resident_kernel<T, false> : distill_kl_streamed_kernel<T, false>);
   args.share = plan.share;
+  args.batch = plan.batch();
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
       "distill_kl");
@@ -62,7 +63,9 @@ void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
   }
   STD_TORCH_CHECK(groups > 0, "distill_kl: this GPU has no room for ", cluster, " block(s) of ", plan.shared_bytes,
                   " bytes");
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(groups, args.count)) * static_cast<unsigned>(cluster));
+  args.cluster = cluster;
+  args.groups = std::min<int64_t>(groups, args.count);
+  config.gridDim = dim3(static_cast<unsigned>(args.groups) * static_cast<unsigned>(cluster));
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), "distill_kl");
 }
 

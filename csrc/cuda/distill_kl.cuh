@@ -56,7 +56,10 @@ struct DistillKlArgs {
   T* grad;  // null: values alone
   int64_t student_stride, teacher_stride, grad_stride, count;
   int words;
-  int share;  // vectors of a row that a block holds (Resident)
+  int share;       // vectors of a row that a block holds (Resident)
+  int batch;       // those of them that are waited for together
+  int cluster;     // blocks that hold a row
+  int64_t groups;  // how many of such share the rows
   DistillKlOptions options;
 
   // Whether rows need what only the general kernel has.
@@ -166,21 +169,21 @@ struct Extras {
   int64_t label;
 };
 
-// One group of blocks doing rows `begin`, `begin` + `step`, …
+// One group of blocks doing rows `begin`, `begin` + a.groups, …
 template <class T, class Store, bool kClusters, bool kGeneral>
 struct DistillKl {
   const DistillKlArgs<T>& a;
   Store& store;
   Group<kClusters>& group;
 
-  PYFAST_DEVICE void run(int64_t begin, int64_t step) const {
+  PYFAST_DEVICE void run(int64_t begin) const {
     RowInMemory<T> row = row_at(begin, counts(begin));
     store.begin(row);
-    for (int64_t i = begin; i < a.count; i += step) {
+    for (int64_t i = begin; i < a.count; i += a.groups) {
       if (row.vectors != 0) {
-        row = distill(i, row, i + step);
+        row = distill(i, row);
       } else {
-        row = row_at(i + step, counts(i + step));
+        row = row_at(i + a.groups, counts(i + a.groups));
         skip(i, row);
       }
     }
@@ -190,7 +193,7 @@ struct DistillKl {
  private:
   PYFAST_DEVICE float ce_scale(int64_t i) const { return kGeneral && a.labels != nullptr ? a.ce_scale[i] : 0.0f; }
   PYFAST_DEVICE bool counts(int64_t i) const { return i < a.count && (a.row_scale[i] != 0.0f || ce_scale(i) != 0.0f); }
-  PYFAST_DEVICE bool leads() const { return group.rank == 0 && threadIdx.x == 0; }
+  PYFAST_DEVICE bool leads() const { return threadIdx.x == 0 && group.rank() == 0; }
 
   // Row i, or no vectors where it does not count.
   PYFAST_DEVICE RowInMemory<T> row_at(int64_t i, bool counts) const {
@@ -209,7 +212,7 @@ struct DistillKl {
     const int lead = words_past_multiple(grad), threads = static_cast<int>(blockDim.x);
     const int vectors = (lead + a.words + kVectorWords<T> - 1) / kVectorWords<T>;
     PYFAST_ROLLED
-    for (int v = group.rank * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads) {
+    for (int v = group.rank() * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads) {
       const int word = v * kVectorWords<T> - lead;
       if (static_cast<uint32_t>(word) < inside_span<T>(a.words))
         ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), Words4{});
@@ -262,15 +265,15 @@ struct DistillKl {
     Extras extras;
   };
 
-  // Does row i, and begins to read row i_next, which it returns.
-  PYFAST_DEVICE RowInMemory<T> distill(int64_t i, const RowInMemory<T>& memory, int64_t i_next) const {
+  // Does row i, and begins to read the next one, which it returns.
+  PYFAST_DEVICE RowInMemory<T> distill(int64_t i, const RowInMemory<T>& memory) const {
     const DistillKlOptions& o = a.options;
     const float zero = is_kl(o.divergence) ? origin(memory) : 0.0f;
     const Statistics sums =
         join_group(group, first_pass(memory, zero), o.student_rate, o.teacher_rate, o.divergence, a.labels != nullptr);
     Row row{};
     if (group.leads()) {
-      row.next_counts = counts(i_next);
+      row.next_counts = counts(i + a.groups);
       row.constants = constants_of(sums);
       row.way = !kGeneral ? Way::plain : o.goes_shared ? Way::shared : Way::near;
       if (is_kl(o.divergence)) {
@@ -282,7 +285,7 @@ struct DistillKl {
     }
     row = group.broadcast(row);
     if (!is_kl(o.divergence)) second_pass(i, memory, row);
-    const RowInMemory<T> next = row_at(i_next, row.next_counts);
+    const RowInMemory<T> next = row_at(i + a.groups, row.next_counts);
     const float value = last_pass(i, memory, next, row);
     if (is_kl(o.divergence) && row.measured.value <= kNearValue)
       row.measured.value = group.broadcast(join_group(group, Totals{value, 0.0f, 0.0f}).value) * row.constants.mass;
@@ -572,20 +575,20 @@ template <class T, bool kGeneral>
 __global__ void __launch_bounds__(resident_threads(kGeneral), 1) distill_kl_resident_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
-  Group<kHasClusters> group(memory);
-  Resident<T> store(slots, a.words, a.share, group.rank);
-  const int64_t size = group.size;
-  DistillKl<T, Resident<T>, kHasClusters, kGeneral>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
+  Group<kHasClusters> group(memory, a.cluster);
+  Resident<T> store(slots, a.words, a.share, a.batch, group.rank());
+  DistillKl<T, Resident<T>, kHasClusters, kGeneral>{a, store, group}.run(blockIdx.x /
+                                                                         static_cast<unsigned>(group.size));
 }
 
 // Grid: blocks, each doing rows its number apart. Shared memory: two times kStages vectors a thread.
 template <class T, bool kGeneral>
-__global__ void __launch_bounds__(kStreamedThreads, 2) distill_kl_streamed_kernel(const DistillKlArgs<T> a) {
+__global__ void __launch_bounds__(streamed_threads(kGeneral), 2) distill_kl_streamed_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
-  Group<false> group(memory);
+  Group<false> group(memory, 1);
   Streamed<T> store(slots, a.words);
-  DistillKl<T, Streamed<T>, false, kGeneral>{a, store, group}.run(blockIdx.x, gridDim.x);
+  DistillKl<T, Streamed<T>, false, kGeneral>{a, store, group}.run(blockIdx.x);
 }
 
 #endif

@@ -36,15 +36,20 @@ static_assert(sizeof(GroupMemory) <= kGroupBytes);
 template <bool kClusters>
 struct Group {
   GroupMemory& memory;
-  int rank = 0, size = 1;
+  const int size;
   int half = 0;
 
-  PYFAST_DEVICE explicit Group(GroupMemory& shared) : memory(shared) {
+  PYFAST_DEVICE Group(GroupMemory& shared, int blocks) : memory(shared), size(kClusters ? blocks : 1) {
     if constexpr (kClusters) {
-      rank = static_cast<int>(ptx::cluster_rank());
-      size = static_cast<int>(ptx::cluster_size());
       sync();  // no block may be written to before it has begun
     }
+  }
+
+  PYFAST_DEVICE int rank() const {
+    if constexpr (kClusters)
+      return static_cast<int>(ptx::cluster_rank());
+    else
+      return 0;
   }
 
   // Whether this thread is of the first warp of its block: the one that has what join_group() joins.
@@ -194,7 +199,7 @@ PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options...
   if constexpr (kClusters) {
     if (group.size == 1) return mine;
     if (warp == 0 && lane < group.size) {
-      float* const target = group.memory.blocks[group.half][group.rank];
+      float* const target = group.memory.blocks[group.half][group.rank()];
       PYFAST_UNROLL
       for (int i = 0; i < kFields; ++i) ptx::st_cluster(target + i, static_cast<uint32_t>(lane), fields[i]);
     }

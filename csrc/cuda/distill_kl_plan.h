@@ -12,18 +12,24 @@ struct DeviceLimits {
   bool clusters;  // sm_90 and up
 };
 
+inline constexpr int kBatches = 2;  // groups of copies a row, in Resident
+
 struct DistillKlPlan {
   int cluster;  // blocks that hold a row; 0: it is streamed
   int share;    // vectors of a row that a block holds
   int threads;  // a block
   int64_t shared_bytes;
+
+  // Slots of a block in one of kBatches: whole turns of its threads.
+  int batch() const { return ((share + threads - 1) / threads + kBatches - 1) / kBatches * threads; }
 };
 
 inline constexpr int kMaxCluster = 8;  // what every GPU with clusters can run
-// Threads of all blocks on a multiprocessor: 80 registers each, and 112 in the kernel that takes softcaps, labels and
-// any mixture.
-constexpr int resident_threads(bool is_general) { return is_general ? 576 : 768; }
-inline constexpr int kStreamedThreads = 320;  // twice fits a multiprocessor, of registers as of 100 KB
+// Threads of all blocks of a resident kernel on a multiprocessor: 80 registers each, and 128 in the general one, which
+// takes softcaps, labels and any mixture. Threads of a block of a streamed kernel, of which a multiprocessor holds two,
+// of registers as of 100 KB.
+constexpr int resident_threads(bool is_general) { return is_general ? 512 : 768; }
+constexpr int streamed_threads(bool is_general) { return is_general ? 256 : 320; }
 inline constexpr int kStages = 4;
 inline constexpr int64_t kGroupBytes = 2048;     // shared memory besides the words
 inline constexpr int64_t kReservedBytes = 1024;  // that a block takes from a multiprocessor besides its own
@@ -35,7 +41,8 @@ inline DistillKlPlan plan_distill_kl(int64_t words, int64_t word_bytes, bool is_
   constexpr int64_t kVectorBytes = 16, kWanted = 3, kMost = 12;
   const int64_t vector_words = kVectorBytes / word_bytes;
   const int64_t vectors = (words + 2 * (vector_words - 1)) / vector_words;  // rows may begin within one
-  DistillKlPlan plan{0, 0, kStreamedThreads, 2 * kStages * kVectorBytes * kStreamedThreads};
+  const int streamed = streamed_threads(is_general);
+  DistillKlPlan plan{0, 0, streamed, 2 * kStages * kVectorBytes * streamed};
   for (int cluster = 1; cluster <= (limits.clusters ? kMaxCluster : 1); cluster *= 2) {
     const int64_t share = (vectors + cluster - 1) / cluster, bytes = 2 * kVectorBytes * share;
     if (bytes + kGroupBytes > limits.shared_a_block) continue;

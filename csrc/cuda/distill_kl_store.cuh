@@ -27,8 +27,6 @@ namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
 
-inline constexpr int kBatches = 2;  // commits a row, in Resident
-
 template <class T>
 inline constexpr int kVectorWords = 16 / static_cast<int>(sizeof(T));
 
@@ -131,11 +129,10 @@ struct Slots {
 template <class T>
 class Resident {
  public:
-  // share: vectors that a block holds; block `rank` has those from rank · share on.
-  PYFAST_DEVICE Resident(unsigned char* shared, int words, int share, int rank)
-      : slots_(shared, share, words), first_(rank * share) {
-    batch_ = ((share + step() - 1) / step() + kBatches - 1) / kBatches * step();
-  }
+  // share: vectors that a block holds; block `rank` has those from rank · share on. batch: slots that are waited for
+  // together.
+  PYFAST_DEVICE Resident(unsigned char* shared, int words, int share, int batch, int rank)
+      : slots_(shared, share, words), first_(rank * share), batch_(batch) {}
 
   // Asks for the row, into slots that are free.
   PYFAST_DEVICE void begin(const RowInMemory<T>& row) const {
@@ -232,8 +229,7 @@ class Resident {
   }
 
   Slots<T> slots_;
-  int first_;
-  int batch_;  // slots of all threads in a batch
+  int first_, batch_;
 };
 
 template <class T>

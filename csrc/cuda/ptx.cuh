@@ -376,7 +376,7 @@ PYFAST_DEVICE float fma_saturated(float a, float b, float c) { return __saturate
 
 PYFAST_DEVICE uint32_t cluster_rank() {
   uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));  // read again rather than kept in a register
   return rank;
 }
 PYFAST_DEVICE uint32_t cluster_size() {
@@ -397,8 +397,8 @@ PYFAST_DEVICE void cluster_sync() {
       : "memory");
 }
 
-// fence.acq_rel.cluster, and barrier.cluster arrive.relaxed, wait.acquire: a cluster_sync() that orders only the accesses
-// that threads made before their cluster_fence(). A fence waits for all that its thread has written.
+// fence.acq_rel.cluster, and barrier.cluster arrive.relaxed, wait.acquire: a cluster_sync() that orders only the
+// accesses that threads made before their cluster_fence(). A fence waits for all that its thread has written.
 PYFAST_DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" : : : "memory"); }
 PYFAST_DEVICE void cluster_sync_relaxed() {
   asm volatile(
