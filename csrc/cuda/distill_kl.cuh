@@ -37,11 +37,10 @@
 
 #include "common.cuh"
 #include "distill_kl_group.cuh"
+#include "distill_kl_options.h"
 #include "distill_kl_plan.h"
 #include "distill_kl_store.cuh"
-#include "vec.cuh"
-
-#include "../distill_kl_terms.h"
+#include "distill_kl_terms.cuh"
 
 namespace pyfast::cuda {
 
@@ -57,39 +56,20 @@ struct DistillKlArgs {
   T* grad;  // null: values alone
   int64_t student_stride, teacher_stride, grad_stride, count;
   int words;
-  int share;  // vectors of a row that a block holds (Resident)
-  Divergence divergence;
-  float student_inverse, teacher_inverse;  // 1 / temperature
-  float teacher_share;                     // student_temperature / teacher_temperature
-  float student_softcap, teacher_softcap;  // 0: none
-  float mixture_teacher, mixture_student;
+  int share;       // vectors of a row that a block holds (Resident)
+  int batch;       // those of them that are waited for together
+  int cluster;     // blocks that hold a row
+  int64_t groups;  // how many of such share the rows
+  DistillKlOptions options;
 
-  // mix: share of the first distribution of the mixture, see pyfast/reference/distill_kl.py.
-  void set_options(Divergence kind, double mix, double student_temperature, double teacher_temperature,
-                   double student_cap, double teacher_cap) {
-    const double teachers = kind == Divergence::skew_reverse_kl ? 1.0 - mix : mix;
-    divergence = kind;
-    student_inverse = static_cast<float>(1.0 / student_temperature);
-    teacher_inverse = static_cast<float>(1.0 / teacher_temperature);
-    teacher_share = static_cast<float>(student_temperature / teacher_temperature);
-    student_softcap = static_cast<float>(student_cap);
-    teacher_softcap = static_cast<float>(teacher_cap);
-    mixture_teacher = static_cast<float>(teachers);
-    mixture_student = static_cast<float>(1.0 - teachers);
+  // Whether rows need what only the general kernel has.
+  bool is_general() const {
+    return labels != nullptr || options.student_softcap != 0.0f || options.teacher_softcap != 0.0f ||
+           options.goes_shared;
   }
 };
 
 #if defined(PYFAST_KERNELS)
-
-// The words of a vector, as floats.
-template <class T>
-struct Words {
-  static constexpr int kVecs = kVectorWords<T> / Vec::width;
-  Vec vec[kVecs];
-
-  PYFAST_DEVICE float& at(int i) { return vec[i / Vec::width].at[i % Vec::width]; }
-  PYFAST_DEVICE float at(int i) const { return vec[i / Vec::width].at[i % Vec::width]; }
-};
 
 template <class T>
 PYFAST_DEVICE Words<T> widen_vector(const Words4& bits) {
@@ -98,11 +78,11 @@ PYFAST_DEVICE Words<T> widen_vector(const Words4& bits) {
   PYFAST_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
-      out.at(i) = float_of(parts[i]);
+      out.at[i] = float_of(parts[i]);
     } else {
       const Floats2 pair = ptx::unpack<T>(parts[i]);
-      out.at(2 * i) = pair.x;
-      out.at(2 * i + 1) = pair.y;
+      out.at[2 * i] = pair.x;
+      out.at[2 * i + 1] = pair.y;
     }
   }
   return out;
@@ -114,93 +94,110 @@ PYFAST_DEVICE Words4 narrow_vector(const Words<T>& z) {
   PYFAST_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4)
-      parts[i] = bits_of(z.at(i));
+      parts[i] = bits_of(z.at[i]);
     else
-      parts[i] = ptx::pack<T>(z.at(2 * i), z.at(2 * i + 1));
+      parts[i] = ptx::pack<T>(z.at[2 * i], z.at[2 * i + 1]);
   }
   return {parts[0], parts[1], parts[2], parts[3]};
 }
 
-PYFAST_DEVICE Vec capped(const Vec& z, float softcap) {
-  const Vec excluded = broadcast(kNegInf);
-  return select(equal(z, excluded), excluded, broadcast(softcap) * tanh(z * broadcast(1.0f / softcap)));
+// The highest word of some vectors, before its softcap; NaN gives way to others.
+template <class T, int kVectors>
+PYFAST_DEVICE float highest_of(const Words4 (&bits)[kVectors]) {
+  uint32_t top = bits[0].x;
+  const auto take = [&](uint32_t word) {
+    if constexpr (sizeof(T) == 4)
+      top = bits_of(__builtin_fmaxf(float_of(top), float_of(word)));
+    else
+      top = ptx::max_pair<T>(top, word);
+  };
+  PYFAST_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    if (v > 0) take(bits[v].x);
+    take(bits[v].y);
+    take(bits[v].z);
+    take(bits[v].w);
+  }
+  if constexpr (sizeof(T) == 4) {
+    return float_of(top);
+  } else {
+    const Floats2 pair = ptx::unpack<T>(top);
+    return __builtin_fmaxf(pair.x, pair.y);
+  }
 }
 
-PYFAST_DEVICE float capped(float z, float softcap) { return softcap == 0.0f ? z : capped(broadcast(z), softcap).at[0]; }
+PYFAST_DEVICE float capped(float z, float softcap) {
+  return softcap == 0.0f || z == kNegInf ? z : softcap * tanh(broadcast(z * (1.0f / softcap))).at[0];
+}
 
-// Logits of a vector under their softcap; -inf stands where the vector reaches beyond the row.
+// Logits of a vector under their softcap.
 template <class T>
-PYFAST_DEVICE Words<T> logits_of(const Words4& bits, int word, int count, float softcap) {
+PYFAST_DEVICE Words<T> logits_of(const Words4& bits, float softcap) {
   Words<T> z = widen_vector<T>(bits);
   if (softcap != 0.0f) {
     PYFAST_UNROLL
-    for (Vec& vec : z.vec) vec = capped(vec, softcap);
-  }
-  if (word < 0 || word + kVectorWords<T> > count) {
-    PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i)
-      if (word + i < 0 || word + i >= count) z.at(i) = kNegInf;
+    for (float& word : z.at) word = capped(word, softcap);
   }
   return z;
 }
 
-template <class T>
-PYFAST_DEVICE float highest_of(const Words<T>& z) {
-  float top = z.at(0);
+// Σ a(i), Σ a(i) b(i) for i below kCount, a power of two.
+template <int kCount, class A>
+PYFAST_DEVICE float sum_over(const A& a) {
+  float part[kCount / 2];
   PYFAST_UNROLL
-  for (int i = 1; i < kVectorWords<T>; ++i) top = __builtin_fmaxf(top, z.at(i));
-  return top;
-}
-
-// Σ f(i) over the words of a vector, by a tree.
-template <class T, class F>
-PYFAST_DEVICE float sum_over(const F& f) {
-  float part[kVectorWords<T>];
+  for (int i = 0; i < kCount / 2; ++i) part[i] = a(2 * i) + a(2 * i + 1);
   PYFAST_UNROLL
-  for (int i = 0; i < kVectorWords<T>; ++i) part[i] = f(i);
-  PYFAST_UNROLL
-  for (int half = kVectorWords<T> / 2; half > 0; half /= 2) {
+  for (int half = kCount / 4; half > 0; half /= 2) {
     PYFAST_UNROLL
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   }
   return part[0];
 }
+template <int kCount, class A, class B>
+PYFAST_DEVICE float sum_over(const A& a, const B& b) {
+  float part[2] = {a(0) * b(0), a(1) * b(1)};
+  PYFAST_UNROLL
+  for (int i = 2; i < kCount; ++i) part[i % 2] = __builtin_fmaf(a(i), b(i), part[i % 2]);
+  return part[0] + part[1];
+}
 
 // What the gradient takes besides the divergence.
 struct Extras {
-  float ce_scale;  // 0: no cross-entropy
-  float log2_sum;  // of e^(z - peak), at temperature 1
+  float ce_scale;       // 0: no cross-entropy
+  float top, log2_sum;  // the highest logit, and log2 Σ e^(z - top) at temperature 1
   int64_t label;
 };
 
-// One group of blocks doing rows `begin`, `begin` + `step`, …
-template <class T, class Store, bool kClusters>
+// One group of blocks doing rows `begin`, `begin` + a.groups, …
+template <class T, class Store, bool kClusters, bool kGeneral>
 struct DistillKl {
   const DistillKlArgs<T>& a;
   Store& store;
   Group<kClusters>& group;
 
-  PYFAST_DEVICE void run(int64_t begin, int64_t step) const {
-    RowInMemory<T> row = row_at(begin);
+  PYFAST_DEVICE void run(int64_t begin) const {
+    RowInMemory<T> row = row_at(begin, counts(begin));
     store.begin(row);
-    for (int64_t i = begin; i < a.count; i += step) {
-      const RowInMemory<T> next = row_at(i + step);
-      if (row.vectors == 0)
-        skip(i, next);
-      else
-        distill(i, row, next);
-      row = next;
+    for (int64_t i = begin; i < a.count; i += a.groups) {
+      if (row.vectors != 0) {
+        row = distill(i, row);
+      } else {
+        row = row_at(i + a.groups, counts(i + a.groups));
+        skip(i, row);
+      }
     }
     group.sync();  // a block stays until nothing more is written into it
   }
 
  private:
-  PYFAST_DEVICE float ce_scale(int64_t i) const { return a.labels == nullptr ? 0.0f : a.ce_scale[i]; }
-  PYFAST_DEVICE bool leads() const { return group.rank == 0 && threadIdx.x == 0; }
+  PYFAST_DEVICE float ce_scale(int64_t i) const { return kGeneral && a.labels != nullptr ? a.ce_scale[i] : 0.0f; }
+  PYFAST_DEVICE bool counts(int64_t i) const { return i < a.count && (a.row_scale[i] != 0.0f || ce_scale(i) != 0.0f); }
+  PYFAST_DEVICE bool leads() const { return threadIdx.x == 0 && group.rank() == 0; }
 
-  // Row i, or no vectors where there is none or it does not count.
-  PYFAST_DEVICE RowInMemory<T> row_at(int64_t i) const {
-    if (i >= a.count || (a.row_scale[i] == 0.0f && ce_scale(i) == 0.0f)) return {};
+  // Row i, or no vectors where it does not count.
+  PYFAST_DEVICE RowInMemory<T> row_at(int64_t i, bool counts) const {
+    if (!counts) return {};
     return row_in_memory(a.student + i * a.student_stride, a.teacher + i * a.teacher_stride, a.words);
   }
 
@@ -214,62 +211,188 @@ struct DistillKl {
     T* grad = a.grad + i * a.grad_stride;
     const int lead = words_past_multiple(grad), threads = static_cast<int>(blockDim.x);
     const int vectors = (lead + a.words + kVectorWords<T> - 1) / kVectorWords<T>;
-    for (int v = group.rank * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads)
-      write(grad, v * kVectorWords<T> - lead, true, Words<T>{});
-  }
-
-  // The vector of the gradient whose first word is `word`.
-  PYFAST_DEVICE void write(T* grad, int word, bool aligned, const Words<T>& z) const {
-    if (aligned && word >= 0 && word + kVectorWords<T> <= a.words) {
-      ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), narrow_vector(z));
-      return;
-    }
-    PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i) {
-      if (word + i < 0 || word + i >= a.words) continue;
-      if constexpr (sizeof(T) == 4)
-        grad[word + i] = z.at(i);
+    PYFAST_UNROLL_NOT
+    for (int v = group.rank() * threads + static_cast<int>(threadIdx.x); v < vectors; v += group.size * threads) {
+      const int word = v * kVectorWords<T> - lead;
+      if (static_cast<uint32_t>(word) < inside_span<T>(a.words))
+        ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), Words4{});
       else
-        grad[word + i].bits = ptx::from_float<T>(z.at(i)).bits;
+        write_zeros(grad, word, a.words);
     }
   }
 
-  // The row's x up to a constant: near those of the row where its logits have an offset.
-  PYFAST_DEVICE float origin(const RowInMemory<T>& row, const RowPair& pair) const {
-    const float zs = capped(ptx::to_float(*row.student), a.student_softcap);
-    const float zt = capped(ptx::to_float(*row.teacher), a.teacher_softcap);
-    const float x = log_ratio(broadcast(zs), broadcast(zt), pair).at[0];
-    return __builtin_fabsf(x) <= -kLowestLogit ? x : 0.0f;
+  // run.template operator()<divergence>() with that of the call.
+  template <class Run>
+  PYFAST_DEVICE void with_divergence(const Run& run) const {
+    switch (a.options.divergence) {
+      case Divergence::forward_kl:
+        return run.template operator()<Divergence::forward_kl>();
+      case Divergence::reverse_kl:
+        return run.template operator()<Divergence::reverse_kl>();
+      case Divergence::jsd:
+        return run.template operator()<Divergence::jsd>();
+      case Divergence::skew_kl:
+        return run.template operator()<Divergence::skew_kl>();
+      case Divergence::skew_reverse_kl:
+        return run.template operator()<Divergence::skew_reverse_kl>();
+      case Divergence::tvd:
+        return run.template operator()<Divergence::tvd>();
+      case Divergence::mse:
+        return run.template operator()<Divergence::mse>();
+    }
   }
 
-  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words<T>& zs, const Words<T>& zt, const RowPair& pair,
-                                    float origin) const {
-    const float top_s = __builtin_fmaxf(sums.student_peak, highest_of(zs));
-    const float top_t = __builtin_fmaxf(sums.teacher_peak, highest_of(zt));
-    const float keep_s = power_below(sums.student_peak, top_s, pair.student_scale);
-    const float keep_t = power_below(sums.teacher_peak, top_t, pair.teacher_scale);
-    Words<T> weight;
+  // The same with the way of a row. The general kernel has no plain one: the other two are right for any row.
+  template <class Run>
+  PYFAST_DEVICE void with_way(Way way, const Run& run) const {
+    with_divergence([&]<Divergence divergence>() {
+      if constexpr (!kGeneral) {
+        if (way == Way::plain) return run.template operator()<divergence, Way::plain>();
+      } else if constexpr (is_mixture(divergence)) {
+        if (way == Way::shared) return run.template operator()<divergence, Way::shared>();
+      }
+      run.template operator()<divergence, Way::near>();
+    });
+  }
+
+  // What a pass needs to know of its row. The first warp finds it out, the others read it.
+  struct alignas(16) Row {
+    RowConstants constants;
+    Factors factors;
+    Measured measured;
+    Way way;
+    bool next_counts;
+    Extras extras;
+  };
+
+  // Does row i, and begins to read the next one, which it returns.
+  PYFAST_DEVICE RowInMemory<T> distill(int64_t i, const RowInMemory<T>& memory) const {
+    const DistillKlOptions& o = a.options;
+    const float zero = is_kl(o.divergence) ? origin(memory) : 0.0f;
+    const Statistics sums =
+        join_group(group, first_pass(memory, zero), o.student_rate, o.teacher_rate, o.divergence, a.labels != nullptr);
+    Row row{};
+    if (group.leads()) {
+      row.next_counts = counts(i + a.groups);
+      row.constants = constants_of(sums);
+      row.way = !kGeneral ? Way::plain : o.goes_shared ? Way::shared : Way::near;
+      if (is_kl(o.divergence)) {
+        row.measured = measured_by_sums(sums, row.constants, zero);
+        if (row.measured.value <= kNearValue) row.way = Way::near;
+        set_factors(i, row);
+      }
+      if constexpr (kGeneral) row.extras = extras_of(i, sums);
+    }
+    row = group.broadcast(row);
+    if (!is_kl(o.divergence)) second_pass(i, memory, row);
+    const RowInMemory<T> next = row_at(i + a.groups, row.next_counts);
+    const float value = last_pass(i, memory, next, row);
+    if (is_kl(o.divergence) && row.measured.value <= kNearValue)
+      row.measured.value = group.broadcast(join_group(group, Totals{value, 0.0f, 0.0f}).value) * row.constants.mass;
+    if (leads()) write_values(i, memory, row);
+    return next;
+  }
+
+  PYFAST_DEVICE void set_factors(int64_t i, Row& row) const {
+    const float scale = a.row_scale[i] * a.options.inverse;
+    with_divergence([&]<Divergence divergence>() {
+      row.factors = factors_of<divergence>(scale, row.measured.center, row.constants, a.options, row.way);
+    });
+  }
+
+  PYFAST_DEVICE Extras extras_of(int64_t i, const Statistics& sums) const {
+    Extras extras{ce_scale(i), sums.student_top, 0.0f, 0};
+    if (extras.ce_scale != 0.0f) {
+      extras.label = a.labels[i];
+      const bool known = extras.label >= 0 && extras.label < a.words;
+      extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
+    }
+    return extras;
+  }
+
+  // The row's x but for RowConstants::offset: near those of the row where its logits have an offset.
+  PYFAST_DEVICE float origin(const RowInMemory<T>& row) const {
+    const float zs = capped(ptx::to_float(*row.student), a.options.student_softcap);
+    const float zt = capped(ptx::to_float(*row.teacher), a.options.teacher_softcap);
+    const float x = log_ratio(zs, zt, 0.0f, a.options);
+    return is_finite(x) ? x : 0.0f;
+  }
+
+  PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, float origin) const {
+    Statistics sums = Statistics::nothing();
+    const auto pass = [&]<Divergence divergence>() {
+      store.template first<kGeneral ? 1 : 2>(
+          row, [&]<int kVectors>(const Words4(&student)[kVectors], const Words4(&teacher)[kVectors]) {
+            add_statistics<divergence, kVectors>(sums, student, teacher, origin);
+          });
+    };
+    if (kGeneral || !is_kl(a.options.divergence))
+      pass.template operator()<Divergence::jsd>();
+    else if (a.options.divergence == Divergence::forward_kl)
+      pass.template operator()<Divergence::forward_kl>();
+    else
+      pass.template operator()<Divergence::reverse_kl>();
+    return sums;
+  }
+
+  // Adds vectors to the statistics of this thread. kDivergence: that of the call as far as it matters, but for the
+  // general kernel.
+  template <Divergence kDivergence, int kVectors>
+  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4 (&student)[kVectors],
+                                    const Words4 (&teacher)[kVectors], float origin) const {
+    const DistillKlOptions& o = a.options;
+    constexpr int kCount = kVectors * kVectorWords<T>;
+    const Divergence divergence = kGeneral ? o.divergence : kDivergence;
+    const bool reverse = divergence == Divergence::reverse_kl;
+    float top_s = highest_of<T>(student), top_t = highest_of<T>(teacher);
+    if constexpr (kGeneral) {
+      top_s = capped(top_s, o.student_softcap);
+      top_t = capped(top_t, o.teacher_softcap);
+    }
+    top_s = __builtin_fmaxf(sums.student_top, top_s);
+    top_t = __builtin_fmaxf(sums.teacher_top, top_t);
+    const float shift_s = ptx::multiply(top_s, o.student_rate), shift_t = ptx::multiply(top_t, o.teacher_rate);
+    const float keep_s = ptx::exp2_approx(ptx::multiply(sums.student_top, o.student_rate) - shift_s);
+    const float keep_t = ptx::exp2_approx(ptx::multiply(sums.teacher_top, o.teacher_rate) - shift_t);
+    float zs[kCount], zt[kCount], s[kCount], t[kCount];
     PYFAST_UNROLL
-    for (int i = 0; i < kVectorWords<T>; ++i) weight.at(i) = power_below(zs.at(i), top_s, pair.student_scale);
-    const float more_s = sum_over<T>([&](int i) { return weight.at(i); });
-    const float more_t = sum_over<T>([&](int i) { return power_below(zt.at(i), top_t, pair.teacher_scale); });
-    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, more_s);
-    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, more_t);
-    if (a.labels != nullptr) {
-      const float more = sum_over<T>([&](int i) { return power_below(zs.at(i), top_s, kLog2e); });
-      sums.plain = __builtin_fmaf(sums.plain, power_below(sums.student_peak, top_s, kLog2e), more);
+    for (int v = 0; v < kVectors; ++v) {
+      const Words<T> vs = logits_of<T>(student[v], kGeneral ? o.student_softcap : 0.0f);
+      const Words<T> vt = logits_of<T>(teacher[v], kGeneral ? o.teacher_softcap : 0.0f);
+      PYFAST_UNROLL
+      for (int i = 0; i < kVectorWords<T>; ++i) {
+        zs[v * kVectorWords<T> + i] = vs.at[i];
+        zt[v * kVectorWords<T> + i] = vt.at[i];
+      }
     }
-    if (a.divergence == Divergence::reverse_kl) {
-      const float drift = sum_over<T>([&](int i) {
-        const float x = __builtin_fmaf(-zt.at(i), pair.teacher_share, zs.at(i)) * pair.student_inverse - origin;
-        return zt.at(i) == kNegInf || weight.at(i) == 0.0f ? 0.0f : weight.at(i) * x;
-      });
-      const float absent = sum_over<T>([&](int i) { return zt.at(i) == kNegInf ? weight.at(i) : 0.0f; });
-      sums.drift = __builtin_fmaf(sums.drift, keep_s, drift);
-      sums.absent = __builtin_fmaf(sums.absent, keep_s, absent);
+    PYFAST_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      s[i] = ptx::exp2_approx(__builtin_fmaf(zs[i], o.student_rate, -shift_s));
+      t[i] = ptx::exp2_approx(__builtin_fmaf(zt[i], o.teacher_rate, -shift_t));
     }
-    sums.student_peak = top_s;
-    sums.teacher_peak = top_t;
+    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<kCount>([&](int i) { return s[i]; }));
+    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<kCount>([&](int i) { return t[i]; }));
+    if (kGeneral && a.labels != nullptr) {
+      const float keep = ptx::exp2_approx((sums.student_top - top_s) * kLog2e);
+      const float more = sum_over<kCount>([&](int i) { return ptx::exp2_approx((zs[i] - top_s) * kLog2e); });
+      sums.plain = __builtin_fmaf(sums.plain, keep, more);
+    }
+    if (is_kl(divergence)) {
+      const auto weight = [&](int i) { return reverse ? s[i] : t[i]; };
+      const auto ratio = [&](int i) { return log_ratio(zs[i], zt[i], -origin, o); };
+      float drift = sum_over<kCount>(weight, ratio), absent = 0.0f;
+      if (!is_finite(drift)) [[unlikely]] {  // logits of -inf, which count only where there is mass
+        drift = sum_over<kCount>([&](int i) {
+          const bool counts = weight(i) != 0.0f && !(reverse && zt[i] == kNegInf);
+          return counts ? weight(i) * ratio(i) : 0.0f;
+        });
+        absent = sum_over<kCount>([&](int i) { return zt[i] == kNegInf ? s[i] : 0.0f; });
+      }
+      sums.drift = __builtin_fmaf(sums.drift, reverse ? keep_s : keep_t, drift);
+      if (reverse) sums.absent = __builtin_fmaf(sums.absent, keep_s, absent);
+    }
+    sums.student_top = top_s;
+    sums.teacher_top = top_t;
   }
 
   // log(t / s) of two sums, which keeps its digits where they are close.
@@ -280,164 +403,164 @@ struct DistillKl {
     return gap < 0.0f ? -log : log;
   }
 
-  PYFAST_DEVICE void distill(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next) const {
-    RowPair pair;
-    pair.student_scale = a.student_inverse * kLog2e;
-    pair.teacher_scale = a.teacher_inverse * kLog2e;
-    pair.teacher_share = a.teacher_share;
-    pair.student_inverse = a.student_inverse;
-    pair.mixture_teacher = a.mixture_teacher;
-    pair.mixture_student = a.mixture_student;
-    pair.log_ratio_offset = 0.0f;
-    const bool reverse = a.divergence == Divergence::reverse_kl;
-    const float zero = reverse ? origin(row, pair) : 0.0f;
+  // A sum whose highest word counts 2^rest, not what that was rounded to: exact where one word has all of the mass.
+  PYFAST_DEVICE static Sum with_exact_top(const Sum& sum, float rest) {
+    return {sum.hi,
+            sum.lo - (__builtin_fabsf(rest) < kNear1 ? (ptx::exp2_approx(rest) - 1.0f) - expm1_near_0(rest) : 0.0f)};
+  }
 
-    Statistics sums = Statistics::nothing();
-    store.first(row, [&](int vector, const Words4& student, const Words4& teacher) {
-      const int word = row.first_word(vector);
-      add_statistics(sums, logits_of<T>(student, word, a.words, a.student_softcap),
-                     logits_of<T>(teacher, word, a.words, a.teacher_softcap), pair, zero);
-    });
-    sums = join_group(group, sums, pair.student_scale, pair.teacher_scale, a.labels != nullptr, reverse);
+  // What follows from the sums. NaN in any of them reaches every constant.
+  PYFAST_DEVICE RowConstants constants_of(const Statistics& sums) const {
+    const DistillKlOptions& o = a.options;
+    RowConstants row;
+    const float shift_s = ptx::multiply(sums.student_top, o.student_rate);
+    const float shift_t = ptx::multiply(sums.teacher_top, o.teacher_rate);
+    const float rest_s = __builtin_fmaf(sums.student_top, o.student_rate, -shift_s);
+    const float rest_t = __builtin_fmaf(sums.teacher_top, o.teacher_rate, -shift_t);
+    const float log2_s = ptx::log2_approx(sums.student.hi), log2_t = ptx::log2_approx(sums.teacher.hi);
+    const bool fits = __builtin_fmaxf(__builtin_fabsf(shift_s), __builtin_fabsf(shift_t)) < kMostExponent;
+    const float bad = fits ? 0.0f * (log2_s + log2_t) : __builtin_nanf("");
+    row.student_log2 = shift_s + log2_s + bad;
+    row.teacher_log2 = shift_t + log2_t + bad;
+    const float ratio = log_of_ratio(with_exact_top(sums.teacher, rest_t), with_exact_top(sums.student, rest_s));
+    row.offset = __builtin_fmaf(rest_s - rest_t, kLn2, ratio) - log_ratio(sums.student_top, sums.teacher_top, 0.0f, o);
+    const float over_s = row.student_log2 - shift_s, over_t = row.teacher_log2 - shift_t;
+    row.balance_log2 = __builtin_fmaf(-kLog2e, ratio, over_t - over_s);
+    row.balance = power_near_1(row.balance_log2);
+    row.mass = power_near_1(over_s - log2_s);
+    row.student_top = sums.student_top;
+    row.teacher_top = sums.teacher_top;
+    row.student_sum = log2_s - rest_s + bad;
+    row.teacher_sum = log2_t - rest_t + bad;
+    return row;
+  }
 
-    pair.student_shift = sums.student_peak;
-    pair.teacher_shift = sums.teacher_peak;
-    pair.student_log2_sum = ptx::log2_approx(sums.student.hi);
-    pair.teacher_log2_sum = ptx::log2_approx(sums.teacher.hi);
-    pair.log_ratio_offset = log_of_ratio(sums.teacher, sums.student) -
-                            log_ratio(broadcast(sums.student_peak), broadcast(sums.teacher_peak), pair).at[0];
-    float center = 0.0f;  // H
-    if (reverse) {
-      const float present = sums.student.hi - sums.absent;
-      center = (__builtin_fmaf(zero + pair.log_ratio_offset, present, sums.drift) - sums.absent) / sums.student.hi;
+  // The two KL: H, and the value of a row that is not near.
+  PYFAST_DEVICE Measured measured_by_sums(const Statistics& sums, const RowConstants& row, float origin) const {
+    const float offset = origin + row.offset;
+    if (a.options.divergence == Divergence::forward_kl) return {-(sums.drift / sums.teacher.hi + offset), 0.0f};
+    const float present = sums.student.hi - sums.absent;
+    const float value = __builtin_fmaf(offset, present, sums.drift) / sums.student.hi;
+    return {value, value - sums.absent / sums.student.hi};
+  }
+
+  // The others: value and H. Finds out whether the row is near.
+  PYFAST_DEVICE void second_pass(int64_t i, const RowInMemory<T>& memory, Row& row) const {
+    while (true) {
+      Totals parts[2] = {Totals::nothing(), Totals::nothing()};
+      if constexpr (kGeneral) {
+        store.again(memory, [&](const Words4& student, const Words4& teacher) {
+          const Words<T> zs = logits_of<T>(student, a.options.student_softcap),
+                         zt = logits_of<T>(teacher, a.options.teacher_softcap);
+          with_way(row.way, [&]<Divergence divergence, Way way>() {
+            if constexpr (!is_kl(divergence)) measure<divergence, way, T>(zs, zt, row.constants, a.options, parts);
+          });
+        });
+      } else {
+        with_way(row.way, [&]<Divergence divergence, Way way>() {
+          if constexpr (!is_kl(divergence))
+            store.again(memory, [&](const Words4& student, const Words4& teacher) {
+              measure<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants, a.options,
+                                          parts);
+            });
+        });
+      }
+      const Totals totals = join_group(group, Totals{parts[0].value + parts[1].value, parts[0].slope + parts[1].slope,
+                                                     parts[0].square + parts[1].square});
+      Way way = Way::near;  // to be measured again as what it was found to be
+      if (group.leads()) {
+        with_divergence([&]<Divergence divergence>() {
+          row.measured = measured_of<divergence>(totals, row.constants, a.options, row.way);
+          if (row.way != Way::plain || !lies_near<divergence>(row.measured, totals)) way = row.way;
+        });
+        set_factors(i, row);
+      }
+      const Found found = group.broadcast(Found{row.factors, row.measured, way});
+      row.factors = found.factors;
+      row.measured = found.measured;
+      if (found.way == row.way) return;
+      row.way = found.way;
     }
-    Extras extras{ce_scale(i), 0.0f, 0};
-    if (extras.ce_scale != 0.0f) {
-      extras.label = a.labels[i];
-      const bool known = extras.label >= 0 && extras.label < a.words;
-      extras.log2_sum = known ? ptx::log2_approx(sums.plain) : __builtin_nanf("");
-    }
+  }
 
-    const bool center_known = reverse || a.divergence == Divergence::forward_kl;
-    Totals totals = Totals::nothing();
-    if (!center_known || a.grad == nullptr) {
-      store.again(row, [&](int vector, const Words4& student, const Words4& teacher) {
-        const int word = row.first_word(vector);
-        const Words<T> zs = logits_of<T>(student, word, a.words, a.student_softcap);
-        const Words<T> zt = logits_of<T>(teacher, word, a.words, a.teacher_softcap);
-        const VectorTerms e = terms_of(zs, zt, pair);
-        totals.value += sum_over<T>([&](int k) { return e.value.at(k); });
-        totals.slope += sum_over<T>([&](int k) { return e.slope.at(k); });
+  struct alignas(16) Found {
+    Factors factors;
+    Measured measured;
+    Way way;
+  };
+
+  // The last pass. Returns this thread's part of the value of near rows of forward_kl and reverse_kl.
+  PYFAST_DEVICE float last_pass(int64_t i, const RowInMemory<T>& memory, const RowInMemory<T>& next,
+                                const Row& row) const {
+    float value[2] = {0.0f, 0.0f};
+    T* const grad = a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride;
+    const uint32_t span = grad != nullptr && words_past_multiple(grad) == memory.lead ? inside_span<T>(a.words) : 0u;
+    if constexpr (kGeneral) {
+      store.last(memory, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
+        const Words<T> zs = logits_of<T>(student, a.options.student_softcap),
+                       zt = logits_of<T>(teacher, a.options.teacher_softcap);
+        Words<T> g;
+        with_way(row.way, [&]<Divergence divergence, Way way>() {
+          g = gradients<divergence, way, T>(zs, zt, row.constants, a.options, row.factors, value);
+        });
+        add_extras(g, zs, word, a.row_scale[i], row.extras);
+        write(grad, word, span, g, slot);
       });
-      totals = join_group(group, totals, 0.0f, 0.0f, false, false);
-      if (!center_known) center = totals.slope;
-    }
-    if (a.grad == nullptr) {
-      store.begin(next);
     } else {
-      const float value = write_gradient(i, row, next, pair, extras, center);
-      if (center_known) totals = join_group(group, Totals{value, 0.0f}, 0.0f, 0.0f, false, false);
+      with_way(row.way, [&]<Divergence divergence, Way way>() {
+        store.last(memory, next, [&](int word, const Words4& student, const Words4& teacher, Words4* slot) {
+          write(grad, word, span,
+                gradients<divergence, way, T>(widen_vector<T>(student), widen_vector<T>(teacher), row.constants,
+                                              a.options, row.factors, value),
+                slot);
+        });
+      });
     }
-    if (leads()) write_values(i, row, pair, extras, totals.value);
+    return value[0] + value[1];
   }
 
-  // The last pass. Returns this thread's part of the value for forward_kl and reverse_kl.
-  PYFAST_DEVICE float write_gradient(int64_t i, const RowInMemory<T>& row, const RowInMemory<T>& next,
-                                     const RowPair& pair, const Extras& extras, float center) const {
-    T* grad = a.grad + i * a.grad_stride;
-    const float scale = a.row_scale[i] * a.student_inverse;
-    const bool aligned = words_past_multiple(grad) == row.lead;
-    float value = 0.0f;
-    store.last(row, next, [&](int vector, const Words4& student, const Words4& teacher) {
-      const int word = row.first_word(vector);
-      const Words<T> zs = logits_of<T>(student, word, a.words, a.student_softcap);
-      const Words<T> zt = logits_of<T>(teacher, word, a.words, a.teacher_softcap);
-      const VectorTerms e = slopes_of(zs, zt, pair);
-      Words<T> g;
+  // The vector of the gradient whose first word is `word`. slot: that of its logits, which are not needed any more.
+  PYFAST_DEVICE void write(T* grad, int word, uint32_t span, const Words<T>& z, Words4* slot) const {
+    const Words4 bits = narrow_vector(z);
+    if (static_cast<uint32_t>(word) < span) {
+      ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), bits);
+    } else if (grad != nullptr) {
+      *slot = bits;
+      write_words(grad, slot, word, a.words);
+    }
+  }
+
+  // Adds the cross-entropy's gradient, and takes the softcap's slope: z is capped, dz / d(raw) = 1 - (z / cap)².
+  PYFAST_DEVICE void add_extras(Words<T>& g, const Words<T>& zs, int word, float scale, const Extras& extras) const {
+    if (extras.ce_scale != 0.0f) {
       PYFAST_UNROLL
-      for (int k = 0; k < kVectorWords<T>; ++k) g.at(k) = __builtin_fmaf(-e.mass.at(k), center, e.slope.at(k)) * scale;
-      value += sum_over<T>([&](int k) { return e.value.at(k); });
-      if (extras.ce_scale != 0.0f) {
-        PYFAST_UNROLL
-        for (int v = 0; v < Words<T>::kVecs; ++v) {
-          const Vec p = probability(zs.vec[v], pair.student_shift, kLog2e, extras.log2_sum);
-          PYFAST_UNROLL
-          for (int k = 0; k < Vec::width; ++k) {
-            const float chosen = word + v * Vec::width + k == extras.label ? 1.0f : 0.0f;
-            const float own = scale == 0.0f ? 0.0f : g.vec[v].at[k];
-            g.vec[v].at[k] = __builtin_fmaf(extras.ce_scale, p.at[k] - chosen, own);
-          }
-        }
+      for (int k = 0; k < kVectorWords<T>; ++k) {
+        const float p = ptx::exp2_approx(__builtin_fmaf(zs.at[k] - extras.top, kLog2e, -extras.log2_sum));
+        const float own = scale == 0.0f ? 0.0f : g.at[k];
+        g.at[k] = __builtin_fmaf(extras.ce_scale, p - (word + k == extras.label ? 1.0f : 0.0f), own);
       }
-      if (a.student_softcap != 0.0f) {  // z is capped: dz / d(raw) = 1 - (z / cap)²; a word of -inf has no gradient
-        const float inverse = 1.0f / a.student_softcap;
-        PYFAST_UNROLL
-        for (int k = 0; k < kVectorWords<T>; ++k) {
-          const float u = zs.at(k) * inverse;
-          g.at(k) = zs.at(k) == kNegInf ? 0.0f : g.at(k) * __builtin_fmaf(-u, u, 1.0f);
-        }
-      }
-      write(grad, word, aligned, g);
-    });
-    return value;
+    }
+    if (a.options.student_softcap == 0.0f) return;
+    const float inverse = 1.0f / a.options.student_softcap;
+    PYFAST_UNROLL
+    for (int k = 0; k < kVectorWords<T>; ++k) {
+      const float u = zs.at[k] * inverse;
+      g.at[k] = zs.at[k] == kNegInf ? 0.0f : g.at[k] * __builtin_fmaf(-u, u, 1.0f);
+    }
   }
 
-  PYFAST_DEVICE void write_values(int64_t i, const RowInMemory<T>& row, const RowPair& pair, const Extras& extras,
-                                  float value) const {
+  PYFAST_DEVICE void write_values(int64_t i, const RowInMemory<T>& memory, const Row& row) const {
+    const Extras& extras = row.extras;
+    const float value = row.measured.value;
     float ce = 0.0f;
-    if (extras.ce_scale != 0.0f) {  // log2_sum is NaN where the label names no word
+    if (kGeneral && extras.ce_scale != 0.0f) {  // log2_sum is NaN where the label names no word
       const bool known = extras.log2_sum == extras.log2_sum;
-      const float logit = known ? capped(ptx::to_float(row.student[extras.label]), a.student_softcap) : 0.0f;
-      ce = extras.ce_scale * __builtin_fmaf(kLn2, extras.log2_sum, pair.student_shift - logit);
+      const float logit = known ? capped(ptx::to_float(memory.student[extras.label]), a.options.student_softcap) : 0.0f;
+      ce = extras.ce_scale * __builtin_fmaf(kLn2, extras.log2_sum, extras.top - logit);
     }
     const float scale = a.row_scale[i];
     a.rows[i] = (scale == 0.0f ? 0.0f : scale * value) + ce;
     if (a.labels != nullptr) a.ce_rows[i] = ce;
-  }
-
-  struct VectorTerms {
-    Words<T> value, slope, mass;
-  };
-
-  template <Divergence divergence>
-  PYFAST_DEVICE static VectorTerms terms_of(const Words<T>& zs, const Words<T>& zt, const RowPair& pair) {
-    VectorTerms out;
-    PYFAST_UNROLL
-    for (int v = 0; v < Words<T>::kVecs; ++v) {
-      const Terms e = terms<divergence>(zs.vec[v], zt.vec[v], pair);
-      out.value.vec[v] = e.value;
-      out.slope.vec[v] = e.slope;
-      out.mass.vec[v] = e.mass;
-    }
-    return out;
-  }
-
-  PYFAST_DEVICE VectorTerms terms_of(const Words<T>& zs, const Words<T>& zt, const RowPair& pair) const {
-    switch (a.divergence) {
-      case Divergence::forward_kl:
-        return terms_of<Divergence::forward_kl>(zs, zt, pair);
-      case Divergence::reverse_kl:
-        return terms_of<Divergence::reverse_kl>(zs, zt, pair);
-      case Divergence::jsd:
-        return terms_of<Divergence::jsd>(zs, zt, pair);
-      case Divergence::skew_kl:
-        return terms_of<Divergence::skew_kl>(zs, zt, pair);
-      case Divergence::skew_reverse_kl:
-        return terms_of<Divergence::skew_reverse_kl>(zs, zt, pair);
-      case Divergence::tvd:
-        return terms_of<Divergence::tvd>(zs, zt, pair);
-      default:
-        return terms_of<Divergence::mse>(zs, zt, pair);
-    }
-  }
-
-  // The same without the values of those divergences that have them from the pass before.
-  PYFAST_DEVICE VectorTerms slopes_of(const Words<T>& zs, const Words<T>& zt, const RowPair& pair) const {
-    if (a.divergence == Divergence::forward_kl) return terms_of<Divergence::forward_kl>(zs, zt, pair);
-    if (a.divergence == Divergence::reverse_kl) return terms_of<Divergence::reverse_kl>(zs, zt, pair);
-    VectorTerms out = terms_of(zs, zt, pair);
-    out.value = {};
-    return out;
   }
 };
 
@@ -448,24 +571,24 @@ inline constexpr bool kHasClusters = false;
 #endif
 
 // Grid: clusters of blocks along x, each doing rows its number apart. Shared memory: two times a.share vectors.
-template <class T>
-__global__ void __launch_bounds__(kResidentThreads, 1) distill_kl_resident_kernel(const DistillKlArgs<T> a) {
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(resident_threads(kGeneral), 1) distill_kl_resident_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
-  Group<kHasClusters> group(memory);
-  Resident<T> store(slots, a.share, group.rank);
-  const int64_t size = group.size;
-  DistillKl<T, Resident<T>, kHasClusters>{a, store, group}.run(blockIdx.x / size, gridDim.x / size);
+  Group<kHasClusters> group(memory, a.cluster);
+  Resident<T> store(slots, a.words, a.share, a.batch, group.rank());
+  DistillKl<T, Resident<T>, kHasClusters, kGeneral>{a, store, group}.run(blockIdx.x /
+                                                                         static_cast<unsigned>(group.size));
 }
 
 // Grid: blocks, each doing rows its number apart. Shared memory: two times kStages vectors a thread.
-template <class T>
-__global__ void __launch_bounds__(kStreamedThreads, 2) distill_kl_streamed_kernel(const DistillKlArgs<T> a) {
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(streamed_threads(kGeneral), 2) distill_kl_streamed_kernel(const DistillKlArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
-  Group<false> group(memory);
-  Streamed<T> store(slots);
-  DistillKl<T, Streamed<T>, false>{a, store, group}.run(blockIdx.x, gridDim.x);
+  Group<false> group(memory, 1);
+  Streamed<T> store(slots, a.words);
+  DistillKl<T, Streamed<T>, false, kGeneral>{a, store, group}.run(blockIdx.x);
 }
 
 #endif
