@@ -19,8 +19,9 @@ void launch_grad_x(const Tensor& grad, BitmapLinearArgs args) {
   constexpr auto kKernel = bitmap_grad_x_kernel<T, TokenTiles>;
   const int64_t column_blocks = ceil_div(args.out.n, Plan::kColumns);
   const int64_t stages = ceil_div(args.weight.tiles / args.weight.tiles_a_row, Plan::kRowTiles);
-  const KernelFacts& facts = kernel_facts<kKernel>(grad.get_device_index(), kName);
-  const int64_t splits = count_splits_by_issue(column_blocks, stages, facts.multiprocessors, 16 / Plan::kWarps);
+  const Residents& residents =
+      resident_in_clusters<kKernel>(grad.get_device_index(), Plan::kThreads, Plan::kSharedBytes, kName);
+  const int64_t splits = count_splits(column_blocks, stages, residents);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
   launch_splits<T, kKernel>(grad, args, splits, column_blocks, Plan::kThreads, Plan::kSharedBytes, kName);

@@ -35,10 +35,10 @@
 // Resources, those of bitmap_vector.cuh too (tests/test_cuda_build.py compares; the shared memory of
 // bitmap_vector_kernel is the launch's and depends on the density: here at 50 %, and for 8 stages of x):
 //
-//   bitmap_linear_kernel<T, 1>      80 registers    32896 bytes of shared memory    up to 8 tokens
-//   bitmap_linear_kernel<T, 2>      96 registers    32896 bytes of shared memory    up to 16
-//   bitmap_linear_kernel<T, 4>     128 registers    66048 bytes of shared memory    up to 32
-//   bitmap_linear_kernel<T, 8>     216 registers    33792 bytes of shared memory    up to 64
+//   bitmap_linear_kernel<T, 1>      64 registers    16512 bytes of shared memory    up to 8 tokens
+//   bitmap_linear_kernel<T, 2>      64 registers    16512 bytes of shared memory    up to 16
+//   bitmap_linear_kernel<T, 4>     128 registers    33024 bytes of shared memory    up to 32
+//   bitmap_linear_kernel<T, 8>     216 registers    34816 bytes of shared memory    up to 64
 //   bitmap_vector_kernel<T, 1>      56 registers    40064 bytes of shared memory    1 token
 //   bitmap_vector_kernel<T, 2>      56 registers    42112 bytes of shared memory    2
 //   bitmap_vector_kernel<T, 4>      64 registers    46208 bytes of shared memory    3 and 4
@@ -78,15 +78,15 @@ struct BitmapLinearPlan {
   static constexpr int kTokens = 8 * TokenTiles;
   static constexpr int kRowTiles = TokenTiles <= 2 ? 1 : 2;        // of a warp
   static constexpr int kColumnTiles = 2 / kRowTiles;               // of a stage
-  static constexpr int kRowWarps = 4;                              // one below the other
-  static constexpr int kColumnWarps = TokenTiles == 4 ? 2 : 1;     // side by side, their sums are added
+  static constexpr int kRowWarps = 2;                              // one below the other
+  static constexpr int kColumnWarps = 2;                           // side by side, their sums are added
   static constexpr int kStageTiles = kColumnTiles * kColumnWarps;  // of a block
   static constexpr int kWarps = kRowWarps * kColumnWarps;
   static constexpr int kThreads = 32 * kWarps;
   // Of a multiprocessor, as the registers are meant to allow.
-  static constexpr int kBlocks = TokenTiles == 1 ? 6 : TokenTiles == 2 ? 5 : 2;
+  static constexpr int kBlocks = TokenTiles == 1 ? 8 : TokenTiles == 2 ? 8 : TokenTiles == 4 ? 4 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
-  static constexpr int kRingBytes = 8192 / kRowTiles, kRingSpace = kRingBytes + kRingMirrorBytes;
+  static constexpr int kRingBytes = 4096, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
   static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
   static constexpr int kAllSumBytes = kColumnWarps * kSumBytes, kPipelineBytes = kWarps * kRowTiles * kRingSpace;
@@ -126,85 +126,90 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   const unsigned char* x = reinterpret_cast<const unsigned char*>(args.x) +
                            2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileColumns + 16 * t);
 
-  // The bits of the two tiles of a stage, a stage ahead.
-  uint16_t bits[2][2] = {};
+  // The bits of the two tiles of a stage, a stage ahead. Where no tile follows, the last one's bits come once more:
+  // loads under a condition would be merged with what was there, and waited for at once.
+  uint32_t bits[2][2] = {};
   const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
-  const auto fetch_bits = [&](int there) {
+  const auto fetch_bits = [&](bool second) {
     PYFAST_UNROLL
     for (int slot = 0; slot < 2; ++slot) {
-      const uint16_t* const from = quarters + 64 * (Plan::kRowTiles == 2 ? slot * below : slot);
-      if (there <= slot / Plan::kRowTiles) continue;
+      const uint16_t* const from = quarters + (slot == 0 ? 0 : Plan::kRowTiles == 2 ? 64 * below : second ? 64 : 0);
       bits[slot][0] = ptx::ld_nc(from);
       bits[slot][1] = ptx::ld_nc(from + 32);
     }
-    quarters += 64 * Plan::kColumnTiles;
   };
   const auto arrive = [] {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::syncwarp();
   };
-  fetch_bits(left);
+  if (left > 0) fetch_bits(left > 1);
   PYFAST_UNROLL
-  for (int i = 0; i < Plan::kRowTiles; ++i) rings[i].fetch(lane);
+  for (int i = 0; i < Plan::kRowTiles; ++i) rings[i].fetch(lane, rings[i].at);
 
   float sums[Plan::kRowTiles][TokenTiles][4] = {};
   for (; left > 0; left -= Plan::kColumnTiles) {
-    uint32_t arrived[Plan::kRowTiles], held[2];
+    uint32_t held[2];
     arrive();
     PYFAST_UNROLL
-    for (int slot = 0; slot < 2; ++slot)
-      held[slot] = static_cast<uint32_t>(bits[slot][0]) | static_cast<uint32_t>(bits[slot][1]) << 16;
+    for (int slot = 0; slot < 2; ++slot) held[slot] = bits[slot][0] | bits[slot][1] << 16;
     if (Plan::kColumnTiles == 2 && left == 1) held[1] = 0;  // none is there
-    fetch_bits(left - Plan::kColumnTiles);
-    PYFAST_UNROLL
-    for (int i = 0; i < Plan::kRowTiles; ++i) {
-      arrived[i] = rings[i].fetched;
-      rings[i].fetch(lane);
-    }
-
     BitmapRuns runs[2];
-    uint32_t at[2][2];
+    uint32_t begin[Plan::kRowTiles], at[Plan::kRowTiles][2];
     count_runs(held, runs);
-    PYFAST_UNROLL
-    for (int slot = 0; slot < 2; ++slot) rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
-    bool late = false;
-    PYFAST_UNROLL
-    for (int i = 0; i < Plan::kRowTiles; ++i) late = late || rings[i].at > arrived[i];
-    if (late) {
-      arrive();
-      PYFAST_UNROLL
-      for (int slot = 0; slot < 2; ++slot)
-        if (rings[slot % Plan::kRowTiles].at > rings[slot % Plan::kRowTiles].end) runs[slot].bits = 0;
-    }
+    if (left > Plan::kColumnTiles) quarters += 64 * Plan::kColumnTiles;
+    fetch_bits(left > Plan::kColumnTiles + 1);
 
     // Half of a tile's columns: steps 2·half and 2·half + 1.
     const auto multiply = [&](auto half, int right) {
       constexpr int kHalf = decltype(half)::value;
-      uint32_t upper[Plan::kRowTiles][4], lower[Plan::kRowTiles][4];
-      PYFAST_UNROLL
-      for (int i = 0; i < Plan::kRowTiles; ++i) {
-        expand_half<0, kHalf>(runs[i + right], at[i + right][0], upper[i]);
-        expand_half<1, kHalf>(runs[i + right], at[i + right][1], lower[i]);
-      }
+      uint32_t b[TokenTiles][2][2];
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         const unsigned char* const from =
             x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
         const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
-        const uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
+        b[token_tile][0][0] = words.x, b[token_tile][0][1] = words.y;
+        b[token_tile][1][0] = words.z, b[token_tile][1][1] = words.w;
+      }
+      uint32_t upper[Plan::kRowTiles][4], lower[Plan::kRowTiles][4];
+      PYFAST_UNROLL
+      for (int i = 0; i < Plan::kRowTiles; ++i) {
+        expand_half<0, kHalf>(runs[i + right], at[i][0], upper[i]);
+        expand_half<1, kHalf>(runs[i + right], at[i][1], lower[i]);
+      }
+      PYFAST_UNROLL
+      for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         PYFAST_UNROLL
         for (int step = 0; step < 2; ++step) PYFAST_UNROLL
         for (int i = 0; i < Plan::kRowTiles; ++i) {
           const uint32_t a[4] = {upper[i][2 * step], lower[i][2 * step], upper[i][2 * step + 1],
                                  lower[i][2 * step + 1]};
-          ptx::mma_m16n8k16<T>(sums[i][token_tile], a, b[step], sums[i][token_tile]);
+          ptx::mma_m16n8k16<T>(sums[i][token_tile], a, b[token_tile][step], sums[i][token_tile]);
         }
       }
     };
     PYFAST_UNROLL
     for (int right = 0; right < Plan::kColumnTiles; ++right) {
       if (right > 0 && left <= right) break;
+      if (right > 0) ptx::syncwarp();  // the tile on the left is written over
+      bool late = false;
+      PYFAST_UNROLL
+      for (int i = 0; i < Plan::kRowTiles; ++i) {
+        const uint32_t arrived = rings[i].fetched;
+        if (right == Plan::kColumnTiles - 1) rings[i].fetch(lane, rings[i].at);
+        begin[i] = rings[i].at;
+        rings[i].take(runs[i + right], at[i]);
+        late = late || rings[i].at > arrived;
+      }
+      if (late) {
+        PYFAST_UNROLL
+        for (int i = 0; i < Plan::kRowTiles; ++i) {
+          if (rings[i].at > rings[i].end) runs[i + right].bits = 0;
+          if (right < Plan::kColumnTiles - 1) rings[i].fetch(lane, begin[i]);
+        }
+        arrive();
+      }
       multiply(std::integral_constant<int, 0>{}, right);
       multiply(std::integral_constant<int, 1>{}, right);
     }
