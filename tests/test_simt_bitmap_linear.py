@@ -270,15 +270,15 @@ MUTANTS = {
     ),
     "the ring without its mirror": (
         "bitmap_ring.cuh",
-        "if (mirror) ptx",
-        "if (mirror && Bytes < 0) ptx",
+        "if (place == 0 && lane < kMirrorLanes) ptx",
+        "if (place == 1) ptx",
         6,
         "nobody|past",
         {},
     ),
     "a position beyond the ring": ("bitmap_ring.cuh", "base + (from[1] & (Bytes - 1))", "base + from[1]", 6, ".", {}),
     "reads past the values": ("bitmap_ring.cuh", "rest - cut, cut);", "rest - cut, 16);", 6, "outside|past", {}),
-    "a step past the values": ("bitmap_ring.cuh", "if (end - fetched >= Step)", "if (Step > 0)", 6, "outside|past", {}),
+    "a step past the values": ("bitmap_ring.cuh", "room < end ? room : end", "room", 6, "outside|past", {}),
     "values of the tile before": ("bitmap_ring.cuh", "at = 2 * head", "at = 0", 6, None, {}),
     "tiles past the last row": ("bitmap_linear.cuh", "row >= row_tiles ? 0 : ", "", 6, "outside|past", {}),
     "tiles past the last column": (

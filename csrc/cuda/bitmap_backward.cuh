@@ -5,10 +5,11 @@
 //   grad_values [stored]: Σ over tokens of grad[token, row]·x[token, column], for the stored places alone
 //
 // grad_x moves the weight's bytes once, as the forward product does, with the same decode (bitmap_expand.cuh). A warp
-// goes down a column of tiles, two a stage. Below each other they do not follow each other in memory: each has a slot
-// that a full tile fits in, and its offsets are read. grad comes from L1 as x does there. W is wanted transposed: the
-// registers of a run (columns 16t + 2p and + 1 of the row g, for lane 4g + t) are an 8×8 matrix of rows against
-// columns, and movmatrix, one instruction, turns it into the fragment of Wᵀ:
+// goes down a part of a column of tiles, two a stage; the four warps of a block have parts below each other. Tiles
+// below each other do not follow each other in memory: each has a slot that a full tile fits in, and its offsets are
+// read. grad comes from L2, 16·tokens elements for each tile. W is wanted transposed: the registers of a run (columns
+// 16t + 2p and + 1 of the row g, for lane 4g + t) are an 8×8 matrix of rows against columns, and movmatrix, one
+// instruction, turns it into the fragment of Wᵀ:
 //
 //   a[0]  columns 16(g / 2) + 4q + g % 2,      rows 2t, 2t + 1       c[0], c[1]  these columns, tokens 2t, 2t + 1
 //   a[1]  columns 16(g / 2) + 4q + 2 + g % 2,  the same rows         c[2], c[3]  the columns of a[1]

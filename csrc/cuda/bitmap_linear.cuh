@@ -4,31 +4,39 @@
 //   y [tokens, n]   sums and epilogue in float32, rounded once
 //
 // Bytes. At density d a position costs 2d + 1/8 (values, bitmap) of the dense 2, each read from memory once. Every
-// block reads x again, from L2: 8·⌈tokens/8⌉/(8d·rows) of the values' bytes, rows = 64 up to 16 tokens and 128 above.
+// block reads x again, from L2: 8·⌈tokens/8⌉/(d·rows) of the values' bytes, rows = 32 up to 16 tokens and 64 above.
 //
 // A warp goes along a row of tiles, or two of them above 16 tokens, where they share the loads of x. Two tiles are a
 // stage, side by side or one below the other. For each stage it
 //
-//   waits for the copies that it began a stage ago (no other warp is waited for), and begins the next: values in stream
-//   order into its ring (bitmap_ring.cuh), bits of the next stage into registers
-//   counts the bits of both tiles, which tells where each lane's values lie (bitmap_expand.cuh)
-//   for half of the columns at a time: expands them, loads x from L1, where the warps of a block meet, multiplies
+//   waits for the copies that it began a stage ago; no other warp is waited for
+//   counts the bits of both tiles, which tells where each lane's values lie (bitmap_expand.cuh), and begins to load
+//   those of the next stage for each tile, half of the columns at a time: loads x from L1, where the warps of a block
+//   meet, expands, multiplies before the last tile: begins to copy what follows, in stream order, into its ring
+//   (bitmap_ring.cuh)
 //
 // Half of the columns, because that is half of the registers that wait for mma: the lane's 16 columns of x are two
-// loads of 16 bytes anyway.
+// loads of 16 bytes anyway. A ring holds two full tiles; above 50 % density a tile may not have been asked for in time.
+// Then it is asked for when its turn comes, and waited for.
+//
+// Bound by latency: the first kernel of this form, with 5 warps a scheduler, issued 1.3 to 1.7 instructions a cycle on
+// an H100 and waited for shared and global memory in turn. So what counts is warps (8 blocks of 4 up to 16 tokens, 4
+// blocks up to 32), a grid that fills them once at every shape (blocks of few rows, two warps side by side, splits by
+// the launch's occupancy: count_splits), and no load whose result is touched soon: x comes before the expansion, bits a
+// stage ahead.
 //
 // Instructions of a warp for a tile, counted in the code for sm_90; fetching depends on what is stored, here at 50 and
 // 80 %, the rest does not:
 //
 //   token tiles           1     2     4     8
-//   expand, multiply    160   166   182   206
-//   fetch, 50 %          15    15    26    26
-//   fetch, 80 %           6     6    10    10
+//   expand, multiply    174   187   203   224
+//   fetch, 50 %          21    21    24    24
+//   fetch, 80 %           9     9    10    10
 //
 // An H100 takes 1024 dense positions in 183 cycles of a multiprocessor at the 2.7 TB/s that a dense product reaches, in
 // which it issues about 470 instructions of a warp. The loads from shared memory weigh as much: simulated at random
 // bits, the 32 loads of a tile take 69, 52, 40, 31 passes at 50, 70, 80, 90 % (the lanes' runs meet in the banks), and
-// about 30 more go to copies, shuffles and x. The grid is chosen by that: count_splits_by_issue.
+// about 30 more go to copies, shuffles and x.
 //
 // Where n gives too few blocks, several share the columns (split_sums.cuh).
 //
@@ -84,7 +92,7 @@ struct BitmapLinearPlan {
   static constexpr int kWarps = kRowWarps * kColumnWarps;
   static constexpr int kThreads = 32 * kWarps;
   // Of a multiprocessor, as the registers are meant to allow.
-  static constexpr int kBlocks = TokenTiles == 1 ? 8 : TokenTiles == 2 ? 8 : TokenTiles == 4 ? 4 : 2;
+  static constexpr int kBlocks = TokenTiles <= 2 ? 8 : TokenTiles == 4 ? 4 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
   static constexpr int kRingBytes = 4096, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
