@@ -150,7 +150,19 @@ MUTANTS = {
         True,
         "outside|past",
     ),
-    "grad_x: tiles past the last column": ("column_tile >= tiles_a_row ? 0 : ", "", True, "outside|past"),
+    "grad_x: bits past the last row": (
+        "second ? 64 * tiles_a_row",
+        "(second || left > 0) ? 64 * tiles_a_row",
+        True,
+        "outside|past",
+    ),
+    "grad_x: offsets past the last row": (
+        "second ? tiles_a_row",
+        "(second || left > 0) ? 2 * tiles_a_row",
+        True,
+        "outside|past",
+    ),
+    "grad_x: sums of one warp": ("Plan::kWarps, Plan::kSumBytes / 4", "1, Plan::kSumBytes / 4", True, None),
     "grad_x: not transposed": ("upper[pair] = ptx::transpose_matrix(upper[pair]);", "", True, None),
     "grad_x: tokens past the last": ("(g < args.tokens ? g : 0)", "g", True, "outside|past"),
     "values: one stage waited for too few": (

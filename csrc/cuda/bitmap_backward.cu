@@ -18,9 +18,10 @@ void launch_grad_x(const Tensor& grad, BitmapLinearArgs args) {
   using Plan = BitmapGradXPlan<TokenTiles>;
   constexpr auto kKernel = bitmap_grad_x_kernel<T, TokenTiles>;
   const int64_t column_blocks = ceil_div(args.out.n, Plan::kColumns);
-  const int64_t stages = ceil_div(args.weight.tiles / args.weight.tiles_a_row, Plan::kRowTiles);
-  const KernelFacts& facts = kernel_facts<kKernel>(grad.get_device_index(), kName);
-  const int64_t splits = count_splits_by_issue(column_blocks, stages, facts.multiprocessors, 16 / Plan::kWarps);
+  const int64_t stages = ceil_div(args.weight.tiles / args.weight.tiles_a_row, Plan::kStageTiles);
+  const Residents& residents =
+      resident_in_clusters<kKernel>(grad.get_device_index(), Plan::kThreads, Plan::kSharedBytes, kName);
+  const int64_t splits = count_splits(column_blocks, stages, residents);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
   launch_splits<T, kKernel>(grad, args, splits, column_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
@@ -43,7 +44,7 @@ Tensor bitmap_grad_x_few(const Tensor& grad, const Tensor& values, const Tensor&
   const int64_t tokens = grad.size(0), n = grad.size(1);
   STD_TORCH_CHECK(n <= kMaxColumns && k <= kMaxColumns, "grad: the weight has ", n, " rows and ", k,
                   " columns, at most ", kMaxColumns);
-  STD_TORCH_CHECK(ceil_div(k, 256) <= kMaxBlocksY, "k: ", k, " columns, at most ", 256 * kMaxBlocksY);
+  STD_TORCH_CHECK(k <= kTileColumns * kMaxBlocksY, "k: ", k, " columns, at most ", kTileColumns * kMaxBlocksY);
   check_tables(values, bitmaps, offsets, n, k);
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
   if (n == 0) return torch::stable::new_zeros(grad, {tokens, k});

@@ -5,10 +5,11 @@
 //   grad_values [stored]: Σ over tokens of grad[token, row]·x[token, column], for the stored places alone
 //
 // grad_x moves the weight's bytes once, as the forward product does, with the same decode (bitmap_expand.cuh). A warp
-// goes down a column of tiles, two a stage. Below each other they do not follow each other in memory: each has a slot
-// that a full tile fits in, and its offsets are read. grad comes from L1 as x does there. W is wanted transposed: the
-// registers of a run (columns 16t + 2p and + 1 of the row g, for lane 4g + t) are an 8×8 matrix of rows against
-// columns, and movmatrix, one instruction, turns it into the fragment of Wᵀ:
+// goes down a part of a column of tiles, two a stage; the four warps of a block have parts below each other. Tiles
+// below each other do not follow each other in memory: each has a slot that a full tile fits in, and its offsets are
+// read. grad comes from L2, 16·tokens elements for each tile. W is wanted transposed: the registers of a run (columns
+// 16t + 2p and + 1 of the row g, for lane 4g + t) are an 8×8 matrix of rows against columns, and movmatrix, one
+// instruction, turns it into the fragment of Wᵀ:
 //
 //   a[0]  columns 16(g / 2) + 4q + g % 2,      rows 2t, 2t + 1       c[0], c[1]  these columns, tokens 2t, 2t + 1
 //   a[1]  columns 16(g / 2) + 4q + 2 + g % 2,  the same rows         c[2], c[3]  the columns of a[1]
@@ -26,7 +27,7 @@
 // Resources:
 //
 //   bitmap_grad_x_kernel<T, 1>         80 registers    33024 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        160 registers    33280 bytes of shared memory    up to 32
+//   bitmap_grad_x_kernel<T, 4>        128 registers    34816 bytes of shared memory    up to 32
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
@@ -38,16 +39,18 @@ namespace pyfast::cuda {
 
 template <int TokenTiles>
 struct BitmapGradXPlan {
-  static constexpr int kWarps = 4;
+  static constexpr int kWarps = 4;  // one below the other, their sums are added
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTokens = 8 * TokenTiles;
-  static constexpr int kRowTiles = 2;  // of a stage
-  static constexpr int kColumns = kTileColumns * kWarps;
+  static constexpr int kRowTiles = 2;  // of a warp's stage
+  static constexpr int kStageTiles = kRowTiles * kWarps;
+  static constexpr int kColumns = kTileColumns;
   static constexpr int kSlotBytes = 2 * kTileElements + 16;  // of a tile's values, which may begin within a chunk
   static constexpr int kPipelineBytes = kWarps * 2 * kRowTiles * kSlotBytes;
   static constexpr int kSumStride = kColumns + 4;  // floats from token to token
   static constexpr int kSumBytes = kTokens * kSumStride * 4;
-  static constexpr int kSharedBytes = kPipelineBytes > kSumBytes ? kPipelineBytes : kSumBytes;
+  static constexpr int kAllSumBytes = kWarps * kSumBytes;
+  static constexpr int kSharedBytes = kPipelineBytes > kAllSumBytes ? kPipelineBytes : kAllSumBytes;
 };
 
 struct BitmapGradValuesPlan {
@@ -70,7 +73,7 @@ struct BitmapGradValuesArgs {
 #if defined(PYFAST_KERNELS)
 
 // args.x is grad [tokens, n], n padded with zeros to args.k, a multiple of 16; args.out.n the columns of W. Grid: x
-// over the splits of the rows of W, y over 256 columns.
+// over the splits of the rows of W, y over the columns of tiles.
 template <class T, int TokenTiles>
 __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     bitmap_grad_x_kernel(const BitmapLinearArgs args) {
@@ -79,37 +82,36 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
   const int tiles_a_row = static_cast<int>(args.weight.tiles_a_row), row_tiles = args.k / kTileRows;
-  const int column_tile = static_cast<int>(blockIdx.y) * Plan::kWarps + warp;
 
   // `left` tiles from row tile `first` on. Tiles 0 and 1 are those of a stage.
-  const int share = args.split_stages * Plan::kRowTiles, first = static_cast<int>(blockIdx.x) * share;
-  int left = column_tile >= tiles_a_row ? 0 : row_tiles - first < share ? row_tiles - first : share;
-  const int64_t number = static_cast<int64_t>(first) * tiles_a_row + column_tile;
+  const int share = args.split_stages * Plan::kRowTiles;
+  const int first = (static_cast<int>(blockIdx.x) * Plan::kWarps + warp) * share;
+  int left = row_tiles - first < share ? row_tiles - first : share;
+  const int64_t number = static_cast<int64_t>(first) * tiles_a_row + blockIdx.y;
   const int64_t* offsets = args.weight.offsets + number;
   const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
   const unsigned char* grad = reinterpret_cast<const unsigned char*>(args.x) +
                               2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileRows + 2 * t);
 
-  // The bits of a stage are fetched a stage ahead, where its values begin and end two stages.
-  uint16_t bits[2][2] = {};
+  // The bits of a stage are fetched a stage ahead, where its values begin and end two stages. Where no tile follows,
+  // those of another one come once more: bitmap_linear.cuh says why.
+  uint32_t bits[2][2] = {};
   int64_t begins[2] = {}, ends[2] = {};
-  const auto fetch_bits = [&](int there) {
+  const auto fetch_bits = [&](bool second) {
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
-      if (there <= tile) continue;
-      bits[tile][0] = ptx::ld_nc(quarters + 64 * tile * tiles_a_row);
-      bits[tile][1] = ptx::ld_nc(quarters + 64 * tile * tiles_a_row + 32);
+      const uint16_t* const from = quarters + (tile == 1 && second ? 64 * tiles_a_row : 0);
+      bits[tile][0] = ptx::ld_nc(from);
+      bits[tile][1] = ptx::ld_nc(from + 32);
     }
-    quarters += 128 * int64_t{tiles_a_row};
   };
-  const auto fetch_offsets = [&](int there) {
+  const auto fetch_offsets = [&](bool second) {
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
-      if (there <= tile) continue;
-      begins[tile] = offsets[tile * tiles_a_row];
-      ends[tile] = offsets[tile * tiles_a_row + 1];
+      const int64_t* const from = offsets + (tile == 1 && second ? tiles_a_row : 0);
+      begins[tile] = from[0];
+      ends[tile] = from[1];
     }
-    offsets += 2 * int64_t{tiles_a_row};
   };
   // Begins to copy the values of a stage into its slots. Of each tile: where its values begin in the slot, and their
   // bytes, −1 where the table is damaged.
@@ -142,10 +144,21 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     ptx::cp_async_wait<0>();
     ptx::syncwarp();
   };
-  fetch_bits(left);
-  fetch_offsets(left);
-  fetch_values(left);
-  fetch_offsets(left - 2);
+  // To the next stage, where there is one.
+  const auto next_bits = [&](int there) {
+    if (there > 0) quarters += 128 * int64_t{tiles_a_row};
+    fetch_bits(there > 1);
+  };
+  const auto next_offsets = [&](int there) {
+    if (there > 0) offsets += 2 * int64_t{tiles_a_row};
+    fetch_offsets(there > 1);
+  };
+  if (left > 0) {
+    fetch_bits(left > 1);
+    fetch_offsets(left > 1);
+    fetch_values(left);
+    next_offsets(left - 2);
+  }
 
   float sums[4][TokenTiles][4] = {};
   for (; left > 0; left -= 2) {
@@ -153,8 +166,7 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     uint32_t held[2], from[2][2];
     arrive();
     PYFAST_UNROLL
-    for (int tile = 0; tile < 2; ++tile)
-      held[tile] = static_cast<uint32_t>(bits[tile][0]) | static_cast<uint32_t>(bits[tile][1]) << 16;
+    for (int tile = 0; tile < 2; ++tile) held[tile] = bits[tile][0] | bits[tile][1] << 16;
     count_runs(held, runs);
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
@@ -163,10 +175,10 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
       const uint32_t end = place_runs(runs[tile], begin, from[tile]);
       if (end - begin != static_cast<uint32_t>(sizes[tile])) runs[tile].bits = 0;
     }
-    fetch_bits(left - 2);
+    next_bits(left - 2);
     stage ^= 1;
     fetch_values(left - 2);
-    fetch_offsets(left - 4);
+    next_offsets(left - 4);
 
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   ptx::syncthreads();
 
   float* const totals = reinterpret_cast<float*>(shared);
-  float* const own = totals + warp * kTileColumns + 16 * (g / 2) + g % 2;
+  float* const own = totals + warp * (Plan::kSumBytes / 4) + 16 * (g / 2) + g % 2;
   PYFAST_UNROLL
   for (int q = 0; q < 4; ++q) PYFAST_UNROLL
   for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
@@ -213,7 +225,7 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     if (token >= 8 * token_tile) own[token * Plan::kSumStride + 4 * q + i / 2 * 2] = sums[q][token_tile][i];
   }
   ptx::syncthreads();
-  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kColumns, Plan::kSumStride>(
+  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kColumns, Plan::kSumStride, Plan::kWarps, Plan::kSumBytes / 4>(
       totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kColumns);
 }
 

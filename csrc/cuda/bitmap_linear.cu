@@ -11,6 +11,7 @@ namespace {
 
 constexpr const char* kName = "bitmap_linear";
 constexpr int64_t kFewTokens = 64;
+constexpr int64_t kLeastRows = BitmapLinearPlan<1>::kRows;  // of a block
 constexpr int64_t kMaxColumns = 1 << 26;  // of a row of 16 × 2^26 values, counted in 32 bits on the device
 
 template <class T, int TokenTiles>
@@ -19,8 +20,9 @@ void launch_matrix(const Tensor& x, BitmapLinearArgs args) {
   constexpr auto kKernel = bitmap_linear_kernel<T, TokenTiles>;
   const int64_t row_blocks = ceil_div(args.out.n, Plan::kRows);
   const int64_t stages = ceil_div(args.weight.tiles_a_row, Plan::kStageTiles);
-  const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
-  const int64_t splits = count_splits_by_issue(row_blocks, stages, facts.multiprocessors, 16 / Plan::kWarps);
+  const Residents& residents =
+      resident_in_clusters<kKernel>(x.get_device_index(), Plan::kThreads, Plan::kSharedBytes, kName);
+  const int64_t splits = count_splits(row_blocks, stages, residents);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
   launch_splits<T, kKernel>(x, args, splits, row_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
@@ -69,7 +71,7 @@ Tensor bitmap_linear_few(const Tensor& x, const Tensor& values, const Tensor& bi
   check_x(x, values, kFewTokens);
   const int64_t tokens = x.size(0), k = x.size(1);
   STD_TORCH_CHECK(k <= kMaxColumns, "x: has ", k, " columns, at most ", kMaxColumns);
-  STD_TORCH_CHECK(ceil_div(n, 64) <= kMaxBlocksY, "n: ", n, " rows, at most ", 64 * kMaxBlocksY);
+  STD_TORCH_CHECK(n <= kLeastRows * kMaxBlocksY, "n: ", n, " rows, at most ", kLeastRows * kMaxBlocksY);
   check_tables(values, bitmaps, offsets, n, k);
 
   const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());

@@ -4,41 +4,49 @@
 //   y [tokens, n]   sums and epilogue in float32, rounded once
 //
 // Bytes. At density d a position costs 2d + 1/8 (values, bitmap) of the dense 2, each read from memory once. Every
-// block reads x again, from L2: 8·⌈tokens/8⌉/(8d·rows) of the values' bytes, rows = 64 up to 16 tokens and 128 above.
+// block reads x again, from L2: 8·⌈tokens/8⌉/(d·rows) of the values' bytes, rows = 32 up to 16 tokens and 64 above.
 //
 // A warp goes along a row of tiles, or two of them above 16 tokens, where they share the loads of x. Two tiles are a
 // stage, side by side or one below the other. For each stage it
 //
-//   waits for the copies that it began a stage ago (no other warp is waited for), and begins the next: values in stream
-//   order into its ring (bitmap_ring.cuh), bits of the next stage into registers
-//   counts the bits of both tiles, which tells where each lane's values lie (bitmap_expand.cuh)
-//   for half of the columns at a time: expands them, loads x from L1, where the warps of a block meet, multiplies
+//   waits for the copies that it began a stage ago; no other warp is waited for
+//   counts the bits of both tiles, which tells where each lane's values lie (bitmap_expand.cuh), and begins to load
+//   those of the next stage for each tile, half of the columns at a time: loads x from L1, where the warps of a block
+//   meet, expands, multiplies before the last tile: begins to copy what follows, in stream order, into its ring
+//   (bitmap_ring.cuh)
 //
 // Half of the columns, because that is half of the registers that wait for mma: the lane's 16 columns of x are two
-// loads of 16 bytes anyway.
+// loads of 16 bytes anyway. A ring holds two full tiles; above 50 % density a tile may not have been asked for in time.
+// Then it is asked for when its turn comes, and waited for.
+//
+// Bound by latency: the first kernel of this form, with 5 warps a scheduler, issued 1.3 to 1.7 instructions a cycle on
+// an H100 and waited for shared and global memory in turn. So what counts is warps (8 blocks of 4 up to 16 tokens, 4
+// blocks up to 32), a grid that fills them once at every shape (blocks of few rows, two warps side by side, splits by
+// the launch's occupancy: count_splits), and no load whose result is touched soon: x comes before the expansion, bits a
+// stage ahead.
 //
 // Instructions of a warp for a tile, counted in the code for sm_90; fetching depends on what is stored, here at 50 and
 // 80 %, the rest does not:
 //
 //   token tiles           1     2     4     8
-//   expand, multiply    160   166   182   206
-//   fetch, 50 %          15    15    26    26
-//   fetch, 80 %           6     6    10    10
+//   expand, multiply    174   187   203   224
+//   fetch, 50 %          21    21    24    24
+//   fetch, 80 %           9     9    10    10
 //
 // An H100 takes 1024 dense positions in 183 cycles of a multiprocessor at the 2.7 TB/s that a dense product reaches, in
 // which it issues about 470 instructions of a warp. The loads from shared memory weigh as much: simulated at random
 // bits, the 32 loads of a tile take 69, 52, 40, 31 passes at 50, 70, 80, 90 % (the lanes' runs meet in the banks), and
-// about 30 more go to copies, shuffles and x. The grid is chosen by that: count_splits_by_issue.
+// about 30 more go to copies, shuffles and x.
 //
 // Where n gives too few blocks, several share the columns (split_sums.cuh).
 //
 // Resources, those of bitmap_vector.cuh too (tests/test_cuda_build.py compares; the shared memory of
 // bitmap_vector_kernel is the launch's and depends on the density: here at 50 %, and for 8 stages of x):
 //
-//   bitmap_linear_kernel<T, 1>      80 registers    32896 bytes of shared memory    up to 8 tokens
-//   bitmap_linear_kernel<T, 2>      96 registers    32896 bytes of shared memory    up to 16
-//   bitmap_linear_kernel<T, 4>     128 registers    66048 bytes of shared memory    up to 32
-//   bitmap_linear_kernel<T, 8>     216 registers    33792 bytes of shared memory    up to 64
+//   bitmap_linear_kernel<T, 1>      64 registers    16512 bytes of shared memory    up to 8 tokens
+//   bitmap_linear_kernel<T, 2>      64 registers    16512 bytes of shared memory    up to 16
+//   bitmap_linear_kernel<T, 4>     128 registers    33024 bytes of shared memory    up to 32
+//   bitmap_linear_kernel<T, 8>     216 registers    34816 bytes of shared memory    up to 64
 //   bitmap_vector_kernel<T, 1>      56 registers    40064 bytes of shared memory    1 token
 //   bitmap_vector_kernel<T, 2>      56 registers    42112 bytes of shared memory    2
 //   bitmap_vector_kernel<T, 4>      64 registers    46208 bytes of shared memory    3 and 4
@@ -78,15 +86,15 @@ struct BitmapLinearPlan {
   static constexpr int kTokens = 8 * TokenTiles;
   static constexpr int kRowTiles = TokenTiles <= 2 ? 1 : 2;        // of a warp
   static constexpr int kColumnTiles = 2 / kRowTiles;               // of a stage
-  static constexpr int kRowWarps = 4;                              // one below the other
-  static constexpr int kColumnWarps = TokenTiles == 4 ? 2 : 1;     // side by side, their sums are added
+  static constexpr int kRowWarps = 2;                              // one below the other
+  static constexpr int kColumnWarps = 2;                           // side by side, their sums are added
   static constexpr int kStageTiles = kColumnTiles * kColumnWarps;  // of a block
   static constexpr int kWarps = kRowWarps * kColumnWarps;
   static constexpr int kThreads = 32 * kWarps;
   // Of a multiprocessor, as the registers are meant to allow.
-  static constexpr int kBlocks = TokenTiles == 1 ? 6 : TokenTiles == 2 ? 5 : 2;
+  static constexpr int kBlocks = TokenTiles <= 2 ? 8 : TokenTiles == 4 ? 4 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
-  static constexpr int kRingBytes = 8192 / kRowTiles, kRingSpace = kRingBytes + kRingMirrorBytes;
+  static constexpr int kRingBytes = 4096, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
   static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
   static constexpr int kAllSumBytes = kColumnWarps * kSumBytes, kPipelineBytes = kWarps * kRowTiles * kRingSpace;
@@ -126,85 +134,90 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   const unsigned char* x = reinterpret_cast<const unsigned char*>(args.x) +
                            2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileColumns + 16 * t);
 
-  // The bits of the two tiles of a stage, a stage ahead.
-  uint16_t bits[2][2] = {};
+  // The bits of the two tiles of a stage, a stage ahead. Where no tile follows, the last one's bits come once more:
+  // loads under a condition would be merged with what was there, and waited for at once.
+  uint32_t bits[2][2] = {};
   const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
-  const auto fetch_bits = [&](int there) {
+  const auto fetch_bits = [&](bool second) {
     PYFAST_UNROLL
     for (int slot = 0; slot < 2; ++slot) {
-      const uint16_t* const from = quarters + 64 * (Plan::kRowTiles == 2 ? slot * below : slot);
-      if (there <= slot / Plan::kRowTiles) continue;
+      const uint16_t* const from = quarters + (slot == 0 ? 0 : Plan::kRowTiles == 2 ? 64 * below : second ? 64 : 0);
       bits[slot][0] = ptx::ld_nc(from);
       bits[slot][1] = ptx::ld_nc(from + 32);
     }
-    quarters += 64 * Plan::kColumnTiles;
   };
   const auto arrive = [] {
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::syncwarp();
   };
-  fetch_bits(left);
+  if (left > 0) fetch_bits(left > 1);
   PYFAST_UNROLL
-  for (int i = 0; i < Plan::kRowTiles; ++i) rings[i].fetch(lane);
+  for (int i = 0; i < Plan::kRowTiles; ++i) rings[i].fetch(lane, rings[i].at);
 
   float sums[Plan::kRowTiles][TokenTiles][4] = {};
   for (; left > 0; left -= Plan::kColumnTiles) {
-    uint32_t arrived[Plan::kRowTiles], held[2];
+    uint32_t held[2];
     arrive();
     PYFAST_UNROLL
-    for (int slot = 0; slot < 2; ++slot)
-      held[slot] = static_cast<uint32_t>(bits[slot][0]) | static_cast<uint32_t>(bits[slot][1]) << 16;
+    for (int slot = 0; slot < 2; ++slot) held[slot] = bits[slot][0] | bits[slot][1] << 16;
     if (Plan::kColumnTiles == 2 && left == 1) held[1] = 0;  // none is there
-    fetch_bits(left - Plan::kColumnTiles);
-    PYFAST_UNROLL
-    for (int i = 0; i < Plan::kRowTiles; ++i) {
-      arrived[i] = rings[i].fetched;
-      rings[i].fetch(lane);
-    }
-
     BitmapRuns runs[2];
-    uint32_t at[2][2];
+    uint32_t begin[Plan::kRowTiles], at[Plan::kRowTiles][2];
     count_runs(held, runs);
-    PYFAST_UNROLL
-    for (int slot = 0; slot < 2; ++slot) rings[slot % Plan::kRowTiles].take(runs[slot], at[slot]);
-    bool late = false;
-    PYFAST_UNROLL
-    for (int i = 0; i < Plan::kRowTiles; ++i) late = late || rings[i].at > arrived[i];
-    if (late) {
-      arrive();
-      PYFAST_UNROLL
-      for (int slot = 0; slot < 2; ++slot)
-        if (rings[slot % Plan::kRowTiles].at > rings[slot % Plan::kRowTiles].end) runs[slot].bits = 0;
-    }
+    if (left > Plan::kColumnTiles) quarters += 64 * Plan::kColumnTiles;
+    fetch_bits(left > Plan::kColumnTiles + 1);
 
     // Half of a tile's columns: steps 2·half and 2·half + 1.
     const auto multiply = [&](auto half, int right) {
       constexpr int kHalf = decltype(half)::value;
-      uint32_t upper[Plan::kRowTiles][4], lower[Plan::kRowTiles][4];
-      PYFAST_UNROLL
-      for (int i = 0; i < Plan::kRowTiles; ++i) {
-        expand_half<0, kHalf>(runs[i + right], at[i + right][0], upper[i]);
-        expand_half<1, kHalf>(runs[i + right], at[i + right][1], lower[i]);
-      }
+      uint32_t b[TokenTiles][2][2];
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         const unsigned char* const from =
             x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
         const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
-        const uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
+        b[token_tile][0][0] = words.x, b[token_tile][0][1] = words.y;
+        b[token_tile][1][0] = words.z, b[token_tile][1][1] = words.w;
+      }
+      uint32_t upper[Plan::kRowTiles][4], lower[Plan::kRowTiles][4];
+      PYFAST_UNROLL
+      for (int i = 0; i < Plan::kRowTiles; ++i) {
+        expand_half<0, kHalf>(runs[i + right], at[i][0], upper[i]);
+        expand_half<1, kHalf>(runs[i + right], at[i][1], lower[i]);
+      }
+      PYFAST_UNROLL
+      for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         PYFAST_UNROLL
         for (int step = 0; step < 2; ++step) PYFAST_UNROLL
         for (int i = 0; i < Plan::kRowTiles; ++i) {
           const uint32_t a[4] = {upper[i][2 * step], lower[i][2 * step], upper[i][2 * step + 1],
                                  lower[i][2 * step + 1]};
-          ptx::mma_m16n8k16<T>(sums[i][token_tile], a, b[step], sums[i][token_tile]);
+          ptx::mma_m16n8k16<T>(sums[i][token_tile], a, b[token_tile][step], sums[i][token_tile]);
         }
       }
     };
     PYFAST_UNROLL
     for (int right = 0; right < Plan::kColumnTiles; ++right) {
       if (right > 0 && left <= right) break;
+      if (right > 0) ptx::syncwarp();  // the tile on the left is written over
+      bool late = false;
+      PYFAST_UNROLL
+      for (int i = 0; i < Plan::kRowTiles; ++i) {
+        const uint32_t arrived = rings[i].fetched;
+        if (right == Plan::kColumnTiles - 1) rings[i].fetch(lane, rings[i].at);
+        begin[i] = rings[i].at;
+        rings[i].take(runs[i + right], at[i]);
+        late = late || rings[i].at > arrived;
+      }
+      if (late) {
+        PYFAST_UNROLL
+        for (int i = 0; i < Plan::kRowTiles; ++i) {
+          if (rings[i].at > rings[i].end) runs[i + right].bits = 0;
+          if (right < Plan::kColumnTiles - 1) rings[i].fetch(lane, begin[i]);
+        }
+        arrive();
+      }
       multiply(std::integral_constant<int, 0>{}, right);
       multiply(std::integral_constant<int, 1>{}, right);
     }

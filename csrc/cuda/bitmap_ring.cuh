@@ -6,11 +6,11 @@
 //   ring        positions modulo Bytes, in shared memory; its first 32 bytes once more behind its end, so that a run
 //               of 16 values that begins in the ring is never cut
 //
-// Copies come in steps of `Step` bytes, as far ahead as the ring holds. A stage (the tiles between two calls of
-// `fetch`) takes at most Bytes − Step, whatever is stored in it.
+// Copies come in steps of `Step` bytes, as far ahead as the ring holds: after `fetch` the Bytes − Step from `at` on are
+// asked for, which is more than a tile takes, whatever is stored in it.
 //
 // Damaged tables give wrong values but no access outside the tensors: a stream ends where the table says, not after the
-// last value that is stored, and a stage that asks for more counts as empty.
+// last value that is stored, and a tile that asks for more counts as empty.
 #pragma once
 
 #include "bitmap_expand.cuh"
@@ -25,6 +25,8 @@ inline constexpr int kRingMirrorBytes = 32;
 template <int Bytes, int Step>
 struct BitmapRing {
   static constexpr int kCopy = 512;  // of a warp's cp.async
+  static constexpr int kMirrorLanes = kRingMirrorBytes / 16;
+  static_assert(Bytes - Step >= 2 * kTileElements + 14);  // a tile, its first value anywhere in a chunk
 
   unsigned char* ring;
   const unsigned char* source;  // of the lane's chunk of the first step
@@ -53,29 +55,28 @@ struct BitmapRing {
     from[1] = base + (from[1] & (Bytes - 1));
   }
 
-  // Begins copies until the ring is full: what lies before `at` is read no more.
-  PYFAST_DEVICE void fetch(int lane) {
+  // Begins copies until the ring is full: what lies before `kept` is read no more.
+  PYFAST_DEVICE void fetch(int lane, uint32_t kept) {
     unsigned char* const own = ring + 16 * lane;
-    while (static_cast<int32_t>(at + (Bytes - Step) - fetched) >= 0 && fetched < end) {
+    const uint32_t room = kept + Bytes, whole = room < end ? room : end;
+    for (; fetched + Step <= whole; fetched += Step) {
       const uint32_t place = fetched & (Bytes - 1);
-      const bool mirror = place == 0 && lane < kRingMirrorBytes / 16;
       const unsigned char* const from = source + fetched;
-      if (end - fetched >= Step) {
-        PYFAST_UNROLL
-        for (int i = 0; i < Step; i += kCopy) ptx::cp_async<16>(own + place + i, from + i);
-        if (mirror) ptx::cp_async<16>(own + Bytes, from);
-        fetched += Step;
-      } else {
-        // Whole chunks, then the one that the end cuts.
-        const int rest = static_cast<int>(end - fetched) - 16 * lane, cut = rest % kCopy;
-        PYFAST_UNROLL
-        for (int i = 0; i < Step; i += kCopy)
-          if (rest >= i + 16) ptx::cp_async<16>(own + place + i, from + i);
-        if (cut > 0 && cut < 16) ptx::cp_async<16>(own + place + rest - cut, from + rest - cut, cut);
-        if (mirror && rest > 0) ptx::cp_async<16>(own + Bytes, from, rest < 16 ? rest : 16);
-        fetched = end;
-      }
+      PYFAST_UNROLL
+      for (int i = 0; i < Step; i += kCopy) ptx::cp_async<16>(own + place + i, from + i);
+      if (place == 0 && lane < kMirrorLanes) ptx::cp_async<16>(own + Bytes, from);
     }
+    if (fetched >= end || fetched + Step > room) return;
+    // Whole chunks, then the one that the end cuts.
+    const uint32_t place = fetched & (Bytes - 1);
+    const unsigned char* const from = source + fetched;
+    const int rest = static_cast<int>(end - fetched) - 16 * lane, cut = rest % kCopy;
+    PYFAST_UNROLL
+    for (int i = 0; i < Step; i += kCopy)
+      if (rest >= i + 16) ptx::cp_async<16>(own + place + i, from + i);
+    if (cut > 0 && cut < 16) ptx::cp_async<16>(own + place + rest - cut, from + rest - cut, cut);
+    if (place == 0 && lane < kMirrorLanes && rest > 0) ptx::cp_async<16>(own + Bytes, from, rest < 16 ? rest : 16);
+    fetched = end;
   }
 };
 

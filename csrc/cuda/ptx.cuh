@@ -159,10 +159,11 @@ PYFAST_DEVICE uint32_t dot2(uint32_t a, uint32_t b, uint32_t sum) {
 // Pointers are multiples of the size of what they point to.
 
 // ld.global.nc: memory that no thread writes while the kernel runs.
-PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from) {
-  uint16_t half;
-  asm("ld.global.nc.b16 %0, [%1];" : "=h"(half) : "l"(__cvta_generic_to_global(from)));
-  return half;
+// A half becomes a word: nvcc moves a register of 16 bits as soon as it is loaded, and waits for that.
+PYFAST_DEVICE uint32_t ld_nc(const uint16_t* from) {
+  uint32_t word;
+  asm("ld.global.nc.u16 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  return word;
 }
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from) {
   uint32_t word;

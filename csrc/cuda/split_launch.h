@@ -112,20 +112,6 @@ inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident
   return count_splits(row_blocks, stages, residents);
 }
 
-// The same for kernels that are bound by what a multiprocessor issues: however many blocks it runs at once, it ends
-// with the last of its share. `enough` blocks keep it busy; half as many take two thirds of their time.
-inline int64_t count_splits_by_issue(int64_t row_blocks, int64_t stages, int64_t multiprocessors, int64_t enough) {
-  int64_t best = 1, least = 0;
-  for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kClusterBlocks, stages / 2)); ++splits) {
-    const int64_t blocks = ceil_div(row_blocks * splits, multiprocessors);
-    const int64_t time = std::max(3 * blocks, 2 * blocks + enough) * (ceil_div(stages, splits) + 1);
-    if (splits > 1 && time >= least) continue;
-    best = splits;
-    least = time;
-  }
-  return best;
-}
-
 // Launches Kernel(args) with `splits` blocks for each of row_blocks × token_blocks. Args holds tokens, out, partial.
 template <class T, auto Kernel, class Args>
 void launch_splits(const Tensor& x, Args args, int64_t splits, int64_t row_blocks, int threads, int shared_bytes,

@@ -12,7 +12,7 @@ unsigned parts(int64_t all, int64_t one) { return static_cast<unsigned>((all + o
 template <class T, int TokenTiles>
 void grad_x(BitmapLinearArgs args, unsigned splits, bool cluster) {
   using Plan = BitmapGradXPlan<TokenTiles>;
-  const unsigned stages = parts(args.weight.tiles / args.weight.tiles_a_row, 2);
+  const unsigned stages = parts(args.weight.tiles / args.weight.tiles_a_row, Plan::kStageTiles);
   args.split_stages = static_cast<int32_t>(parts(stages, splits));
   set_token_tiles(args);
   const bool two_kernels = splits > 1 && !cluster;

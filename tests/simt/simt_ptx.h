@@ -104,7 +104,7 @@ PYFAST_DEVICE T load(const T* from, Where where) {
   simt::load(&value, from, sizeof(T), where);
   return value;
 }
-PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE uint32_t ld_nc(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return load(from, where); }
