@@ -125,8 +125,9 @@ __global__ void marked_pairs(const uint32_t* words, const uint16_t* values, uint
   out[224 + threadIdx.x] = ptx::add_from_below<16>(word);
 }
 
-// 64 words through shared memory, read back by address. Row 0: the weighted bytes of a word plus the lane; rows 1, 2, 3:
-// the words, pairs and fours from the last on, their parts joined by xor; row 4: 2·lane added to 1 where lane is odd.
+// 64 words through shared memory, read back by address. Row 0: the weighted bytes of a word plus the lane; rows 1, 2,
+// 3: the words, pairs and fours from the last on, their parts joined by xor; row 4: 2·lane added to 1 where lane is
+// odd.
 __global__ void by_address(const uint32_t* words, uint32_t* out) {
   PYFAST_DYNAMIC_SHARED(bytes);
   const int lane = static_cast<int>(threadIdx.x);

@@ -182,14 +182,9 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
   simt::multiply_sparse(kIsBFloat16<T>, Selector, d, a, b, c, metadata, where);
 }
 
-<<<<<<< HEAD
 PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
   if (bits != 0) sum = __builtin_fmaf(a, b, sum);
 }
-PYFAST_DEVICE float exp2_approx(float x) { return std::exp2(x); }
-PYFAST_DEVICE float log2_approx(float x) { return std::log2(x); }
-PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
-=======
 // Subnormal numbers count as 0, before and after. kRough: how far the results may be off, where a test sets it; 2^0 and
 // log2 1 are exact.
 constexpr float kRough = 0.0f;
@@ -207,7 +202,6 @@ PYFAST_DEVICE float log2_approx(float x) {
   return y == 0.0f ? y : y + std::fmax(1.0f, std::fabs(y)) * deviation(x);
 }
 PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x + 1.0f / x * deviation(x); }
->>>>>>> wip-kl
 PYFAST_DEVICE float to_float(float x) { return x; }
 PYFAST_DEVICE float to_float(BFloat16 x) { return widen(bf16{x.bits}); }
 PYFAST_DEVICE float to_float(Float16 x) { return widen(f16{x.bits}); }
@@ -245,12 +239,9 @@ PYFAST_DEVICE float fma_saturated(float a, float b, float c) {
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 PYFAST_DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
 PYFAST_DEVICE void cluster_sync(Where where = Where::current()) { simt::cluster_barrier(where); }
-<<<<<<< HEAD
 PYFAST_DEVICE void cluster_leave(Where where = Where::current()) { simt::cluster_barrier(where); }
-=======
 PYFAST_DEVICE void cluster_fence() {}
 PYFAST_DEVICE void cluster_sync_relaxed(Where where = Where::current()) { simt::cluster_barrier(where); }
->>>>>>> wip-kl
 template <class T>
 PYFAST_DEVICE T* map_shared_rank(T* shared, uint32_t rank, Where where = Where::current()) {
   return static_cast<T*>(simt::map_shared(shared, rank, where));
