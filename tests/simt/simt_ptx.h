@@ -104,10 +104,19 @@ PYFAST_DEVICE T load(const T* from, Where where) {
   simt::load(&value, from, sizeof(T), where);
   return value;
 }
-PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
-PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
-PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return load(from, where); }
-PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return load(from, where); }
+template <class T>
+PYFAST_DEVICE T constant(const T* from, Where where) {
+  simt::check_alone(where);
+  return load(from, where);
+}
+PYFAST_DEVICE uint16_t ld_nc(const uint16_t* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE uint16_t ld_global(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE uint32_t ld_global(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE Words2 ld_global(const Words2* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE Words4 ld_global(const Words4* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_streaming(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from, Where where = Where::current()) { return load(from, where); }
@@ -211,6 +220,9 @@ PYFAST_DEVICE uint32_t pack(float first, float second) {
   static_assert(kIsTensorCoreType<T>);
   return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
 }
+
+PYFAST_DEVICE void launch_dependents() { simt::launch_dependents(); }
+PYFAST_DEVICE void wait_prerequisites() { simt::wait_prerequisites(); }
 
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 PYFAST_DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
