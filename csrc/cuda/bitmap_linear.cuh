@@ -101,6 +101,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   using Plan = BitmapLinearPlan<TokenTiles>;
   using Ring = BitmapRing<Plan::kRingBytes, Plan::kRingBytes / 4>;
   PYFAST_DYNAMIC_SHARED(shared);
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
   const int row_warp = static_cast<int>(threadIdx.x / 32 % Plan::kRowWarps);
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
     for (int slot = 0; slot < 2; ++slot) {
       const uint16_t* const from = quarters + 64 * (Plan::kRowTiles == 2 ? slot * below : slot);
       if (there <= slot / Plan::kRowTiles) continue;
-      bits[slot][0] = ptx::ld_nc(from);
-      bits[slot][1] = ptx::ld_nc(from + 32);
+      bits[slot][0] = ptx::ld_global(from);
+      bits[slot][1] = ptx::ld_global(from + 32);
     }
     quarters += 64 * Plan::kColumnTiles;
   };
@@ -191,7 +193,7 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         const unsigned char* const from =
             x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
-        const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
+        const Words4 words = ptx::ld_global(reinterpret_cast<const Words4*>(from));
         const uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
         PYFAST_UNROLL
         for (int step = 0; step < 2; ++step) PYFAST_UNROLL
