@@ -443,6 +443,44 @@ def test_two_streams_and_a_graph_at_once() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_products_that_overlap_wait_for_each_other() -> None:
+    """Each takes what the one before writes, in memory that earlier ones have read; weights are written in between."""
+    dense = sparse(1024, 1024, 0.2).cuda()
+    weight = pyfast.BitmapWeight.from_dense(dense)
+    layout = SlicedLayout.of(weight)
+    pairs = torch.randn(1024, 256, 4, device="cuda", dtype=torch.bfloat16)
+    pairs[..., 1:3] = 0
+    halves = pyfast.Sparse24Weight.from_dense(pairs.reshape(1024, 1024))
+    x, zeros = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16), torch.zeros_like(layout.values)
+    ops = torch.ops.pyfast
+    kept = layout.values.clone()
+
+    def steps(pause: bool) -> Tensor:
+        y = x
+        for i in range(60):
+            if i % 7 == 0:
+                layout.values.copy_(zeros)
+                layout.values.copy_(kept)
+            y = layout.linear(y, None, 0, None)
+            y = ops.sparse24_linear_mma(y, halves.values, halves.metadata, None, 0, None)
+            y = ops.bitmap_linear_few(y, weight.values, weight.bitmaps, weight.offsets, None, 1024, 0, None)
+            y = y / y.float().norm().to(y.dtype)
+            if pause:
+                torch.cuda.synchronize()
+        return y
+
+    truth = steps(pause=True)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        replayed = steps(pause=False)
+    for _ in range(20):
+        assert torch.equal(steps(pause=False), truth)
+        captured.replay()
+        assert torch.equal(replayed, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_huge_row_on_the_gpu() -> None:
     dense = uneven(2000, 18944).cuda()
     layout = SlicedLayout.of(pyfast.BitmapWeight.from_dense(dense))
