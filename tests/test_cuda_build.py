@@ -153,6 +153,36 @@ def test_compiles_without_warnings_and_spills(objects: dict[str, tuple[Path, str
         assert not stated or registers + 24 > limit, f"{kernel} holds {registers} registers, far fewer than {limit}"
 
 
+OVERLAPPING = ("sparse24_linear", "bitmap_linear", "bitmap_backward", "sliced_linear")
+
+
+def disassembler() -> str:
+    beside = Path(nvcc()).resolve().parent / "cuobjdump"
+    found = shutil.which("cuobjdump") or (str(beside) if beside.exists() else None)
+    if found is None:
+        pytest.skip("no cuobjdump")
+    return found
+
+
+@pytest.mark.parametrize("op", OVERLAPPING)
+def test_nothing_is_touched_before_the_grid_before_has_ended(objects: dict[str, tuple[Path, str]], op: str) -> None:
+    """No load or store stands before griddepcontrol.wait in the machine code; ptxas may move ld.global.nc there."""
+    listing = subprocess.run(
+        [disassembler(), "-sass", str(objects[op][0])], capture_output=True, text=True, check=True
+    ).stdout
+    overlapping = 0
+    for function in listing.split("Function : ")[1:]:
+        found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", function)
+        if "ACQBULK" not in found:
+            assert "PREEXIT" not in found
+            continue
+        overlapping += 1
+        assert found.index("PREEXIT") < found.index("ACQBULK")
+        touching = {"LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG"}
+        assert not touching & set(found[: found.index("ACQBULK")]), function.splitlines()[0]
+    assert overlapping > 0
+
+
 def test_needs_nothing_of_torch_but_the_stable_interface(objects: dict[str, tuple[Path, str]]) -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")

@@ -114,17 +114,22 @@ def test_marked_pairs_and_sums_of_products(library: host.Library) -> None:
         np.testing.assert_array_equal(out.array[row], words + below)
 
 
-def test_shared_memory_by_address(library: host.Library) -> None:
+def run_address(library: host.Library, order: int = 0) -> tuple[np.ndarray, np.ndarray]:
     words = np.random.default_rng(4).integers(0, 2**32, 64, dtype=np.uint32)
     out = host.Output((5, 32), np.uint32)
-    library.run("by_address", words, out)
+    library.run("by_address", words, out, order=order)
+    return words, out.array
+
+
+def test_shared_memory_by_address(library: host.Library) -> None:
+    words, out = run_address(library)
     lanes = np.arange(32)
     weighted = words[:32].view(np.uint8).reshape(32, 4) @ np.array([1, 2, 3, 4])
-    np.testing.assert_array_equal(out.array[0], weighted + lanes)
-    np.testing.assert_array_equal(out.array[1], words[:31:-1])
-    np.testing.assert_array_equal(out.array[2], np.bitwise_xor.reduce(words.reshape(32, 2), 1)[::-1])
-    np.testing.assert_array_equal(out.array[3], np.tile(np.bitwise_xor.reduce(words.reshape(16, 4), 1)[::-1], 2))
-    np.testing.assert_array_equal(out.array[4], 1 + lanes % 2 * 2 * lanes)
+    np.testing.assert_array_equal(out[0], weighted + lanes)
+    np.testing.assert_array_equal(out[1], words[:31:-1])
+    np.testing.assert_array_equal(out[2], np.bitwise_xor.reduce(words.reshape(32, 2), 1)[::-1])
+    np.testing.assert_array_equal(out[3], np.tile(np.bitwise_xor.reduce(words.reshape(16, 4), 1)[::-1], 2))
+    np.testing.assert_array_equal(out[4], 1 + lanes % 2 * 2 * lanes)
 
 
 def run_rows(library: host.Library, order: int = 0, rows: int = 7) -> bool:
@@ -258,6 +263,24 @@ MUTANTS = {
         "own = numbers[blockIdx.x];\n  ptx::cluster_sync();",
         "own = numbers[blockIdx.x];",
         "before the first cluster_sync|may not have begun|nobody",
+    ),
+    "memory touched while the grid before may run": (
+        run_address,
+        "  ptx::prefetch_l2(words);\n  ptx::wait_prerequisites();\n",
+        "  if (words[lane] == 0) out[lane] = 0;\n  ptx::wait_prerequisites();\n",
+        "before wait_prerequisites",
+    ),
+    "an exit while the grid before may run": (
+        run_address,
+        "  ptx::wait_prerequisites();\n",
+        "  if (lane == 5) return;\n  ptx::wait_prerequisites();\n",
+        "exits before wait_prerequisites",
+    ),
+    "a load that may move before the wait": (
+        run_address,
+        "ptx::ld_global(words + lane)",
+        "ptx::ld_nc(words + lane)",
+        "ld_nc after launch_dependents",
     ),
     "wrong metadata selector": (
         run_sparse,

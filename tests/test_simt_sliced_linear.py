@@ -285,24 +285,24 @@ MUTANTS = {
         "no barrier",
     ),
     "parts read before they are there": (
-        "shares[thread].parts = 0;\n  ptx::syncthreads();",
-        "shares[thread].parts = 0;",
+        "= tail_part.slice;\n  ptx::syncthreads();",
+        "= tail_part.slice;",
         2,
         "no barrier|nobody",
     ),
     "ticket before the sums": (
-        "  }\n  ptx::syncthreads();\n\n  if (thread < 2",
-        "  }\n\n  if (thread < 2",
+        "  ptx::syncwarp();\n  const int own_parts",
+        "  const int own_parts",
         2,
         "no barrier|nobody",
     ),
     "sums read without a barrier after the ticket": (
-        "shares[thread].parts);\n  ptx::syncthreads();",
-        "shares[thread].parts);",
+        "(own_parts));\n  ptx::syncwarp();",
+        "(own_parts));",
         2,
         "no barrier|nobody",
     ),
-    "every block finishes": ("|| share.ticket + 1 != share.parts", "", 2, "no barrier|nobody"),
+    "every block finishes": ("number + 1 != parts[i]", "number < 0", 2, "no barrier|nobody"),
     "chunks past the last": ("if (first + i < last) ring", "ring", 1, "outside|past"),
     "chunks past the last of a turn": (
         "if (kAhead + i < more) ring",
@@ -314,7 +314,7 @@ MUTANTS = {
     "tokens past the last": ("unit < units && token < args.tokens", "unit < units", 3, "outside|past"),
     "columns past the last": (
         "unit < units && token < args.tokens",
-        "token < args.tokens",
+        "unit < units + 1 && token < args.tokens",
         1,
         "outside|past",
     ),
@@ -322,18 +322,32 @@ MUTANTS = {
     "ring not turned": ("turn < turned", "turn < 0", 1, None),
     "the column of the slice before": ("    at = base;\n", "", 1, "nobody"),
     "sums of the slice before": ("sums[token] = 0.0f;", "sums[token] += 0.0f;", 1, None),
-    "start of a warp forgotten": ("base + args.starts[worker * 32 + lane] *", "base + 0 *", 1, None),
+    "start of a warp forgotten": ("base + start *", "base + 0 * start *", 1, None),
     "deltas in another order": ("deltas >> 4 * half &", "deltas >> 4 * (1 - half) &", 1, None),
     "addresses of single deltas": ("kScale >> 8 * (3 - i)", "kScale & 255u << 8 * i", 1, None),
     "halves of a pair exchanged": ("half == 0 ? weights.x : weights.y", "half == 1 ? weights.x : weights.y", 1, None),
     "tokens exchanged": ("ptx::byte_permute(pair, other, 0x5410u)", "ptx::byte_permute(pair, other, 0x1054u)", 2, None),
     "head as a tail": (
-        "part.begin < from ? 0 : 1;",
-        "part.begin < from ? 1 : 0;",
+        "(left ? 0 : 1)",
+        "(left ? 1 : 0)",
         2,
         "no barrier|nobody|outside|not all|wrong",
     ),
-    "one part too few": ("part < share.parts; ++part", "part + 1 < share.parts; ++part", 2, None),
+    "one part too few": ("add_parts(total, parts[i],", "add_parts(total, parts[i] - 1,", 2, None),
+    "x before the grid that wrote it has ended": (
+        "  ptx::wait_prerequisites();\n",
+        "  if (args.x[0] == 1) return;\n  ptx::wait_prerequisites();\n",
+        1,
+        "before wait_prerequisites",
+    ),
+    "x loaded as if it never changed": (
+        "ptx::ld_global(reinterpret_cast<const Unit*>",
+        "ptx::ld_nc(reinterpret_cast<const Unit*>",
+        1,
+        "ld_nc after launch_dependents",
+    ),
+    "row of the slice before": ("if (i == 0 && begins) {", "if (i == 0 && begins && row < 0) {", 1, "nobody"),
+    "slots of others": ("ballot(slot_slice == part.slice)", "ballot(slot_slice >= 0)", 1, None),
 }
 
 
@@ -425,6 +439,44 @@ def test_two_streams_and_a_graph_at_once() -> None:
     torch.cuda.synchronize()
     assert all(torch.equal(y, truth[i]) for i, into in enumerate(results) for y in into)
     assert torch.equal(replayed, truth[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_products_that_overlap_wait_for_each_other() -> None:
+    """Each takes what the one before writes, in memory that earlier ones have read; weights are written in between."""
+    dense = sparse(1024, 1024, 0.2).cuda()
+    weight = pyfast.BitmapWeight.from_dense(dense)
+    layout = SlicedLayout.of(weight)
+    pairs = torch.randn(1024, 256, 4, device="cuda", dtype=torch.bfloat16)
+    pairs[..., 1:3] = 0
+    halves = pyfast.Sparse24Weight.from_dense(pairs.reshape(1024, 1024))
+    x, zeros = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16), torch.zeros_like(layout.values)
+    ops = torch.ops.pyfast
+    kept = layout.values.clone()
+
+    def steps(pause: bool) -> Tensor:
+        y = x
+        for i in range(60):
+            if i % 7 == 0:
+                layout.values.copy_(zeros)
+                layout.values.copy_(kept)
+            y = layout.linear(y, None, 0, None)
+            y = ops.sparse24_linear_mma(y, halves.values, halves.metadata, None, 0, None)
+            y = ops.bitmap_linear_few(y, weight.values, weight.bitmaps, weight.offsets, None, 1024, 0, None)
+            y = y / y.float().norm().to(y.dtype)
+            if pause:
+                torch.cuda.synchronize()
+        return y
+
+    truth = steps(pause=True)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        replayed = steps(pause=False)
+    for _ in range(20):
+        assert torch.equal(steps(pause=False), truth)
+        captured.replay()
+        assert torch.equal(replayed, truth)
 
 
 @pytest.mark.gpu

@@ -167,6 +167,11 @@ MUTANTS = {
     "metadata past the container": ("word < words ? 4 : 0", "word < words + 99 ? 4 : 0", "outside all memory|past"),
     "columns of x past its end": ("number < x_stages[i] ? 16 : 0", "16", "outside all memory|past"),
     "tokens past the last": ("at < static_cast<unsigned>(args.tokens) ?", "true ?", "outside all memory|past"),
+    "values before the grid before has ended": (
+        "  ptx::wait_prerequisites();\n",
+        "",
+        "before wait_prerequisites",
+    ),
     "selectors exchanged": ("mma_sp_m16n8k32<T, 0>", "mma_sp_m16n8k32<T, 1>", None),
     "metadata halves exchanged": ("t % 2 == 0 ? 0x5410u : 0x7632u", "t % 2 == 1 ? 0x5410u : 0x7632u", None),
     "swizzle of the values forgotten": (

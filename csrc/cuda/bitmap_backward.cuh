@@ -79,6 +79,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     bitmap_grad_x_kernel(const BitmapLinearArgs args) {
   using Plan = BitmapGradXPlan<TokenTiles>;
   PYFAST_DYNAMIC_SHARED(shared);
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
   const int tiles_a_row = static_cast<int>(args.weight.tiles_a_row), row_tiles = args.k / kTileRows;
@@ -101,8 +103,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     PYFAST_UNROLL
     for (int tile = 0; tile < 2; ++tile) {
       const uint16_t* const from = quarters + (tile == 1 && second ? 64 * tiles_a_row : 0);
-      bits[tile][0] = ptx::ld_nc(from);
-      bits[tile][1] = ptx::ld_nc(from + 32);
+      bits[tile][0] = ptx::ld_global(from);
+      bits[tile][1] = ptx::ld_global(from + 32);
     }
   };
   const auto fetch_offsets = [&](bool second) {
@@ -187,8 +189,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
       PYFAST_UNROLL
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         const unsigned char* const row = grad + (token_tile == 0 ? 0 : args.token_tiles[token_tile]);
-        b[token_tile][0] = ptx::ld_nc(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile));
-        b[token_tile][1] = ptx::ld_nc(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile + 16));
+        b[token_tile][0] = ptx::ld_global(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile));
+        b[token_tile][1] = ptx::ld_global(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile + 16));
       }
       const auto multiply = [&](auto half) {
         constexpr int kHalf = decltype(half)::value;

@@ -109,6 +109,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   using Plan = BitmapLinearPlan<TokenTiles>;
   using Ring = BitmapRing<Plan::kRingBytes, Plan::kRingBytes / 4>;
   PYFAST_DYNAMIC_SHARED(shared);
+  ptx::launch_dependents();
+  ptx::wait_prerequisites();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
   const int row_warp = static_cast<int>(threadIdx.x / 32 % Plan::kRowWarps);
@@ -142,8 +144,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
     PYFAST_UNROLL
     for (int slot = 0; slot < 2; ++slot) {
       const uint16_t* const from = quarters + (slot == 0 ? 0 : Plan::kRowTiles == 2 ? 64 * below : second ? 64 : 0);
-      bits[slot][0] = ptx::ld_nc(from);
-      bits[slot][1] = ptx::ld_nc(from + 32);
+      bits[slot][0] = ptx::ld_global(from);
+      bits[slot][1] = ptx::ld_global(from + 32);
     }
   };
   const auto arrive = [] {
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
       for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
         const unsigned char* const from =
             x + (token_tile == 0 ? 0 : args.token_tiles[token_tile]) + 2 * right * kTileColumns + 16 * kHalf;
-        const Words4 words = ptx::ld_nc(reinterpret_cast<const Words4*>(from));
+        const Words4 words = ptx::ld_global(reinterpret_cast<const Words4*>(from));
         b[token_tile][0][0] = words.x, b[token_tile][0][1] = words.y;
         b[token_tile][1][0] = words.z, b[token_tile][1][1] = words.w;
       }

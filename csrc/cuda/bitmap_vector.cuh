@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
   using Plan = BitmapVectorPlan<Tokens>;
   using Stream = BitmapStream<Plan::kStages>;
   PYFAST_DYNAMIC_SHARED(shared);
+  ptx::launch_dependents();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int stage_bytes = Plan::stage_bytes(args.room);
   const int all_stages = (static_cast<int>(args.weight.tiles_a_row) + 1) / 2;
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
                       first_stage * 2,
                       all_stages - first_stage < args.split_stages ? all_stages - first_stage : args.split_stages,
                       lane};
+  ptx::wait_prerequisites();
   stream.begin();
 
   uint16_t* const x = reinterpret_cast<uint16_t*>(shared);
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
     const int token = i / chunks, column = i % chunks * 8, at = first_stage * Plan::kColumns + column;
     Words4 words{};
     if (token < args.tokens && at < args.k)
-      words = ptx::ld_nc(reinterpret_cast<const Words4*>(args.x + token * args.x_stride + at));
+      words = ptx::ld_global(reinterpret_cast<const Words4*>(args.x + token * args.x_stride + at));
     const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
     PYFAST_UNROLL
     for (int j = 0; j < 8; ++j) x[(column + j) * Tokens + token] = static_cast<uint16_t>(pairs[j / 2] >> j % 2 * 16);

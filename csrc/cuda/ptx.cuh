@@ -158,13 +158,8 @@ PYFAST_DEVICE uint32_t dot2(uint32_t a, uint32_t b, uint32_t sum) {
 // ---- Global memory ------------------------------------------------------------------------------------------------
 // Pointers are multiples of the size of what they point to.
 
-// ld.global.nc: memory that no thread writes while the kernel runs.
-// A half becomes a word: nvcc moves a register of 16 bits as soon as it is loaded, and waits for that.
-PYFAST_DEVICE uint32_t ld_nc(const uint16_t* from) {
-  uint32_t word;
-  asm("ld.global.nc.u16 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
-  return word;
-}
+// ld.global.nc: memory that no thread writes while the kernel runs, nor the grid before it if they may overlap: ptxas
+// moves these loads across everything, wait_prerequisites too.
 PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from) {
   uint32_t word;
   asm("ld.global.nc.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
@@ -183,24 +178,49 @@ PYFAST_DEVICE Words4 ld_nc(const Words4* from) {
   return words;
 }
 
+// ld.global: memory that no thread of the grid writes. Stays behind wait_prerequisites.
+// A half becomes a word: nvcc moves a register of 16 bits as soon as it is loaded, and waits for that.
+PYFAST_DEVICE uint32_t ld_global(const uint16_t* from) {
+  uint32_t word;
+  asm volatile("ld.global.u16 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  return word;
+}
+PYFAST_DEVICE uint32_t ld_global(const uint32_t* from) {
+  uint32_t word;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  return word;
+}
+PYFAST_DEVICE Words2 ld_global(const Words2* from) {
+  Words2 words;
+  asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(__cvta_generic_to_global(from)));
+  return words;
+}
+PYFAST_DEVICE Words4 ld_global(const Words4* from) {
+  Words4 words;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return words;
+}
+
 // The same for memory that is read once: not kept in L1.
 PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from) {
   uint32_t word;
-  asm("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
+  asm volatile("ld.global.L1::no_allocate.b32 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(from)));
   return word;
 }
 PYFAST_DEVICE Words2 ld_streaming(const Words2* from) {
   Words2 words;
-  asm("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
-      : "=r"(words.x), "=r"(words.y)
-      : "l"(__cvta_generic_to_global(from)));
+  asm volatile("ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(__cvta_generic_to_global(from)));
   return words;
 }
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from) {
   Words4 words;
-  asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-      : "l"(__cvta_generic_to_global(from)));
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(from)));
   return words;
 }
 
@@ -234,7 +254,8 @@ PYFAST_DEVICE void atomic_min(uint64_t* to, uint64_t value) {
 }
 
 // atom.acq_rel.gpu.inc.u32: takes the next number below count; the last one leaves 0. What the taker wrote to global
-// memory before, and its block before their last barrier, is seen by the block of each later taker after its next one.
+// memory before, and its block before their last barrier, is seen by the block of each later taker after its next one;
+// likewise warp and syncwarp.
 PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count) {
   uint32_t number;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -480,6 +501,28 @@ PYFAST_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 
 // fma.rn.sat: a · b + c between 0 and 1; 0 for NaN.
 PYFAST_DEVICE float fma_saturated(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }
+
+// ---- Grids that overlap -------------------------------------------------------------------------------------------
+// From sm_90 on; below, nothing overlaps and these are no instructions.
+//
+// A launch with cudaLaunchAttributeProgrammaticStreamSerialization may begin once all blocks of the grid before it on
+// the stream have called launch_dependents or ended. Whatever that grid or those before it read or write may not be
+// touched before wait_prerequisites, nor may anything be written; only prefetch_l2 comes earlier. Every thread calls
+// it: a grid that ended without would not say that those before it have.
+
+// griddepcontrol.launch_dependents: as far as this block is concerned, the next grid may begin.
+PYFAST_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
+// griddepcontrol.wait: until the grids before this one have ended and what they wrote is seen.
+PYFAST_DEVICE void wait_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
 
 // ---- Clusters of blocks (sm_90 and up: a kernel that uses them guards its body) -------------------------------------
 

@@ -15,10 +15,9 @@ template <class T, int Tokens, int Bits>
 void launch(const Tensor& x, const SlicedLinearArgs& args, int64_t blocks) {
   using Plan = SlicedLinearPlan<Tokens, Bits>;
   constexpr auto kKernel = sliced_linear_kernel<T, Tokens, Bits>;
-  kernel_facts<kKernel>(x.get_device_index(), kName);
-  kKernel<<<static_cast<unsigned>(blocks), Plan::kThreads, static_cast<size_t>(Plan::shared_bytes(args.columns)),
-            current_stream(x)>>>(args);
-  check_launch(kName);
+  const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
+  launch_early<kKernel>(facts, dim3(static_cast<unsigned>(blocks)), Plan::kThreads, Plan::shared_bytes(args.columns), 1,
+                        current_stream(x), args, kName);
 }
 
 template <class T, int Bits>

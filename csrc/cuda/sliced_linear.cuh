@@ -25,12 +25,19 @@
 //   parts    │ tail          │ head          │head │ tail    │head│whole│tail│
 //
 // The warp in which a slice ends adds the parts of its block, through shared memory; of a slice that blocks share, the
-// block that takes the last ticket adds their sums, through global memory. Both go in ascending order: the result does
+// warp that takes the last ticket adds their sums, through global memory. Both go in ascending order: the result does
 // not depend on who is first.
 //
 // x stands in shared memory for all columns: as float32 for one token, else 2 bytes a token side by side. Values and
 // deltas go straight into registers, kAhead chunks before they are used: 61 to 98 KB of a multiprocessor are on their
 // way. A turn of kAhead chunks waits once for all its loads, for ptxas gives them one scoreboard.
+//
+// A launch of few bytes is a chain of round trips to memory. While the grid before still runs, the first 8 chunks of
+// each warp come to L2 (10.8 MB with 132 blocks and 4 bits). Then
+//
+//   x, the warp's segment and starts, the first kAhead chunks      one round trip, together
+//   rows, ends                                                     beside the second turn
+//   a slice that blocks share: sums out, ticket, sums back         one each, by the warp alone: no barrier of the block
 //
 // Instructions. dp4a adds up to four bytes, each times the bytes of a column, to an address: 1 instruction an entry for
 // its delta, its scaling and the sum. Then 1 load of x, 1 to widen the value, 1 or 2 to see whether it is +0.0 and, for
@@ -45,16 +52,16 @@
 //
 // So up to 4 tokens the bytes bind, and at 8 the shared memory, at 0.58 of the bandwidth.
 //
-// Resources; the shared memory is that of 4096 columns, in all kColumnBytes of each and 408 more:
+// Resources; the shared memory is that of 4096 columns, in all kColumnBytes of each and 128 more:
 //
-//   sliced_linear_kernel<T, 1, 4>     112 registers    16792 bytes of shared memory
-//   sliced_linear_kernel<T, 2, 4>     112 registers    16792 bytes of shared memory
-//   sliced_linear_kernel<T, 4, 4>     112 registers    33176 bytes of shared memory
-//   sliced_linear_kernel<T, 8, 4>     128 registers    65944 bytes of shared memory
-//   sliced_linear_kernel<T, 1, 8>     128 registers    16792 bytes of shared memory
-//   sliced_linear_kernel<T, 2, 8>     128 registers    16792 bytes of shared memory
-//   sliced_linear_kernel<T, 4, 8>     120 registers    33176 bytes of shared memory
-//   sliced_linear_kernel<T, 8, 8>     128 registers    65944 bytes of shared memory
+//   sliced_linear_kernel<T, 1, 4>     112 registers    16512 bytes of shared memory
+//   sliced_linear_kernel<T, 2, 4>     112 registers    16512 bytes of shared memory
+//   sliced_linear_kernel<T, 4, 4>     112 registers    32896 bytes of shared memory
+//   sliced_linear_kernel<T, 8, 4>     128 registers    65664 bytes of shared memory
+//   sliced_linear_kernel<T, 1, 8>     128 registers    16512 bytes of shared memory
+//   sliced_linear_kernel<T, 2, 8>     128 registers    16512 bytes of shared memory
+//   sliced_linear_kernel<T, 4, 8>     120 registers    32896 bytes of shared memory
+//   sliced_linear_kernel<T, 8, 8>     128 registers    65664 bytes of shared memory
 #pragma once
 
 #include "common.cuh"
@@ -76,7 +83,7 @@ struct SlicedLinearPlan {
   static constexpr int kColumnBytes = Tokens == 1 ? 4 : 2 * Tokens;
   static constexpr int kSlots = 2 * kWarps;  // parts of slices in a block
   static constexpr int kSlotFloats = Tokens * kSliceRows;
-  static constexpr int kTableBytes = kSlots * 4 + 2 * (kSliceRows + 3) * 4;
+  static constexpr int kTableBytes = kSlots * 4;
 
   // Where the slots' table begins: behind x, whose place their sums take.
   static PYFAST_HOST_DEVICE constexpr int table_at(int columns) {
@@ -100,13 +107,6 @@ struct SlicedLinearArgs {
   float* partial;                // [blocks, 2, Tokens, 32]
   uint32_t* counters;            // [blocks], zero before and after
   Epilogue out;
-};
-
-// A slice that blocks share: `parts` of them from `first` on; no parts: none.
-struct SharedSlice {
-  int32_t rows[kSliceRows];
-  int32_t first;
-  uint32_t parts, ticket;
 };
 
 #if defined(PYFAST_KERNELS)
@@ -200,25 +200,29 @@ PYFAST_DEVICE void add_chunk(float (&sums)[Tokens], const SlicedChunk<Bits>& chu
   }
 }
 
-// Brings x to shared memory, [column][token]. A thread takes 8, 4 or 2 neighbouring columns of all tokens, and stores
-// 16 bytes at a time.
+// What a thread brings to shared memory at once of x, [column][token] there. A unit is 8, 4 or 2 neighbouring columns
+// of all tokens, stored 16 bytes at a time.
 template <class T, int Tokens, int Threads>
-PYFAST_DEVICE void stage_columns(unsigned char* to, const SlicedLinearArgs& args) {
-  constexpr int kColumns = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
-  constexpr int kWords = Tokens == 1 ? 8 : kColumns * Tokens / 2;  // of 4 bytes, that they take in shared memory
-  constexpr int kBatch = Tokens == 1 ? 2 : 4;
+struct SlicedColumns {
+  static constexpr int kColumns = Tokens == 1 ? 8 : Tokens == 2 ? 4 : 2;
+  static constexpr int kWords = Tokens == 1 ? 8 : kColumns * Tokens / 2;  // of 4 bytes, that they take in shared memory
+  static constexpr int kBatch = Tokens == 1 ? 2 : 4;
+  static constexpr int kStep = kBatch * Threads;
   using Unit = std::conditional_t<kColumns == 8, Words4, std::conditional_t<kColumns == 4, Words2, uint32_t>>;
-  const int units = args.columns / kColumns;
-  for (int first = static_cast<int>(threadIdx.x); first < units; first += kBatch * Threads) {
-    Unit read[kBatch][Tokens];
+  Unit read[kBatch][Tokens];
+
+  PYFAST_DEVICE void load(const SlicedLinearArgs& args, int units, int first) {
     PYFAST_UNROLL
     for (int i = 0; i < kBatch; ++i) PYFAST_UNROLL
     for (int token = 0; token < Tokens; ++token) {
       const int unit = first + i * Threads;
       const bool there = unit < units && token < args.tokens;
       read[i][token] =
-          there ? ptx::ld_nc(reinterpret_cast<const Unit*>(args.x + token * args.x_stride) + unit) : Unit{};
+          there ? ptx::ld_global(reinterpret_cast<const Unit*>(args.x + token * args.x_stride) + unit) : Unit{};
     }
+  }
+
+  PYFAST_DEVICE void store(unsigned char* to, int units, int first) const {
     PYFAST_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       const int unit = first + i * Threads;
@@ -243,7 +247,7 @@ PYFAST_DEVICE void stage_columns(unsigned char* to, const SlicedLinearArgs& args
         reinterpret_cast<Words4*>(to)[(unit * kWords + j) / 4] = {words[j], words[j + 1], words[j + 2], words[j + 3]};
     }
   }
-}
+};
 
 // Finishes a row; -1: none.
 template <class T, int Tokens>
@@ -259,13 +263,35 @@ PYFAST_DEVICE void write_row(const SlicedLinearArgs& args, int row, const float 
 
 PYFAST_DEVICE int lowest_bit(uint32_t bits) { return ptx::highest_bit(bits & (0u - bits)); }
 
+// The sum of `parts` parts, in order. next() gives where each lies: the lane's float of token 0, then every 32nd. 8 of
+// them are read before any is added.
+template <int Tokens, class Next>
+PYFAST_DEVICE void add_parts(float (&total)[Tokens], int parts, const Next& next) {
+  constexpr int kTogether = 8 / Tokens;
+  for (int first = 0; first < parts; first += kTogether) {
+    float read[kTogether][Tokens] = {};
+    PYFAST_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i >= parts) break;
+      const float* const from = next();
+      PYFAST_UNROLL
+      for (int token = 0; token < Tokens; ++token) read[i][token] = from[token * kSliceRows];
+    }
+    PYFAST_UNROLL
+    for (int i = 0; i < kTogether; ++i) PYFAST_UNROLL
+    for (int token = 0; token < Tokens; ++token) total[token] += read[i][token];
+  }
+}
+
 // Grid: the blocks of the layout.
 template <class T, int Tokens, int Bits>
 __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
     sliced_linear_kernel(const SlicedLinearArgs args) {
   using Plan = SlicedLinearPlan<Tokens, Bits>;
   constexpr int kAhead = Plan::kAhead;
+  using Columns = SlicedColumns<T, Tokens, Plan::kThreads>;
   PYFAST_DYNAMIC_SHARED(shared);
+  ptx::launch_dependents();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int block = static_cast<int>(blockIdx.x), worker = block * Plan::kWarps + warp;
   const int from = block_begin(args, block), to = block_begin(args, block + 1);
@@ -276,36 +302,51 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   stream.values = reinterpret_cast<const Words4*>(args.values) + begins_at;
   stream.deltas = reinterpret_cast<const SlicedDeltas<Bits>*>(args.deltas) + begins_at;
 
-  // Memory begins with the first chunks while x is fetched. Their loads come behind x: before it, its loads would be
-  // waited for together with them.
-  PYFAST_UNROLL
-  for (int i = 0; i < kAhead; i += 8)
-    if (first + i + lane / 4 < last) ptx::prefetch_l2(stream.values - lane + i * 32 + lane * 8);
+  // While the grid before this one ends, the warp's first 8 chunks come to L2, and its lines of the tables.
   constexpr int kLines = Bits / 4;  // of the deltas of a chunk
-  if (lane < kAhead * kLines && first + lane / kLines < last)
-    ptx::prefetch_l2(stream.deltas - lane + lane * (32 / kLines));
-  stage_columns<T, Tokens, Plan::kThreads>(shared, args);
+  if (first + lane / 4 < last) ptx::prefetch_l2(stream.values - lane + lane * 8);
+  if (lane < 8 * kLines && first + lane / kLines < last) ptx::prefetch_l2(stream.deltas - lane + lane * (32 / kLines));
+  if (lane == 0) ptx::prefetch_l2(args.segments + worker * 4), ptx::prefetch_l2(args.starts + worker * 32);
+  ptx::keep(stream.values), ptx::keep(stream.deltas);  // computed once, before the wait
+  ptx::wait_prerequisites();
 
+  // All that does not wait for anything is asked for at once; x comes first, it is needed first.
+  const int units = args.columns / Columns::kColumns;
+  Columns x;
+  x.load(args, units, thread);
+  const Words4 segment = ptx::ld_global(reinterpret_cast<const Words4*>(args.segments) + worker);
+  const uint32_t start = args.starts[worker * 32 + lane];
   SlicedChunk<Bits> ring[kAhead] = {};
   PYFAST_UNROLL
   for (int i = 0; i < kAhead; ++i)
     if (first + i < last) ring[i] = stream.load(i);
-  const Words4 segment = ptx::ld_nc(reinterpret_cast<const Words4*>(args.segments) + worker);
+  x.store(shared, units, thread);
+  for (int unit = thread + Columns::kStep; unit < units; unit += Columns::kStep) {
+    x.load(args, units, unit);
+    x.store(shared, units, unit);
+  }
+
   int slice = static_cast<int>(segment.x), begin = static_cast<int>(segment.y), end = static_cast<int>(segment.z);
   const uint32_t base = ptx::shared_address(shared);
-  uint32_t at = base + args.starts[worker * 32 + lane] * static_cast<uint32_t>(Plan::kColumnBytes);
+  uint32_t at = base + start * static_cast<uint32_t>(Plan::kColumnBytes);
   ptx::syncthreads();
 
   // Adds the chunks up to `stop`, kAhead of them a turn, so that each finds its place in the ring when the code is
   // compiled; gives how many it took in the last turn.
   float sums[Tokens] = {}, head[Tokens] = {};
-  int chunk = first;
+  // The lane's row and where the slice after this one ends are asked for behind the first chunk: before it, that chunk
+  // would wait for them too.
+  int chunk = first, row = -1, next = 0;
   const auto walk = [&](int stop) {
-    for (;;) {
+    for (bool begins = true;; begins = false) {
       const int left = stop - chunk, more = last - chunk;
       PYFAST_UNROLL
       for (int i = 0; i < kAhead; ++i) {
         add_chunk<T>(sums, ring[i], at);
+        if (i == 0 && begins) {
+          row = args.rows[slice * kSliceRows + lane];
+          if (stop < last) next = args.ends[slice + 1];
+        }
         if (kAhead + i < more) ring[i] = stream.load(kAhead + i);
         if (i + 1 == left) {
           chunk = stop;
@@ -318,19 +359,18 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   };
   // A slice that reaches beyond the warp's chunks: on the left (the head), or on the right alone (the tail).
   struct Part {
-    int slice, begin, end, row;
+    int slice, begin, end;
   };
-  Part head_part{-1, 0, 0, -1}, tail_part{-1, 0, 0, -1};
+  Part head_part{-1, 0, 0}, tail_part{-1, 0, 0};
   while (chunk < last) {
     const int stop = end < last ? end : last;
-    const int row = args.rows[slice * kSliceRows + lane], next = stop < last ? args.ends[slice + 1] : 0;
     const int turned = walk(stop);
     if (begin < first) {
-      head_part = {slice, begin, end, row};
+      head_part = {slice, begin, end};
       PYFAST_UNROLL
       for (int token = 0; token < Tokens; ++token) head[token] = sums[token];
     } else if (end > last) {
-      tail_part = {slice, begin, end, row};
+      tail_part = {slice, begin, end};
     } else {
       write_row<T>(args, row, sums);
     }
@@ -353,53 +393,64 @@ __global__ void __launch_bounds__(SlicedLinearPlan<Tokens, Bits>::kThreads, 1)
   // The sums of heads and tails take the place of x, two slots for each warp.
   float* const slots = reinterpret_cast<float*>(shared) + lane;
   int32_t* const slot_slices = reinterpret_cast<int32_t*>(shared + Plan::table_at(args.columns));
-  SharedSlice* const shares = reinterpret_cast<SharedSlice*>(slot_slices + Plan::kSlots);
   PYFAST_UNROLL
   for (int token = 0; token < Tokens; ++token) {
     if (head_part.slice >= 0) slots[2 * warp * Plan::kSlotFloats + token * 32] = head[token];
     if (tail_part.slice >= 0) slots[(2 * warp + 1) * Plan::kSlotFloats + token * 32] = sums[token];
   }
   if (lane == 0) slot_slices[2 * warp] = head_part.slice, slot_slices[2 * warp + 1] = tail_part.slice;
-  if (thread < 2) shares[thread].parts = 0;
   ptx::syncthreads();
 
-  // The warp with the last part of a slice in the block adds them.
+  // The warp with the last part of a slice in the block adds them. Blocks share at most one slice on the left, and one
+  // on the right alone: the block of its first part, and how many there are.
   const int slot_slice = slot_slices[lane];
+  int first_block[2] = {}, parts[2] = {}, rows[2] = {};
+  PYFAST_UNROLL
   for (int i = 0; i < 2; ++i) {
     const Part part = i == 0 ? head_part : tail_part;
     if (part.slice < 0 || (part.end > last && last < to)) continue;
+    rows[i] = args.rows[part.slice * kSliceRows + lane];
     float total[Tokens] = {};
-    for (uint32_t rest = ptx::ballot(slot_slice == part.slice); rest != 0; rest &= rest - 1) {
+    uint32_t rest = ptx::ballot(slot_slice == part.slice);
+    add_parts(total, ptx::popc(rest), [&]() -> const float* {
       const int slot = lowest_bit(rest);
-      PYFAST_UNROLL
-      for (int token = 0; token < Tokens; ++token) total[token] += slots[slot * Plan::kSlotFloats + token * 32];
-    }
-    if (part.begin >= from && part.end <= to) {
-      write_row<T>(args, part.row, total);
+      rest &= rest - 1;
+      return slots + slot * Plan::kSlotFloats;
+    });
+    const bool left = part.begin<from, right = part.end> to;
+    if (!left && !right) {
+      write_row<T>(args, rows[i], total);
       continue;
     }
-    const int half = part.begin < from ? 0 : 1;  // at most one slice from the left, and one to the right alone
     PYFAST_UNROLL
     for (int token = 0; token < Tokens; ++token)
-      args.partial[(2 * block + half) * Plan::kSlotFloats + token * 32 + lane] = total[token];
-    shares[half].rows[lane] = part.row;
-    if (lane == 0) {
-      shares[half].first = block_of(args, part.begin);
-      shares[half].parts = static_cast<uint32_t>(block_of(args, part.end - 1) - shares[half].first + 1);
-    }
+      args.partial[(2 * block + (left ? 0 : 1)) * Plan::kSlotFloats + token * 32 + lane] = total[token];
+    first_block[i] = left ? block_of(args, part.begin) : block;
+    parts[i] = (right ? block_of(args, part.end - 1) : block) - first_block[i] + 1;
   }
-  ptx::syncthreads();
+  if (parts[0] == 0 && parts[1] == 0) return;
 
-  if (thread < 2 && shares[thread].parts != 0)
-    shares[thread].ticket = ptx::atomic_ticket(args.counters + shares[thread].first, shares[thread].parts);
-  ptx::syncthreads();
-  const SharedSlice& share = shares[warp / (Plan::kWarps / 2)];
-  const int token = warp % (Plan::kWarps / 2);
-  if (token >= args.tokens || share.parts == 0 || share.ticket + 1 != share.parts) return;
-  const float* const partial = args.partial + 2 * share.first * Plan::kSlotFloats + token * 32 + lane;
-  float sum = partial[Plan::kSlotFloats];
-  for (uint32_t part = 1; part < share.parts; ++part) sum += partial[2 * part * Plan::kSlotFloats];
-  if (share.rows[lane] >= 0) write_output<T>(args.out, token, share.rows[lane], sum);
+  // One lane takes a ticket for each; the warp that has the last one finishes the slice.
+  ptx::syncwarp();
+  const int own_parts = lane == 0 ? parts[0] : lane == 1 ? parts[1] : 0;
+  uint32_t ticket = 0;
+  if (own_parts != 0)
+    ticket = ptx::atomic_ticket(args.counters + (lane == 0 ? first_block[0] : first_block[1]),
+                                static_cast<uint32_t>(own_parts));
+  ptx::syncwarp();
+  PYFAST_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int number = static_cast<int>(ptx::shfl(ticket, i));
+    if (parts[i] == 0 || number + 1 != parts[i]) continue;
+    float total[Tokens] = {};
+    int at_block = first_block[i], half = 1;
+    add_parts(total, parts[i], [&]() -> const float* {
+      const float* const part = args.partial + (2 * at_block + half) * Plan::kSlotFloats + lane;
+      ++at_block, half = 0;
+      return part;
+    });
+    write_row<T>(args, rows[i], total);
+  }
 }
 
 #endif

@@ -37,6 +37,9 @@
 // cluster (sm_90 and up), through float32 partial sums in global memory and reduce_splits_kernel elsewhere. Either way
 // the result does not depend on which block is first.
 //
+// While the grid before this one still runs, a block works out its addresses and asks for its first stages of values
+// and for its metadata in L2; x, which that grid may write, and all copies wait for its end.
+//
 // Rows past n repeat the last one and are not stored. Steps past K have values of zero and metadata that are legal;
 // columns of x past k and tokens past the last are zero.
 //
@@ -164,6 +167,16 @@ struct Sparse24Copies {
     for (unsigned i = 0; i < kXCopies; ++i) ptx::keep(x[i]), ptx::keep(x_stages[i]);
   }
 
+  // Asks for the block's first `stages` stages in L2, of x nothing. A row of values of a stage is a line of 128 bytes,
+  // or half of one: of the threads that copy it, the one with chunk i asks for that of stage i.
+  PYFAST_DEVICE void prefetch(int stages) const {
+    const int stage = static_cast<int>(threadIdx.x % Plan::kValueChunks);
+    PYFAST_UNROLL
+    for (unsigned i = 0; i < kValueCopies; ++i)
+      if (stage < stages && stage < value_stages) ptx::prefetch_l2(values[i] + stage * Plan::kColumns);
+    if (threadIdx.x < Plan::kRows) ptx::prefetch_l2(metadata);
+  }
+
   // Begins the copies of stage `number` into `stage`.
   PYFAST_DEVICE void begin(const Sparse24LinearArgs& args, unsigned char* stage, int number) const {
     unsigned moved = static_cast<unsigned>(number);
@@ -198,12 +211,16 @@ __global__ void __launch_bounds__(Sparse24Plan<TokenTiles>::kThreads, 2)
   PYFAST_DYNAMIC_SHARED(dynamic);
   unsigned char* shared = dynamic;
   ptx::keep(shared);
+  ptx::launch_dependents();
   const unsigned first_token = blockIdx.z * Plan::kTokens;
   const int begin = static_cast<int>(blockIdx.x) * args.split_columns;
   const int stages =
       Plan::stages(args.padded_k - begin < args.split_columns ? args.padded_k - begin : args.split_columns);
 
   const Sparse24Copies<TokenTiles> copies(args, first_token, begin);
+  static_assert(Plan::kStages - 1 <= Plan::kValueChunks);
+  copies.prefetch(stages < Plan::kStages - 1 ? stages : Plan::kStages - 1);
+  ptx::wait_prerequisites();
   const auto fetch = [&](unsigned char* stage, int number) {
     if (number < stages) copies.begin(args, stage, number);
     ptx::cp_async_commit();

@@ -59,6 +59,25 @@ inline cudaLaunchAttribute cluster_attribute(int64_t blocks) {
   return attribute;
 }
 
+// Launches Kernel(args) in clusters of so many blocks along x; 1: none. Where the code is for sm_90 or later it may
+// begin before the kernel ahead of it on the stream ends: it waits itself (ptx::wait_prerequisites).
+template <auto Kernel, class Args>
+void launch_early(const KernelFacts& facts, dim3 grid, int threads, int shared_bytes, int64_t cluster,
+                  cudaStream_t stream, const Args& args, const char* name) {
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1] = cluster_attribute(cluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = !facts.clusters ? 0 : cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, Kernel, args), name);
+}
+
 using Residents = std::array<int64_t, kClusterBlocks + 1>;
 
 // How many blocks run at once when they come in clusters of 1 … kClusterBlocks: fewer than without, for a cluster lies
@@ -126,19 +145,13 @@ void launch_splits(const Tensor& x, Args args, int64_t splits, int64_t row_block
     partial = torch::stable::new_empty(x, {splits, tokens, n}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
-  cudaLaunchAttribute attribute = cluster_attribute(splits);
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = current_stream(x);
-  config.attrs = &attribute;
-  config.numAttrs = cluster ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, Kernel, args), name);
+  const dim3 blocks(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks),
+                    static_cast<unsigned>(token_blocks));
+  const cudaStream_t stream = current_stream(x);
+  launch_early<Kernel>(facts, blocks, threads, shared_bytes, cluster ? splits : 1, stream, args, name);
   if (!partial.has_value()) return;
   const dim3 grid(static_cast<unsigned>(ceil_div(args.out.n, 256)), static_cast<unsigned>(args.tokens));
-  reduce_splits_kernel<T><<<grid, 256, 0, config.stream>>>(args.out, args.partial, static_cast<int>(splits));
+  reduce_splits_kernel<T><<<grid, 256, 0, stream>>>(args.out, args.partial, static_cast<int>(splits));
   check_launch(name);
 }
 

@@ -42,13 +42,21 @@ PYFAST_DEVICE void finish_sums(float* totals, const Epilogue& out, float* partia
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   if (alone || partial != nullptr) return;
   ptx::cluster_sync();
+  constexpr int kTogether = 4;  // that are read before any is added: each is a round trip to another multiprocessor
   const int ranks = static_cast<int>(gridDim.x);
   for (int i = static_cast<int>(blockIdx.x) * Threads + thread; i < elements; i += ranks * Threads) {
     const int token = i / Rows;
     const int64_t row = first_row + i % Rows;
     float sum = 0.0f;
-    for (int rank = 0; rank < ranks; ++rank)
-      sum += ptx::ld_cluster(totals + token * Stride + i % Rows, static_cast<uint32_t>(rank));
+    for (int first = 0; first < ranks; first += kTogether) {
+      float read[kTogether] = {};
+      PYFAST_UNROLL
+      for (int j = 0; j < kTogether; ++j)
+        if (first + j < ranks)
+          read[j] = ptx::ld_cluster(totals + token * Stride + i % Rows, static_cast<uint32_t>(first + j));
+      PYFAST_UNROLL
+      for (int j = 0; j < kTogether; ++j) sum += read[j];
+    }
     if (row < out.n) write_output<T>(out, first_token + token, row, sum);
   }
   ptx::cluster_leave();

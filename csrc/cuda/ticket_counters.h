@@ -25,9 +25,9 @@ __device__ uint32_t counter_pool[kCounters];
 //   on a stream   they follow one another, and share
 //   captured      the graph may be replayed on any stream, beside anything but itself: counters of its own, for good
 //
-// That forbids launches that overlap their predecessor on the stream (programmatic dependent ones), and running two
-// executable graphs made from one capture at once. Where the pool is used up a launch gets memory that is set to zero
-// before it, kept by `held`.
+// A launch that may begin before its predecessor on the stream ends takes its tickets behind ptx::wait_prerequisites.
+// Two executable graphs made from one capture may not run at once. Where the pool is used up a launch gets memory that
+// is set to zero before it, kept by `held`.
 uint32_t* take_counters(const Tensor& x, int64_t count, std::optional<Tensor>& held, const char* name) {
   struct Range {
     int64_t begin = 0, size = 0;

@@ -41,6 +41,7 @@ struct Region {
   std::string name;
   uintptr_t begin = 0, end = 0;
   bool read_only = false;
+  bool arguments = false;  // of the kernel
   Block* owner = nullptr;  // of shared memory
   std::vector<Byte> bytes;
   std::unique_ptr<char[]> storage;
@@ -87,7 +88,8 @@ struct Lane {
   const char* waits_for = "";
   Where waits_at;
   std::vector<Copy> copies;
-  unsigned groups = 0;  // closed ones
+  unsigned groups = 0;                   // closed ones
+  bool overlaps = false, early = false;  // after launch_dependents; and before wait_prerequisites
 };
 
 // Lanes of a warp that come together: the last one performs for all.
@@ -122,11 +124,11 @@ struct Block {
 };
 
 // A number taken with ticket(), at time `at`. It releases what the taker did before, and what its block did from
-// `first` until the barrier at `synced`: all that is ordered before what the block of a later taker does after its next
-// barrier.
+// `first` until the barrier at `synced`, its warp until that at `warp_synced`: all that is ordered before what the
+// block or the warp of a later taker does after its next barrier.
 struct Ticket {
   const void* counter;
-  Time first, synced, at;
+  Time first, synced, warp_synced, at;
   uint16_t rank, thread;
 };
 

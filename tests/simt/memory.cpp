@@ -19,12 +19,18 @@ Spread relation(const Access& past, const Lane& lane) {
 bool ordered_by_tickets(const Access& past, const Lane& lane) {
   const auto releases = [&](const Ticket& ticket) {
     if (past.time < ticket.first) return false;  // of an earlier cluster
-    return past.time < ticket.synced ||
-           (past.time <= ticket.at && past.rank == ticket.rank && past.thread == ticket.thread && past.spread == kLane);
+    if (past.time < ticket.synced) return true;
+    if (past.rank != ticket.rank || past.thread / 32 != ticket.thread / 32 || past.spread > kWarp) return false;
+    return past.time < ticket.warp_synced ||
+           (past.time <= ticket.at && past.thread == ticket.thread && past.spread == kLane);
+  };
+  const auto acquires = [&](const Ticket& ticket) {
+    const bool warp = lane.block->rank == ticket.rank && lane.number / 32 == ticket.thread / 32u;
+    return lane.block->synced > ticket.at || (warp && lane.warp->synced > ticket.at);
   };
   for (const Ticket& mine : engine.taken)
     for (const Ticket& theirs : engine.released)
-      if (theirs.counter == mine.counter && lane.block->synced > mine.at && releases(theirs)) return true;
+      if (theirs.counter == mine.counter && acquires(mine) && releases(theirs)) return true;
   return false;
 }
 
@@ -124,6 +130,7 @@ void touch(uintptr_t address, size_t bytes, Use use, bool aligned, Place where) 
     fail(where, here() + format(", past its end at %zu", size_t{region->end - region->begin}));
   if (aligned && address % bytes != 0) fail(where, here() + ": not a multiple of the size");
   if (region->owner != nullptr && region->owner != lane->block) check_remote(*region, where);
+  if (lane->early && region->owner == nullptr && !region->arguments) fail(where, here() + " before wait_prerequisites");
   if (region->read_only) {
     if (use != Use::read) fail(where, here() + ", which is an input");
     return;
@@ -209,8 +216,13 @@ void minimum(uint64_t* to, uint64_t value, Where where) {
 uint32_t ticket(uint32_t* counter, uint32_t count, Where where) {
   touch(reinterpret_cast<uintptr_t>(counter), sizeof(uint32_t), Use::atomic, true, where);
   const Lane& lane = *engine.lane;
-  const Ticket taken{counter,    engine.cluster_begin, lane.block->synced,
-                     engine.now, lane.block->rank,     static_cast<uint16_t>(lane.number)};
+  const Ticket taken{counter,
+                     engine.cluster_begin,
+                     lane.block->synced,
+                     lane.warp->synced,
+                     engine.now,
+                     lane.block->rank,
+                     static_cast<uint16_t>(lane.number)};
   engine.released.push_back(taken);
   engine.taken.push_back(taken);
   const uint32_t number = *counter;

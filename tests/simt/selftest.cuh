@@ -112,7 +112,7 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
 __global__ void marked_pairs(const uint32_t* words, const uint16_t* values, uint32_t* out) {
   PYFAST_DYNAMIC_SHARED(bytes);
   uint16_t* const own = reinterpret_cast<uint16_t*>(bytes) + threadIdx.x * 8;
-  for (int i = 0; i < 8; ++i) own[i] = ptx::ld_nc(values + threadIdx.x * 8 + i);
+  for (int i = 0; i < 8; ++i) own[i] = static_cast<uint16_t>(ptx::ld_global(values + threadIdx.x * 8 + i));
   const uint32_t word = words[threadIdx.x];
   uint32_t at[5], pairs[4];
   at[0] = ptx::shared_address(own);
@@ -131,7 +131,9 @@ __global__ void marked_pairs(const uint32_t* words, const uint16_t* values, uint
 __global__ void by_address(const uint32_t* words, uint32_t* out) {
   PYFAST_DYNAMIC_SHARED(bytes);
   const int lane = static_cast<int>(threadIdx.x);
+  ptx::launch_dependents();
   ptx::prefetch_l2(words);
+  ptx::wait_prerequisites();
   reinterpret_cast<Words2*>(bytes)[lane] = ptx::ld_streaming(reinterpret_cast<const Words2*>(words) + lane);
   ptx::syncwarp();
   const uint32_t end = ptx::shared_address(bytes) + 256, back = static_cast<uint32_t>(lane) + 1;
@@ -139,7 +141,7 @@ __global__ void by_address(const uint32_t* words, uint32_t* out) {
   const Words4 four = ptx::ld_shared<Words4>(end - 16 * (back <= 16 ? back : back - 16));
   float sum = 1.0f;
   ptx::fma_unless_zero(static_cast<uint32_t>(lane) & 1u, sum, 2.0f, static_cast<float>(lane));
-  out[lane] = ptx::dot4(ptx::ld_streaming(words + lane), 0x04030201u, static_cast<uint32_t>(lane));
+  out[lane] = ptx::dot4(ptx::ld_global(words + lane), 0x04030201u, static_cast<uint32_t>(lane));
   out[32 + lane] = ptx::ld_shared<uint32_t>(end - 4 * back);
   out[64 + lane] = two.x ^ two.y;
   out[96 + lane] = four.x ^ four.y ^ four.z ^ four.w;

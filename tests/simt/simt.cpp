@@ -44,6 +44,7 @@ void leave() {
   lane.state = State::exited;
   ++block.exited;
   const Place nowhere(static_cast<const void*>(nullptr));
+  if (lane.early) fail(nowhere, "exits before wait_prerequisites");
   if (!lane.copies.empty()) fail(nowhere, "exits with a cp_async that was not waited for");
   if (block.barrier.arrived > 0) fail(block.barrier.where, "exits, while other threads wait at syncthreads");
   if (engine.cluster_barrier.arrived > 0)
@@ -198,6 +199,11 @@ Dim3 thread_index() { return engine.lane->index; }
 Dim3 block_index() { return engine.lane->block->index; }
 Dim3 block_size() { return engine.shape.block; }
 Dim3 grid_size() { return engine.shape.grid; }
+void launch_dependents() { engine.lane->overlaps = engine.lane->early = true; }
+void wait_prerequisites() { engine.lane->early = false; }
+void check_alone(Where where) {
+  if (engine.lane->overlaps) fail(where, "ld_nc after launch_dependents: it may come before wait_prerequisites");
+}
 uint32_t cluster_rank() { return engine.lane->block->rank; }
 uint32_t cluster_size() { return engine.shape.cluster; }
 
@@ -309,7 +315,7 @@ void execute(const Shape& shape, void (*body)(const void*), const void* closure,
   engine.closure = closure;
   engine.launch_begin = ++engine.now;
   engine.released.clear();
-  add_region("the kernel's arguments", reinterpret_cast<uintptr_t>(closure), bytes, true);
+  add_region("the kernel's arguments", reinterpret_cast<uintptr_t>(closure), bytes, true).arguments = true;
   const size_t stack_bytes = size_t{threads} * shape.cluster * kStackBytes;
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   char* const stacks = static_cast<char*>(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, flags, -1, 0));

@@ -71,6 +71,9 @@ void store(void* to, const void* from, size_t bytes, Where where);
 void add(float* to, float value, Where where);
 void minimum(uint64_t* to, uint64_t value, Where where);
 uint32_t ticket(uint32_t* counter, uint32_t count, Where where);
+void launch_dependents();
+void wait_prerequisites();
+void check_alone(Where where);  // a load that the grid before this one must not overlap
 uint32_t cluster_rank();
 uint32_t cluster_size();
 void* map_shared(const void* shared, uint32_t rank, Where where);

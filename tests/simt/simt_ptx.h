@@ -104,10 +104,18 @@ PYFAST_DEVICE T load(const T* from, Where where) {
   simt::load(&value, from, sizeof(T), where);
   return value;
 }
-PYFAST_DEVICE uint32_t ld_nc(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
-PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
-PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return load(from, where); }
-PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return load(from, where); }
+template <class T>
+PYFAST_DEVICE T constant(const T* from, Where where) {
+  simt::check_alone(where);
+  return load(from, where);
+}
+PYFAST_DEVICE uint32_t ld_nc(const uint32_t* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE Words2 ld_nc(const Words2* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE Words4 ld_nc(const Words4* from, Where where = Where::current()) { return constant(from, where); }
+PYFAST_DEVICE uint32_t ld_global(const uint16_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE uint32_t ld_global(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE Words2 ld_global(const Words2* from, Where where = Where::current()) { return load(from, where); }
+PYFAST_DEVICE Words4 ld_global(const Words4* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE uint32_t ld_streaming(const uint32_t* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words2 ld_streaming(const Words2* from, Where where = Where::current()) { return load(from, where); }
 PYFAST_DEVICE Words4 ld_streaming(const Words4* from, Where where = Where::current()) { return load(from, where); }
@@ -235,6 +243,9 @@ PYFAST_DEVICE float fma_saturated(float a, float b, float c) {
   const float x = std::fma(a, b, c);
   return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f;
 }
+
+PYFAST_DEVICE void launch_dependents() { simt::launch_dependents(); }
+PYFAST_DEVICE void wait_prerequisites() { simt::wait_prerequisites(); }
 
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 PYFAST_DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
