@@ -1,38 +1,51 @@
 // distill_kl on the GPU: divergence between two tempered softmaxes and its gradient, a row pair at a time. What is
-// computed is said in csrc/cpu/distill_kl.h; what a word adds to it, in csrc/distill_kl_terms.h, which both share.
+// computed is said in csrc/cpu/distill_kl.h; what a word adds to it, in distill_kl_terms.cuh.
 //
-//   first pass    statistics of each thread, online: highest logit so far, Σ 2^… below it   ──► join_group ──►
-//   log-sum-exps second pass   Σ value, H = Σ slope (where H is not known yet and there is a gradient)   ──► join_group
-//   last pass     gradient (slope − H mass) · scale, written; value, where it is not known  ──► join_group ──► rows[i]
-//
-// forward_kl needs no H, and that of reverse_kl is found with the statistics: they have no second pass.
+//   first pass    Σ 2^… below the highest logit so far, of both; Σ w x for forward_kl (w = t) and reverse_kl (w = s)
+//                 ──► join_group ──► RowConstants; value and H of the two KL
+//   second pass   the others: Σ value, H = Σ s h; once more where the row turns out to be near   ──► join_group
+//   last pass     gradient, written; value of near rows of the two KL                            ──► join_group
 //
 // Bytes. With E those of one logits tensor, what is moved is
 //
 //   Resident   3E    both rows read once and kept on chip, the gradient written; values alone 2E
-//   Streamed   5E    forward_kl and reverse_kl: two readings;  7E the others: three;  values alone 4E
+//   Streamed   5E    forward_kl and reverse_kl: two readings;  7E the others: three;  values alone 2E and 4E
 //
-// and of the streamed readings what L2 still holds costs no memory. Two or more blocks share a multiprocessor, and each
-// asks for its next row while it writes the gradient of the last one, so that memory rests only where all of them
+// (near rows one more reading of the Streamed: 4E for a value alone, 9E for the gradient of those that have a second
+// pass), and of the streamed readings what L2 still holds costs no memory. Two or more blocks share a multiprocessor, and
+// each asks for its next row while it writes the gradient of the last one, so that memory rests only where all of them
 // reduce at once. Resident holds 262144 words of 16 bits on 8 blocks of an H100 (128 KB each; 64 KB at 128256 words, so
 // that three share a multiprocessor) and goes up to 470000; without clusters, what one block holds (distill_kl_plan.h).
 //
-// Floor on an H100 at 8192×128256 bfloat16, 3E = 6.3 GB: 2.1 ms at 3.0 TB/s. That leaves 59 instructions a word on 132
-// multiprocessors at 1.75 GHz. The code for sm_90 takes about 17 a word in the first pass (26 for reverse_kl) and in
-// the last 34 (forward_kl) to 37, so that forward_kl should reach 75 to 85 % of the bandwidth and reverse_kl 70 to 80
-// %. The others evaluate the slope twice, about 90 in all for tvd and mse and 130 to 165 for the mixtures: bound by
-// instructions, at 60 % and 35 to 45 % of the bandwidth. None of this was measured.
+// Instructions are what it is bound by (docs/kernels.md). At 3E, 128256 words of 16 bits and 3.0 TB/s an H100 has 59 a
+// word. The code for sm_90 issues a word of bfloat16, in the loops over vectors:
 //
-// Precision. float32, sums by trees over threads. Powers and logarithms of probabilities are the special function
-// unit's (ex2.approx, lg2.approx: 2^-22), which leaves a relative error of some 1e-6 in s and t and cancels nowhere:
-// differences of s and t are formed from x by multiplications (exp_log.h). x takes the logarithm of the ratio of the
-// two sums of the row, both carried in two parts and 1 exactly where one word has all of the mass, so that of its error
-// about 1e-8 to 1e-7 is left: at a KL of 1e-7 (|x| of 4e-4) the gradient of forward_kl keeps three to four digits.
+//                     first   second   last   all   of a near row
+//   forward_kl         14.0       –    12.0    26         43
+//   reverse_kl         14.2       –    14.1    28         43
+//   tvd                10.4     14.2   13.2    38         63
+//   mse                10.4     11.0   13.0    34         72
+//   jsd                10.4     17.1   18.4    46         95
+//   skew_kl            10.4     16.1   17.4    44         94
+//   skew_reverse_kl    10.4     18.1   21.4    50         99
+//
+// of which 4 (forward_kl) to 10 (skew_reverse_kl) are the special function unit's, which takes one every 8. What a row
+// costs besides, sums over threads above all, is about 5 a word at 128256 words, and 3 more where there is a second pass.
+// Softcaps, labels and mixtures of very unequal weights have kernels of their own (kGeneral), so that the loops of the
+// others hold no code for them.
+//
+// Precision. float32, sums by trees over threads, in two parts above a warp. Powers and logarithms are the special
+// function unit's (ex2.approx, lg2.approx: 2^-22). x takes the logarithm of the ratio of the two sums, which is exact
+// where one word has all of the mass: of its error 1e-8 to 3e-7 is left, as of each s - t of a plain row. In a near row a
+// KL of 1e-7 (|x| of 4e-4) keeps four digits, and the gradient of forward_kl three to four. A row whose highest logit is
+// 2^30 or more (over its temperature, to base 2) gives NaN.
 //
 // Resources (tests/test_cuda_build.py compares; the shared memory is the most that a launch asks for, beside 2 KB):
 //
-//   distill_kl_resident_kernel<T>    96 registers    230400 bytes of shared memory
-//   distill_kl_streamed_kernel<T>    96 registers     40960 bytes of shared memory
+//   distill_kl_resident_kernel<T, false>    80 registers    230400 bytes of shared memory
+//   distill_kl_resident_kernel<T, true>    128 registers    230400 bytes of shared memory
+//   distill_kl_streamed_kernel<T, false>    96 registers     40960 bytes of shared memory
+//   distill_kl_streamed_kernel<T, true>    128 registers     32768 bytes of shared memory
 #pragma once
 
 #include "common.cuh"
@@ -286,8 +299,13 @@ struct DistillKl {
     row = group.broadcast(row);
     if (!is_kl(o.divergence)) second_pass(i, memory, row);
     const RowInMemory<T> next = row_at(i + a.groups, row.next_counts);
-    const float value = last_pass(i, memory, next, row);
-    if (is_kl(o.divergence) && row.measured.value <= kNearValue)
+    const bool near_kl = is_kl(o.divergence) && row.measured.value <= kNearValue;
+    float value = 0.0f;
+    if (a.grad != nullptr || near_kl)
+      value = last_pass(i, memory, next, row);
+    else
+      store.begin(next);
+    if (near_kl)
       row.measured.value = group.broadcast(join_group(group, Totals{value, 0.0f, 0.0f}).value) * row.constants.mass;
     if (leads()) write_values(i, memory, row);
     return next;

@@ -13,8 +13,9 @@ struct DistillKlOptions {
   float student_rate, teacher_rate;        // log2 e / temperature
   float inverse, share;                    // 1 / student_temperature, student_temperature / teacher_temperature
   float student_softcap, teacher_softcap;  // 0: none
-  float mixture_teacher, mixture_student;
-  bool goes_shared;  // a mixture of which one weight is small
+  float mixture_teacher, mixture_student;  // w_t, w_s
+  float teacher_inverse;                   // 1 / w_t
+  bool goes_shared;                        // a mixture of which one weight is small
   MixtureSeries series;
 };
 
@@ -33,6 +34,7 @@ inline DistillKlOptions distill_kl_options(Divergence divergence, double mix, do
   o.teacher_softcap = static_cast<float>(teacher_softcap);
   o.mixture_teacher = static_cast<float>(teacher);
   o.mixture_student = static_cast<float>(student);
+  o.teacher_inverse = static_cast<float>(1.0 / teacher);
   if (divergence == Divergence::jsd || divergence == Divergence::skew_kl || divergence == Divergence::skew_reverse_kl) {
     o.goes_shared = std::min(teacher, student) < kLeastWeight;
     if (!o.goes_shared)

@@ -131,7 +131,7 @@ PYFAST_DEVICE constexpr bool is_mixture(Divergence divergence) {
 struct Mixed {
   float s, teacher_mass;           // s, w_t t
   float student_log, teacher_log;  // log2 s / m (jsd, skew_reverse_kl), log2 t / m (jsd, skew_kl)
-  float share;                     // t / m (skew_kl), s / m (skew_reverse_kl)
+  float share;                     // w_t t / m (skew_kl), s / m (skew_reverse_kl)
 
   template <Divergence divergence>
   PYFAST_DEVICE static Mixed of(float zs, float zt, const RowConstants& row, const DistillKlOptions& o) {
@@ -147,8 +147,8 @@ struct Mixed {
       out.student_log = log2_s - log2_m;
       out.teacher_log = log2_t - (log2_m - row.balance_log2);
     } else if constexpr (divergence == Divergence::skew_kl) {
-      out.share = out.teacher_mass * ptx::reciprocal_approx(mass) * (1.0f / o.mixture_teacher);
-      out.teacher_log = ptx::log2_approx(out.share);
+      out.share = out.teacher_mass * ptx::reciprocal_approx(mass);
+      out.teacher_log = ptx::log2_approx(out.share * o.teacher_inverse);
     } else {
       out.share = out.s * ptx::reciprocal_approx(mass);
       out.student_log = __builtin_fmaxf(ptx::log2_approx(out.share), kLeastLog);
@@ -173,7 +173,7 @@ struct NearMixed {
       slope = ws * m.student_log;
       value = __builtin_fmaf(m.teacher_mass, m.teacher_log, m.s * slope);
     } else if constexpr (divergence == Divergence::skew_kl) {
-      slope = __builtin_fmaf(m.share, -ws, ws);
+      slope = __builtin_fmaf(m.share, -ws * o.teacher_inverse, ws);
       value = __builtin_fmaf(m.teacher_mass, m.teacher_log - ws * kLog2e, m.s * (ws * wt * kLog2e));
     } else {
       slope = __builtin_fmaf(m.share, -ws, __builtin_fmaf(m.student_log, kLn2, ws));
@@ -211,7 +211,7 @@ PYFAST_DEVICE void each_shared(const Words<T>& zs, const Words<T>& zt, const Row
   }
 }
 
-// h of a word of a mixture but for a constant, and a factor w_s (jsd) or -w_s (skew_kl).
+// h of a word of a mixture but for a constant, and a factor w_s (jsd) or -w_s / w_t (skew_kl).
 template <Divergence divergence>
 PYFAST_DEVICE float plain_slope(const Mixed& m, const DistillKlOptions& o) {
   if constexpr (divergence == Divergence::jsd) return m.student_log;
@@ -276,7 +276,7 @@ PYFAST_DEVICE Measured measured_of(const Totals& totals, const RowConstants& row
     return {kLn2 * (value + (is_plain ? center : 0.0f)), center};
   }
   if constexpr (divergence == Divergence::skew_kl)
-    return {kLn2 * value / o.mixture_teacher, is_plain ? -o.mixture_student * slope : slope};
+    return {kLn2 * value * o.teacher_inverse, is_plain ? -o.mixture_student * o.teacher_inverse * slope : slope};
   return {kLn2 * value, slope};
 }
 
@@ -302,7 +302,8 @@ PYFAST_DEVICE Factors factors_of(float scale, float center, const RowConstants& 
   const bool is_plain = way == Way::plain;
   if constexpr (divergence == Divergence::jsd)
     return {(is_plain ? o.mixture_student : 1.0f) * kLn2 * all, center * kLn2 * all};
-  if constexpr (divergence == Divergence::skew_kl) return {is_plain ? -o.mixture_student * all : all, center * all};
+  if constexpr (divergence == Divergence::skew_kl)
+    return {is_plain ? -o.mixture_student * o.teacher_inverse * all : all, center * all};
   return {all, center * all};
 }
 

@@ -105,6 +105,9 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   out[160 + lane] = static_cast<uint32_t>(ptx::highest_bit(word | 1u));
   out[192 + lane] = ptx::funnel_right(word, next, static_cast<uint32_t>(lane));
   out[224 + lane] = ptx::transpose_matrix(word);
+  const float number = static_cast<float>(lane);
+  out[256 + lane] = ptx::max_pair<Float16>(ptx::pack<Float16>(number, -number), ptx::pack<Float16>(5.0f, -5.0f));
+  out[288 + lane] = static_cast<uint32_t>(8.0f * ptx::fma_saturated(ptx::multiply(number, 0.25f), 0.5f, -1.0f));
 }
 
 // Each lane marks 16 of its words' bits: out[lane] = its first marked values of the 8 that `values` gives each lane, as
@@ -182,7 +185,8 @@ __global__ void cluster_sums(const float* numbers, float* out) {
     out[blockIdx.x] = sum;
     ptx::st_cluster(&sent, (ptx::cluster_rank() + 1) % ptx::cluster_size(), sum);
   }
-  ptx::cluster_sync();
+  ptx::cluster_fence();
+  ptx::cluster_sync_relaxed();
   if (threadIdx.x == 0) out[blockIdx.x] += 1000.0f * sent + 0.0f * ptx::ld_cluster(&own, 0);
   ptx::cluster_leave();
 }
