@@ -80,7 +80,7 @@ def test_barriers_atomics_and_tickets(library: host.Library, order: int) -> None
 
 def test_shuffles_votes_and_numbers(library: host.Library) -> None:
     words = np.random.default_rng(2).integers(0, 2**32, 32, dtype=np.uint32)
-    out = host.Output((8, 32), np.uint32)
+    out = host.Output((10, 32), np.uint32)
     library.run("warp_scan", words, out)
     odd = words & 1
     inclusive = np.cumsum(odd)
@@ -95,6 +95,10 @@ def test_shuffles_votes_and_numbers(library: host.Library) -> None:
     both = following.astype(np.uint64) << 32 | words
     np.testing.assert_array_equal(out.array[6], (both >> np.arange(32, dtype=np.uint64)).astype(np.uint32))
     np.testing.assert_array_equal(out.array[7].view(np.uint16).reshape(8, 8), words.view(np.uint16).reshape(8, 8).T)
+    lanes = np.arange(32)
+    pairs = np.stack([np.maximum(lanes, 5.0), -np.minimum(lanes, 5.0)], 1).astype(np.float16)
+    np.testing.assert_array_equal(out.array[8], pairs.view(np.uint32)[:, 0])
+    np.testing.assert_array_equal(out.array[9], np.clip(lanes - 8, 0, 8))
 
 
 def run_rows(library: host.Library, order: int = 0, rows: int = 7) -> bool:
@@ -219,7 +223,7 @@ MUTANTS = {
     ),
     "cluster exit too early": (
         run_cluster,
-        "  ptx::cluster_sync();\n  if (threadIdx.x == 0) out",
+        "  ptx::cluster_sync_relaxed();\n  if (threadIdx.x == 0) out",
         "  if (threadIdx.x == 0) out",
         "cluster|exited|nobody has written|no barrier",
     ),

@@ -14,11 +14,13 @@
 #define PYFAST_HOST_DEVICE inline
 #endif
 
-// Unrolls the loop that follows, in device code.
+// Unrolls the loop that follows, in device code, or keeps it a loop.
 #if defined(__CUDA_ARCH__)
 #define PYFAST_UNROLL _Pragma("unroll")
+#define PYFAST_ROLLED _Pragma("unroll 1")
 #else
 #define PYFAST_UNROLL
+#define PYFAST_ROLLED
 #endif
 
 namespace pyfast::cuda {

@@ -354,11 +354,29 @@ PYFAST_DEVICE T from_float(float x) {
     return T{static_cast<uint16_t>(pack<T>(x, 0.0f))};
 }
 
+// max.bf16x2, max.f16x2: of two pairs, word by word; a NaN gives way to the other.
+template <class T>
+PYFAST_DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
+  static_assert(kIsTensorCoreType<T>);
+  uint32_t pair;
+  if constexpr (kIsBFloat16<T>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
+// mul.rn: a · b rounded; the compiler does not fuse it with an addition.
+PYFAST_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+
+// fma.rn.sat: a · b + c between 0 and 1; 0 for NaN.
+PYFAST_DEVICE float fma_saturated(float a, float b, float c) { return __saturatef(__fmaf_rn(a, b, c)); }
+
 // ---- Clusters of blocks (sm_90 and up: a kernel that uses them guards its body) -------------------------------------
 
 PYFAST_DEVICE uint32_t cluster_rank() {
   uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));  // read again rather than kept in a register
   return rank;
 }
 PYFAST_DEVICE uint32_t cluster_size() {
@@ -373,6 +391,18 @@ PYFAST_DEVICE uint32_t cluster_size() {
 PYFAST_DEVICE void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;"
+      :
+      :
+      : "memory");
+}
+
+// fence.acq_rel.cluster, and barrier.cluster arrive.relaxed, wait.acquire: a cluster_sync() that orders only the
+// accesses that threads made before their cluster_fence(). A fence waits for all that its thread has written.
+PYFAST_DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" : : : "memory"); }
+PYFAST_DEVICE void cluster_sync_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n\t"
       "barrier.cluster.wait.acquire.aligned;"
       :
       :

@@ -92,7 +92,8 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   const bool agree = ptx::any(odd) == (last != 0) && ptx::all(odd) == (last == 32);
   const uint32_t swapped = ptx::byte_permute(word, next, 0x7610u);  // lower half of word, upper half of next
   const Floats2 pair = ptx::unpack<BFloat16>(ptx::pack<BFloat16>(1.5f, static_cast<float>(ptx::popc(word))));
-  const Float16 half = ptx::from_float<Float16>(ptx::exp2_approx(3.0f) + ptx::log2_approx(4.0f) * ptx::reciprocal_approx(1.0f));
+  const Float16 half =
+      ptx::from_float<Float16>(ptx::exp2_approx(3.0f) + ptx::log2_approx(4.0f) * ptx::reciprocal_approx(1.0f));
   out[lane] = static_cast<uint32_t>(ptx::popc(below)) + 100u * scan;
   out[32 + lane] = agree;
   out[64 + lane] = swapped;
@@ -101,6 +102,9 @@ __global__ void warp_scan(const uint32_t* words, uint32_t* out) {
   out[160 + lane] = static_cast<uint32_t>(ptx::highest_bit(word | 1u));
   out[192 + lane] = ptx::funnel_right(word, next, static_cast<uint32_t>(lane));
   out[224 + lane] = ptx::transpose_matrix(word);
+  const float number = static_cast<float>(lane);
+  out[256 + lane] = ptx::max_pair<Float16>(ptx::pack<Float16>(number, -number), ptx::pack<Float16>(5.0f, -5.0f));
+  out[288 + lane] = static_cast<uint32_t>(8.0f * ptx::fma_saturated(ptx::multiply(number, 0.25f), 0.5f, -1.0f));
 }
 
 // Copies 32·4 words with cp.async<4> in `Stages` stages, so that loads and the reversal of each row overlap.
@@ -137,7 +141,8 @@ __global__ void cluster_sums(const float* numbers, float* out) {
     out[blockIdx.x] = sum;
     ptx::st_cluster(&sent, (ptx::cluster_rank() + 1) % ptx::cluster_size(), sum);
   }
-  ptx::cluster_sync();
+  ptx::cluster_fence();
+  ptx::cluster_sync_relaxed();
   if (threadIdx.x == 0) out[blockIdx.x] += 1000.0f * sent;
 }
 

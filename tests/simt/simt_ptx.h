@@ -136,9 +136,23 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
   simt::multiply_sparse(kIsBFloat16<T>, Selector, d, a, b, c, metadata, where);
 }
 
-PYFAST_DEVICE float exp2_approx(float x) { return std::exp2(x); }
-PYFAST_DEVICE float log2_approx(float x) { return std::log2(x); }
-PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x; }
+// Subnormal numbers count as 0, before and after. kRough: how far the results may be off, where a test sets it; 2^0 and
+// log2 1 are exact.
+constexpr float kRough = 0.0f;
+PYFAST_DEVICE float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+PYFAST_DEVICE float deviation(float x) {  // kRough times a number from -1 to 1 that any bit of x changes
+  const uint32_t bits = to_bits(x) * 2654435761u;
+  return kRough * (static_cast<float>(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
+}
+PYFAST_DEVICE float exp2_approx(float x) {
+  const float y = flushed(std::exp2(flushed(x)));
+  return flushed(x) == 0.0f ? y : y + y * deviation(x);
+}
+PYFAST_DEVICE float log2_approx(float x) {
+  const float y = std::log2(flushed(x));
+  return y == 0.0f ? y : y + std::fmax(1.0f, std::fabs(y)) * deviation(x);
+}
+PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x + 1.0f / x * deviation(x); }
 PYFAST_DEVICE float to_float(float x) { return x; }
 PYFAST_DEVICE float to_float(BFloat16 x) { return widen(bf16{x.bits}); }
 PYFAST_DEVICE float to_float(Float16 x) { return widen(f16{x.bits}); }
@@ -162,10 +176,22 @@ PYFAST_DEVICE uint32_t pack(float first, float second) {
   static_assert(kIsTensorCoreType<T>);
   return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
 }
+template <class T>
+PYFAST_DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
+  const Floats2 x = unpack<T>(a), y = unpack<T>(b);
+  return pack<T>(std::fmax(x.x, y.x), std::fmax(x.y, y.y));
+}
+PYFAST_DEVICE float multiply(float a, float b) { return a * b; }
+PYFAST_DEVICE float fma_saturated(float a, float b, float c) {
+  const float x = std::fma(a, b, c);
+  return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f;
+}
 
 PYFAST_DEVICE uint32_t cluster_rank() { return simt::cluster_rank(); }
 PYFAST_DEVICE uint32_t cluster_size() { return simt::cluster_size(); }
 PYFAST_DEVICE void cluster_sync(Where where = Where::current()) { simt::cluster_barrier(where); }
+PYFAST_DEVICE void cluster_fence() {}
+PYFAST_DEVICE void cluster_sync_relaxed(Where where = Where::current()) { simt::cluster_barrier(where); }
 template <class T>
 PYFAST_DEVICE T* map_shared_rank(T* shared, uint32_t rank, Where where = Where::current()) {
   return static_cast<T*>(simt::map_shared(shared, rank, where));
