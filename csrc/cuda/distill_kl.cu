@@ -32,10 +32,13 @@ DeviceLimits limits_of(int device) {
 // As many groups of blocks as the device runs at once, and no more than there are rows: each does rows in turn.
 template <class T>
 void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
-  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), limits_of(device));
+  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), args.is_general(), limits_of(device));
   const bool resident = plan.cluster > 0;
-  auto* const kernel = resident ? distill_kl_resident_kernel<T> : distill_kl_streamed_kernel<T>;
+  auto* const kernel = args.is_general()
+                           ? (resident ? distill_kl_resident_kernel<T, true> : distill_kl_streamed_kernel<T, true>)
+                           : (resident ? distill_kl_resident_kernel<T, false> : distill_kl_streamed_kernel<T, false>);
   args.share = plan.share;
+  args.batch = plan.batch();
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
       "distill_kl");
@@ -60,7 +63,9 @@ void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
   }
   STD_TORCH_CHECK(groups > 0, "distill_kl: this GPU has no room for ", cluster, " block(s) of ", plan.shared_bytes,
                   " bytes");
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(groups, args.count)) * static_cast<unsigned>(cluster));
+  args.cluster = cluster;
+  args.groups = std::min<int64_t>(groups, args.count);
+  config.gridDim = dim3(static_cast<unsigned>(args.groups) * static_cast<unsigned>(cluster));
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), "distill_kl");
 }
 
@@ -132,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tenso
     args.grad_stride = words;
     args.count = count;
     args.words = static_cast<int>(words);
-    args.set_options(*kind, mix, student_temperature, teacher_temperature, student_softcap, teacher_softcap);
+    args.options =
+        distill_kl_options(*kind, mix, student_temperature, teacher_temperature, student_softcap, teacher_softcap);
     launch(args, device, current_stream(student));
   });
   return {rows, ce_rows, grad};

@@ -1,17 +1,15 @@
 // Sums over all threads that share a row of distill_kl: the threads of a block, or of a cluster of blocks.
 //
-//   32 lanes ──► shuffles ──► shared memory ──► warp 0 ──► a copy into every block of the cluster ──► every warp
-//                                     (__syncthreads)           (st.shared::cluster)    (barrier.cluster)
+//   32 lanes ──► shuffles ──► shared memory ──► warp 0 ──► into every block of the cluster ──► warp 0 ──► all threads
+//                            (__syncthreads)               (st.shared::cluster, barrier.cluster)    (__syncthreads)
 //
-// All threads get the same bits. What a block receives lies in two halves that sums use in turn, so that one barrier a
-// sum is enough: nobody writes into a half again before all have passed the barrier of the sum between.
+// Each warp does its own part and the first one the rest, because instructions are what the kernels are short of. All
+// blocks get the same bits. What a block receives lies in two halves that sums use in turn, so that one barrier a sum
+// is enough: nobody writes into a half again before all have passed the barrier of the sum between.
 #pragma once
 
 #include "common.cuh"
 #include "distill_kl_plan.h"
-#include "vec.cuh"
-
-#include "../exp_log.h"
 
 namespace pyfast::cuda {
 
@@ -19,11 +17,12 @@ namespace pyfast::cuda {
 
 inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxFields = 9;
-inline constexpr float kLowestLogit = -3.40282347e+38f;  // a peak below every logit but -inf
+inline constexpr int kMaxSent = 8;  // of 16 bytes, by broadcast()
 
 struct GroupMemory {
   float warps[kMaxWarps][kMaxFields];
   float blocks[2][kMaxCluster][kMaxFields];
+  Words4 sent[kMaxSent];
 };
 static_assert(sizeof(GroupMemory) <= kGroupBytes);
 
@@ -31,21 +30,41 @@ static_assert(sizeof(GroupMemory) <= kGroupBytes);
 template <bool kClusters>
 struct Group {
   GroupMemory& memory;
-  int rank = 0, size = 1;
+  const int size;
   int half = 0;
 
-  PYFAST_DEVICE explicit Group(GroupMemory& shared) : memory(shared) {
+  PYFAST_DEVICE Group(GroupMemory& shared, int blocks) : memory(shared), size(kClusters ? blocks : 1) {
     if constexpr (kClusters) {
-      rank = static_cast<int>(ptx::cluster_rank());
-      size = static_cast<int>(ptx::cluster_size());
       sync();  // no block may be written to before it has begun
     }
   }
 
+  PYFAST_DEVICE int rank() const {
+    if constexpr (kClusters)
+      return static_cast<int>(ptx::cluster_rank());
+    else
+      return 0;
+  }
+
+  // Whether this thread is of the first warp of its block: the one that has what join_group() joins.
+  PYFAST_DEVICE static bool leads() { return threadIdx.x < 32; }
+
+  // What the first lane of the block has, to all of its threads. A barrier lies between two calls.
+  template <class Fields>
+  PYFAST_DEVICE Fields broadcast(const Fields& own) const {
+    static_assert(sizeof(Fields) <= sizeof(memory.sent));
+    Fields* const sent = reinterpret_cast<Fields*>(memory.sent);
+    if (threadIdx.x == 0) *sent = own;
+    ptx::syncthreads();
+    return *sent;
+  }
+
+  // All threads of the group; only what the first warps wrote before is seen after it in other blocks.
   PYFAST_DEVICE void sync() const {
     if constexpr (kClusters) {
       ptx::syncwarp();
-      ptx::cluster_sync();
+      if (leads()) ptx::cluster_fence();
+      ptx::cluster_sync_relaxed();
     } else {
       ptx::syncthreads();
     }
@@ -57,80 +76,33 @@ struct Sum {
   float hi, lo;
 };
 
+PYFAST_DEVICE bool is_finite(float x) { return __builtin_fabsf(x) <= 3.40282347e+38f; }
+
 PYFAST_DEVICE Sum add(const Sum& a, const Sum& b) {
   const float hi = a.hi + b.hi;
   const float part = hi - a.hi;
   return {hi, ((a.hi - (hi - part)) + (b.hi - part)) + (a.lo + b.lo)};
 }
 
-// What a pass leaves: sums that are only added.
+// What a pass leaves: sums over words, of which the terms of the divergence say what they are.
 struct Totals {
-  float value, slope;
+  float value, slope, square;
 
-  PYFAST_DEVICE static Totals nothing() { return {0.0f, 0.0f}; }
+  PYFAST_DEVICE static Totals nothing() { return {0.0f, 0.0f, 0.0f}; }
 
-  template <int kLanes>
-  PYFAST_DEVICE void join(float, float, bool, bool) {
+  template <int kLanes, bool kExact>
+  PYFAST_DEVICE void join() {
     PYFAST_UNROLL
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
       value += ptx::shfl_xor(value, distance);
       slope += ptx::shfl_xor(slope, distance);
+      square += ptx::shfl_xor(square, distance);
     }
   }
 };
 
-// 2^((z - top) · scale). The highest logit of a row gives exactly 1, so that a word that has all of the mass leaves no
-// rounding in the sum.
-PYFAST_DEVICE float power_below(float z, float top, float scale) { return ptx::exp2_approx((z - top) * scale); }
-
-// Sums of 2^((z - peak) · scale) over logits z, the peak being the highest of them.
-struct Statistics {
-  float student_peak, teacher_peak;
-  Sum student, teacher;
-  float plain;          // of the student, at temperature 1
-  float drift, absent;  // of s (x - origin), and of s over words that the teacher excludes
-
-  PYFAST_DEVICE static Statistics nothing() {
-    return {kLowestLogit, kLowestLogit, {0.0f, 0.0f}, {0.0f, 0.0f}, 0.0f, 0.0f, 0.0f};
-  }
-
-  template <int kLanes>
-  PYFAST_DEVICE void join(float student_scale, float teacher_scale, bool with_plain, bool with_drift) {
-    float top_s = student_peak, top_t = teacher_peak;
-    PYFAST_UNROLL
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      top_s = __builtin_fmaxf(top_s, ptx::shfl_xor(top_s, distance));
-      top_t = __builtin_fmaxf(top_t, ptx::shfl_xor(top_t, distance));
-    }
-    const float keep_s = power_below(student_peak, top_s, student_scale);
-    const float keep_t = power_below(teacher_peak, top_t, teacher_scale);
-    student = {student.hi * keep_s, student.lo * keep_s};
-    teacher = {teacher.hi * keep_t, teacher.lo * keep_t};
-    PYFAST_UNROLL
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      student = add(student, {ptx::shfl_xor(student.hi, distance), ptx::shfl_xor(student.lo, distance)});
-      teacher = add(teacher, {ptx::shfl_xor(teacher.hi, distance), ptx::shfl_xor(teacher.lo, distance)});
-    }
-    if (with_plain) {
-      plain *= power_below(student_peak, top_s, kLog2e);
-      PYFAST_UNROLL
-      for (int distance = kLanes / 2; distance > 0; distance /= 2) plain += ptx::shfl_xor(plain, distance);
-    }
-    if (with_drift) {
-      drift *= keep_s;
-      absent *= keep_s;
-      PYFAST_UNROLL
-      for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-        drift += ptx::shfl_xor(drift, distance);
-        absent += ptx::shfl_xor(absent, distance);
-      }
-    }
-    student_peak = top_s;
-    teacher_peak = top_t;
-  }
-};
-
-// Joins what the threads of the group hold; all of them call it together. What follows `mine` goes to join().
+// Joins what the threads of the group hold; all of them call it together, and the first warp of each block gets it.
+// What follows `mine` goes to join().
 template <bool kClusters, class Fields, class... Options>
 PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options... options) {
   constexpr int kFields = static_cast<int>(sizeof(Fields) / sizeof(float));
@@ -138,7 +110,7 @@ PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options...
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
   float* fields = reinterpret_cast<float*>(&mine);
-  mine.template join<32>(options...);
+  mine.template join<32, false>(options...);
   if (lane == 0) PYFAST_UNROLL
   for (int i = 0; i < kFields; ++i) group.memory.warps[warp][i] = fields[i];
   ptx::syncthreads();
@@ -146,24 +118,24 @@ PYFAST_DEVICE Fields join_group(Group<kClusters>& group, Fields mine, Options...
     mine = Fields::nothing();
     if (lane < warps) PYFAST_UNROLL
     for (int i = 0; i < kFields; ++i) fields[i] = group.memory.warps[lane][i];
-    mine.template join<32>(options...);
-    float* target = group.memory.blocks[group.half][group.rank];
-    if (lane < group.size) {
-      PYFAST_UNROLL
-      for (int i = 0; i < kFields; ++i) {
-        if constexpr (kClusters)
-          ptx::st_cluster(target + i, static_cast<uint32_t>(lane), fields[i]);
-        else
-          target[i] = fields[i];
-      }
-    }
+    mine.template join<32, true>(options...);
   }
-  group.sync();
-  mine = Fields::nothing();
-  if (lane % kMaxCluster < group.size) PYFAST_UNROLL
-  for (int i = 0; i < kFields; ++i) fields[i] = group.memory.blocks[group.half][lane % kMaxCluster][i];
-  mine.template join<kMaxCluster>(options...);
-  group.half ^= 1;
+  if constexpr (kClusters) {
+    if (group.size == 1) return mine;
+    if (warp == 0 && lane < group.size) {
+      float* const target = group.memory.blocks[group.half][group.rank()];
+      PYFAST_UNROLL
+      for (int i = 0; i < kFields; ++i) ptx::st_cluster(target + i, static_cast<uint32_t>(lane), fields[i]);
+    }
+    group.sync();
+    if (warp == 0) {
+      mine = Fields::nothing();
+      if (lane % kMaxCluster < group.size) PYFAST_UNROLL
+      for (int i = 0; i < kFields; ++i) fields[i] = group.memory.blocks[group.half][lane % kMaxCluster][i];
+      mine.template join<kMaxCluster, true>(options...);
+    }
+    group.half ^= 1;
+  }
   return mine;
 }
 

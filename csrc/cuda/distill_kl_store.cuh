@@ -18,6 +18,8 @@
 // word by word: right for any stride and width, fast where the three agree, as they do for contiguous tensors.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 #include "distill_kl_plan.h"
 
@@ -25,17 +27,21 @@ namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
 
-inline constexpr int kBatches = 4;  // commits a row, in Resident
-
 template <class T>
 inline constexpr int kVectorWords = 16 / static_cast<int>(sizeof(T));
+
+// A vector that begins at `word` lies in a row of that many words if, as an unsigned number, word < inside_span.
+template <class T>
+PYFAST_DEVICE uint32_t inside_span(int words) {
+  return words < kVectorWords<T> ? 0u : static_cast<uint32_t>(words - kVectorWords<T> + 1);
+}
 
 // A row pair in memory; no vectors: nothing of it is to be read.
 template <class T>
 struct RowInMemory {
   const T* student;
   const T* teacher;
-  int words, vectors;
+  int vectors;
   int lead;  // words of the first vector before the row
   bool teacher_alike;
 
@@ -51,103 +57,144 @@ template <class T>
 PYFAST_DEVICE RowInMemory<T> row_in_memory(const T* student, const T* teacher, int words) {
   const int lead = words_past_multiple(student);
   const int vectors = (lead + words + kVectorWords<T> - 1) / kVectorWords<T>;
-  return {student, teacher, words, vectors, lead, words_past_multiple(teacher) == lead};
+  return {student, teacher, vectors, lead, words_past_multiple(teacher) == lead};
 }
 
-// Begins to copy the vector whose first word is `word` into a slot of this thread. What is not in the row becomes 0.
+// The bits of a word, which may be in shared memory, and of a logit of -inf.
 template <class T>
-PYFAST_DEVICE void fetch_vector(Words4* slot, const T* row, int word, int words, bool aligned) {
-  const int left = words - word;
-  if (aligned && word >= 0) {
-    ptx::cp_async<16>(slot, row + word, left < kVectorWords<T> ? left * static_cast<int>(sizeof(T)) : 16);
-    return;
-  }
-  constexpr int kWordsOf32Bits = 4 / static_cast<int>(sizeof(T));
-  uint32_t parts[4] = {};
-  PYFAST_UNROLL
-  for (int i = 0; i < kVectorWords<T>; ++i) {
-    if (word + i < 0 || i >= left) continue;
-    uint32_t bits;
-    if constexpr (sizeof(T) == 4)
-      bits = __builtin_bit_cast(uint32_t, row[word + i]);
-    else
-      bits = row[word + i].bits;
-    parts[i / kWordsOf32Bits] |= bits << (i % kWordsOf32Bits * 16);
-  }
-  *slot = {parts[0], parts[1], parts[2], parts[3]};
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+
+template <class T>
+inline constexpr Bits<T> kExcluded = sizeof(T) == 4   ? 0xff800000u
+                                     : kIsBFloat16<T> ? 0xff80u
+                                                      : 0xfc00u;
+
+// A vector word by word into a slot of this thread, -inf where it is not in the row.
+template <class T>
+PYFAST_DEVICE void fetch_words(Words4* slot, const T* row, int word, int words) {
+  Bits<T>* const to = reinterpret_cast<Bits<T>*>(slot);
+  PYFAST_ROLLED
+  for (int i = 0; i < kVectorWords<T>; ++i)
+    to[i] = word + i >= 0 && word + i < words ? __builtin_bit_cast(Bits<T>, row[word + i]) : kExcluded<T>;
 }
 
-// Slots of this block: `capacity` for the student, as many for the teacher.
+// A vector word by word from a slot of this thread, without those that are not in the row.
+template <class T>
+PYFAST_DEVICE void write_words(T* row, const Words4* slot, int word, int words) {
+  const Bits<T>* const from = reinterpret_cast<const Bits<T>*>(slot);
+  PYFAST_ROLLED
+  for (int i = 0; i < kVectorWords<T>; ++i)
+    if (word + i >= 0 && word + i < words) row[word + i] = __builtin_bit_cast(T, from[i]);
+}
+
+// A vector of zeros of a row in memory, word by word.
+template <class T>
+PYFAST_DEVICE void write_zeros(T* row, int word, int words) {
+  PYFAST_ROLLED
+  for (int i = 0; i < kVectorWords<T>; ++i)
+    if (word + i >= 0 && word + i < words) row[word + i] = T{};
+}
+
+// Slots of this block for rows of so many words: `capacity` for the student, as many for the teacher behind them.
+template <class T>
 struct Slots {
   Words4* student;
-  Words4* teacher;
+  int capacity, words;
 
-  PYFAST_DEVICE Slots(unsigned char* shared, int capacity)
-      : student(reinterpret_cast<Words4*>(shared)), teacher(student + capacity) {}
+  PYFAST_DEVICE Slots(unsigned char* shared, int slots, int row_words)
+      : student(reinterpret_cast<Words4*>(shared)), capacity(slots), words(row_words) {}
 
-  template <class T>
-  PYFAST_DEVICE void fetch(int slot, const RowInMemory<T>& row, int vector) const {
-    const int word = row.first_word(vector);
-    fetch_vector(student + slot, row.student, word, row.words, true);
-    fetch_vector(teacher + slot, row.teacher, word, row.words, row.teacher_alike);
+  // That of the words whose vectors can be copied as a whole.
+  PYFAST_DEVICE uint32_t span(const RowInMemory<T>& row) const {
+    return row.teacher_alike ? inside_span<T>(words) : 0u;
+  }
+
+  // Begins to copy a vector of the row pair into a slot of this thread. What is not in the row becomes -inf.
+  PYFAST_DEVICE void fetch(Words4* slot, const RowInMemory<T>& row, int word) const {
+    if (static_cast<uint32_t>(word) < span(row))
+      fetch_whole(slot, row, word);
+    else
+      fetch_by_words(slot, row, word);
+  }
+  PYFAST_DEVICE void fetch_whole(Words4* slot, const RowInMemory<T>& row, int word) const {
+    ptx::cp_async<16>(slot, row.student + word);
+    ptx::cp_async<16>(slot + capacity, row.teacher + word);
+  }
+  PYFAST_DEVICE void fetch_by_words(Words4* slot, const RowInMemory<T>& row, int word) const {
+    fetch_words(slot, row.student, word, words);
+    fetch_words(slot + capacity, row.teacher, word, words);
   }
 };
 
 template <class T>
 class Resident {
  public:
-  // share: vectors that a block holds; block `rank` has those from rank · share on.
-  PYFAST_DEVICE Resident(unsigned char* shared, int share, int rank) : slots_(shared, share), share_(share) {
-    first_ = rank * share;
-    const int threads = static_cast<int>(blockDim.x);
-    batch_ = ((share + threads - 1) / threads + kBatches - 1) / kBatches * threads;
-  }
+  // share: vectors that a block holds; block `rank` has those from rank · share on. batch: slots that are waited for
+  // together.
+  PYFAST_DEVICE Resident(unsigned char* shared, int words, int share, int batch, int rank)
+      : slots_(shared, share, words), first_(rank * share), batch_(batch) {}
 
   // Asks for the row, into slots that are free.
   PYFAST_DEVICE void begin(const RowInMemory<T>& row) const {
     const int count = held(row);
+    PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
-      for (int k = batch_begin(batch); k < batch_end(batch, count); k += step()) slots_.fetch(k, row, first_ + k);
+      fetch_from(batch, 0, count, row);
       ptx::cp_async_commit();
     }
   }
 
-  // The first pass over a row: visit(vector, student, teacher), as they arrive.
-  template <class Visit>
+  // The first pass over a row, as it arrives: visit(student, teacher) with arrays of kMost vectors, 1 or 2, or one.
+  template <int kMost, class Visit>
   PYFAST_DEVICE void first(const RowInMemory<T>& row, const Visit& visit) const {
     const int count = held(row);
-    static_assert(kBatches == 4);
+    static_assert(kBatches == 2);
+    PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
       if (batch == 0)
-        ptx::cp_async_wait<3>();
-      else if (batch == 1)
-        ptx::cp_async_wait<2>();
-      else if (batch == 2)
         ptx::cp_async_wait<1>();
       else
         ptx::cp_async_wait<0>();
-      for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
-        visit(first_ + k, slots_.student[k], slots_.teacher[k]);
+      const Words4* const past = slots_.student + batch_end(batch, count);
+      const Words4* slot = slots_.student + batch_begin(batch);
+      PYFAST_ROLLED
+      for (; slot + (kMost - 1) * step() < past; slot += kMost * step()) visit_at<kMost>(slot, visit);
+      if (kMost > 1 && slot < past) visit_at<1>(slot, visit);
     }
   }
 
+  // A pass between: visit(student, teacher) with a vector of each.
   template <class Visit>
   PYFAST_DEVICE void again(const RowInMemory<T>& row, const Visit& visit) const {
-    const int count = held(row);
-    for (int k = static_cast<int>(threadIdx.x); k < count; k += step())
-      visit(first_ + k, slots_.student[k], slots_.teacher[k]);
+    const Words4* const past = slots_.student + held(row);
+    PYFAST_ROLLED
+    for (const Words4* slot = slots_.student + threadIdx.x; slot < past; slot += step())
+      visit(*slot, slot[slots_.capacity]);
   }
 
-  // The last pass over a row, which makes room for the next one and asks for it.
+  // The last pass over a row, which makes room for the next one and asks for it: visit(word, student, teacher, slot)
+  // with the first word of the vector and a slot that may be written into.
   template <class Visit>
   PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>& next, const Visit& visit) const {
     const int count = held(row), count_next = held(next);
-    const int more = count > count_next ? count : count_next;
+    const int shift = row.lead - next.lead;
+    const uint32_t span = next.vectors == 0 ? 0u : slots_.span(next);
+    const Words4* const end_next = slots_.student + count_next;
+    PYFAST_ROLLED
     for (int batch = 0; batch < kBatches; ++batch) {
-      for (int k = batch_begin(batch); k < batch_end(batch, more); k += step()) {
-        if (k < count) visit(first_ + k, slots_.student[k], slots_.teacher[k]);
-        if (k < count_next) slots_.fetch(k, next, first_ + k);
+      const int begin = batch_begin(batch);
+      int word = row.first_word(first_ + begin);
+      Words4* slot = slots_.student + begin;
+      const Words4* const end = slots_.student + batch_end(batch, count);
+      PYFAST_ROLLED
+      for (; slot < end; slot += step(), word += step() * kVectorWords<T>) {
+        visit(word, *slot, slot[slots_.capacity], slot);
+        if (static_cast<uint32_t>(word + shift) < span)
+          slots_.fetch_whole(slot, next, word + shift);
+        else if (slot < end_next)
+          slots_.fetch_by_words(slot, next, word + shift);
       }
+      if (count_next > count) fetch_from(batch, count, count_next, next);
       ptx::cp_async_commit();
     }
   }
@@ -161,58 +208,85 @@ class Resident {
   }
   PYFAST_DEVICE int held(const RowInMemory<T>& row) const {
     const int left = row.vectors - first_;
-    return left < 0 ? 0 : left < share_ ? left : share_;
+    return left < 0 ? 0 : left < slots_.capacity ? left : slots_.capacity;
+  }
+  template <int kVectors, class Visit>
+  PYFAST_DEVICE void visit_at(const Words4* slot, const Visit& visit) const {
+    Words4 student[kVectors], teacher[kVectors];
+    PYFAST_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      student[v] = slot[v * step()];
+      teacher[v] = slot[v * step() + slots_.capacity];
+    }
+    visit(student, teacher);
   }
 
-  Slots slots_;
-  int share_, first_;
-  int batch_;  // slots of all threads in a batch
+  // Those of a batch from slot `begin` on.
+  PYFAST_DEVICE void fetch_from(int batch, int begin, int count, const RowInMemory<T>& row) const {
+    PYFAST_ROLLED
+    for (int k = batch_begin(batch); k < batch_end(batch, count); k += step())
+      if (k >= begin) slots_.fetch(slots_.student + k, row, row.first_word(first_ + k));
+  }
+
+  Slots<T> slots_;
+  int first_, batch_;
 };
 
 template <class T>
 class Streamed {
  public:
-  PYFAST_DEVICE explicit Streamed(unsigned char* shared) : slots_(shared, kStages * static_cast<int>(blockDim.x)) {}
+  PYFAST_DEVICE Streamed(unsigned char* shared, int words)
+      : slots_(shared, kStages * static_cast<int>(blockDim.x), words) {}
 
   PYFAST_DEVICE void begin(const RowInMemory<T>&) {}
 
-  template <class Visit>
+  template <int kMost, class Visit>
   PYFAST_DEVICE void first(const RowInMemory<T>& row, const Visit& visit) {
     backwards_ = true;
-    again(row, visit);
+    again(row, [&](const Words4& student, const Words4& teacher) {
+      const Words4 students[1] = {student}, teachers[1] = {teacher};
+      visit(students, teachers);
+    });
   }
 
   template <class Visit>
   PYFAST_DEVICE void again(const RowInMemory<T>& row, const Visit& visit) {
-    backwards_ = !backwards_;
-    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    const int own = (row.vectors - thread + threads - 1) / threads;
-    for (int k = 0; k < kStages - 1; ++k) fetch(row, k, own);
-    for (int k = 0; k < own; ++k) {
-      ptx::cp_async_wait<kStages - 2>();
-      const int slot = k % kStages * threads + thread;
-      const Words4 student = slots_.student[slot], teacher = slots_.teacher[slot];
-      fetch(row, k + kStages - 1, own);
-      visit(vector(k, own), student, teacher);
-    }
+    read(row, [&](int, const Words4& student, const Words4& teacher, Words4*) { visit(student, teacher); });
   }
 
   template <class Visit>
   PYFAST_DEVICE void last(const RowInMemory<T>& row, const RowInMemory<T>&, const Visit& visit) {
-    again(row, visit);
+    read(row, visit);
   }
 
  private:
+  template <class Visit>
+  PYFAST_DEVICE void read(const RowInMemory<T>& row, const Visit& visit) {
+    backwards_ = !backwards_;
+    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+    const int own = (row.vectors - thread + threads - 1) / threads;
+    PYFAST_ROLLED
+    for (int k = 0; k < kStages - 1; ++k) fetch(row, k, own);
+    PYFAST_ROLLED
+    for (int k = 0; k < own; ++k) {
+      ptx::cp_async_wait<kStages - 2>();
+      Words4* const slot = slots_.student + (k % kStages * threads + thread);
+      const Words4 student = *slot, teacher = slot[slots_.capacity];
+      fetch(row, k + kStages - 1, own);
+      visit(row.first_word(vector(k, own)), student, teacher, slot);
+    }
+  }
+
   PYFAST_DEVICE int vector(int k, int own) const {
     return (backwards_ ? own - 1 - k : k) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
   }
   PYFAST_DEVICE void fetch(const RowInMemory<T>& row, int k, int own) const {
     const int slot = k % kStages * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (k < own) slots_.fetch(slot, row, vector(k, own));
+    if (k < own) slots_.fetch(slots_.student + slot, row, row.first_word(vector(k, own)));
     ptx::cp_async_commit();
   }
 
-  Slots slots_;
+  Slots<T> slots_;
   bool backwards_ = false;
 };
 

@@ -5,10 +5,10 @@ DISTILL_KL(distill_kl_f32, float)
 DISTILL_KL(distill_kl_bf16, pyfast::cuda::BFloat16)
 
 // out: blocks that hold a row, vectors a block, threads, bytes of shared memory.
-SIMT_EXPORT plan(int64_t words, int64_t word_bytes, int64_t shared_a_block, int64_t shared_a_multiprocessor,
-                 int64_t clusters, int64_t* out) {
+SIMT_EXPORT plan(int64_t words, int64_t word_bytes, int64_t is_general, int64_t shared_a_block,
+                 int64_t shared_a_multiprocessor, int64_t clusters, int64_t* out) {
   const DistillKlPlan plan =
-      plan_distill_kl(words, word_bytes, {shared_a_block, shared_a_multiprocessor, clusters != 0});
+      plan_distill_kl(words, word_bytes, is_general != 0, {shared_a_block, shared_a_multiprocessor, clusters != 0});
   out[0] = plan.cluster;
   out[1] = plan.share;
   out[2] = plan.threads;

@@ -32,21 +32,24 @@ void distill_kl(const T* student, const T* teacher, const float* row_scale, cons
   args.grad_stride = words;
   args.count = count;
   args.words = static_cast<int>(words);
-  args.set_options(static_cast<Divergence>(divergence), mix, student_temperature, teacher_temperature, student_softcap,
-                   teacher_softcap);
+  args.options = distill_kl_options(static_cast<Divergence>(divergence), mix, student_temperature, teacher_temperature,
+                                    student_softcap, teacher_softcap);
+  args.cluster = static_cast<int>(cluster == 0 ? 1 : cluster);
+  args.groups = groups;
   const unsigned block = static_cast<unsigned>(threads);
   if (cluster == 0) {
     simt::launch({.grid = {static_cast<unsigned>(groups)}, .block = {block}, .shared_bytes = 32 * kStages * block},
-                 distill_kl_streamed_kernel<T>, args);
+                 args.is_general() ? distill_kl_streamed_kernel<T, true> : distill_kl_streamed_kernel<T, false>, args);
     return;
   }
   const int64_t vectors = (words + 2 * (kVectorWords<T> - 1)) / kVectorWords<T>;
   args.share = static_cast<int>((vectors + cluster - 1) / cluster);
+  args.batch = DistillKlPlan{args.cluster, args.share, static_cast<int>(threads), 0}.batch();
   simt::launch({.grid = {static_cast<unsigned>(groups * cluster)},
                 .block = {block},
                 .cluster = static_cast<unsigned>(cluster),
                 .shared_bytes = 32 * static_cast<size_t>(args.share)},
-               distill_kl_resident_kernel<T>, args);
+               args.is_general() ? distill_kl_resident_kernel<T, true> : distill_kl_resident_kernel<T, false>, args);
 }
 
 }  // namespace
