@@ -124,9 +124,7 @@ def library() -> host.Library:
     return host.build("distill_kl")
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), list(zip(ON_HOST, itertools.cycle(LAYOUTS))), ids=str
-)
+@pytest.mark.parametrize(("name", "layout"), list(zip(ON_HOST, itertools.cycle(LAYOUTS))), ids=str)
 def test_on_the_host(library: host.Library, name: str, layout: Layout) -> None:
     inputs = CASES[name]("cpu")
     check_case(name, run(library, inputs, layout), inputs)
@@ -138,9 +136,7 @@ def rough_library() -> host.Library:
     return host.build("distill_kl", {("simt_ptx.h", "kRough = 0.0f"): "kRough = 0x1p-22f"})
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), list(zip(ON_HOST, itertools.cycle(LAYOUTS))), ids=str
-)
+@pytest.mark.parametrize(("name", "layout"), list(zip(ON_HOST, itertools.cycle(LAYOUTS))), ids=str)
 def test_with_rough_powers_on_the_host(rough_library: host.Library, name: str, layout: Layout) -> None:
     inputs = CASES[name]("cpu")
     check_case(name, run(rough_library, inputs, layout), inputs)
@@ -286,6 +282,11 @@ class TestOnTheGpu:
     def test_against_float64(self, name: str) -> None:
         inputs = CASES[name]("cpu")
         check_case(name, on_gpu(inputs), inputs)
+
+    @pytest.mark.parametrize("name", BORDERS)
+    def test_borders(self, name: str) -> None:
+        inputs = BORDERS[name]()
+        check(on_gpu(inputs), inputs, tolerances(""), near=False)
 
     @pytest.mark.parametrize("divergence", DIVERGENCES)
     @pytest.mark.parametrize(

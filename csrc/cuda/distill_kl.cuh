@@ -12,10 +12,11 @@
 //   Streamed   5E    forward_kl and reverse_kl: two readings;  7E the others: three;  values alone 2E and 4E
 //
 // (near rows one more reading of the Streamed: 4E for a value alone, 9E for the gradient of those that have a second
-// pass), and of the streamed readings what L2 still holds costs no memory. Two or more blocks share a multiprocessor, and
-// each asks for its next row while it writes the gradient of the last one, so that memory rests only where all of them
-// reduce at once. Resident holds 262144 words of 16 bits on 8 blocks of an H100 (128 KB each; 64 KB at 128256 words, so
-// that three share a multiprocessor) and goes up to 470000; without clusters, what one block holds (distill_kl_plan.h).
+// pass), and of the streamed readings what L2 still holds costs no memory. Two or more blocks share a multiprocessor,
+// and each asks for its next row while it writes the gradient of the last one, so that memory rests only where all of
+// them reduce at once. Resident holds 262144 words of 16 bits on 8 blocks of an H100 (128 KB each; 64 KB at 128256
+// words, so that three share a multiprocessor) and goes up to 470000; without clusters, what one block holds
+// (distill_kl_plan.h).
 //
 // Instructions are what it is bound by (docs/kernels.md). At 3E, 128256 words of 16 bits and 3.0 TB/s an H100 has 59 a
 // word. The code for sm_90 issues a word of bfloat16, in the loops over vectors:
@@ -30,15 +31,15 @@
 //   skew_reverse_kl    10.4     18.1   21.4    50         99
 //
 // of which 4 (forward_kl) to 10 (skew_reverse_kl) are the special function unit's, which takes one every 8. What a row
-// costs besides, sums over threads above all, is about 5 a word at 128256 words, and 3 more where there is a second pass.
-// Softcaps, labels and mixtures of very unequal weights have kernels of their own (kGeneral), so that the loops of the
-// others hold no code for them.
+// costs besides, sums over threads above all, is about 5 a word at 128256 words, and 3 more where there is a second
+// pass. Softcaps, labels and mixtures of very unequal weights have kernels of their own (kGeneral), so that the loops
+// of the others hold no code for them.
 //
 // Precision. float32, sums by trees over threads, in two parts above a warp. Powers and logarithms are the special
 // function unit's (ex2.approx, lg2.approx: 2^-22). x takes the logarithm of the ratio of the two sums, which is exact
-// where one word has all of the mass: of its error 1e-8 to 3e-7 is left, as of each s - t of a plain row. In a near row a
-// KL of 1e-7 (|x| of 4e-4) keeps four digits, and the gradient of forward_kl three to four. A row whose highest logit is
-// 2^30 or more (over its temperature, to base 2) gives NaN.
+// where one word has all of the mass: of its error 1e-8 to 3e-7 is left, as of each s - t of a plain row. In a near row
+// a KL of 1e-7 (|x| of 4e-4) keeps four digits, and the gradient of forward_kl three to four. A row whose highest logit
+// is 2^30 or more (over its temperature, to base 2) gives NaN.
 //
 // Resources (tests/test_cuda_build.py compares; the shared memory is the most that a launch asks for, beside 2 KB):
 //
@@ -53,7 +54,9 @@
 #include "distill_kl_options.h"
 #include "distill_kl_plan.h"
 #include "distill_kl_store.cuh"
+#include "distill_kl_sums.cuh"
 #include "distill_kl_terms.cuh"
+#include "distill_kl_words.cuh"
 
 namespace pyfast::cuda {
 
@@ -83,97 +86,6 @@ struct DistillKlArgs {
 };
 
 #if defined(PYFAST_KERNELS)
-
-template <class T>
-PYFAST_DEVICE Words<T> widen_vector(const Words4& bits) {
-  const uint32_t parts[4] = {bits.x, bits.y, bits.z, bits.w};
-  Words<T> out;
-  PYFAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      out.at[i] = float_of(parts[i]);
-    } else {
-      const Floats2 pair = ptx::unpack<T>(parts[i]);
-      out.at[2 * i] = pair.x;
-      out.at[2 * i + 1] = pair.y;
-    }
-  }
-  return out;
-}
-
-template <class T>
-PYFAST_DEVICE Words4 narrow_vector(const Words<T>& z) {
-  uint32_t parts[4];
-  PYFAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4)
-      parts[i] = bits_of(z.at[i]);
-    else
-      parts[i] = ptx::pack<T>(z.at[2 * i], z.at[2 * i + 1]);
-  }
-  return {parts[0], parts[1], parts[2], parts[3]};
-}
-
-// The highest word of some vectors, before its softcap; NaN gives way to others.
-template <class T, int kVectors>
-PYFAST_DEVICE float highest_of(const Words4 (&bits)[kVectors]) {
-  uint32_t top = bits[0].x;
-  const auto take = [&](uint32_t word) {
-    if constexpr (sizeof(T) == 4)
-      top = bits_of(__builtin_fmaxf(float_of(top), float_of(word)));
-    else
-      top = ptx::max_pair<T>(top, word);
-  };
-  PYFAST_UNROLL
-  for (int v = 0; v < kVectors; ++v) {
-    if (v > 0) take(bits[v].x);
-    take(bits[v].y);
-    take(bits[v].z);
-    take(bits[v].w);
-  }
-  if constexpr (sizeof(T) == 4) {
-    return float_of(top);
-  } else {
-    const Floats2 pair = ptx::unpack<T>(top);
-    return __builtin_fmaxf(pair.x, pair.y);
-  }
-}
-
-PYFAST_DEVICE float capped(float z, float softcap) {
-  return softcap == 0.0f || z == kNegInf ? z : softcap * tanh(broadcast(z * (1.0f / softcap))).at[0];
-}
-
-// Logits of a vector under their softcap.
-template <class T>
-PYFAST_DEVICE Words<T> logits_of(const Words4& bits, float softcap) {
-  Words<T> z = widen_vector<T>(bits);
-  if (softcap != 0.0f) {
-    PYFAST_UNROLL
-    for (float& word : z.at) word = capped(word, softcap);
-  }
-  return z;
-}
-
-// Σ a(i), Σ a(i) b(i) for i below kCount, a power of two.
-template <int kCount, class A>
-PYFAST_DEVICE float sum_over(const A& a) {
-  float part[kCount / 2];
-  PYFAST_UNROLL
-  for (int i = 0; i < kCount / 2; ++i) part[i] = a(2 * i) + a(2 * i + 1);
-  PYFAST_UNROLL
-  for (int half = kCount / 4; half > 0; half /= 2) {
-    PYFAST_UNROLL
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
-}
-template <int kCount, class A, class B>
-PYFAST_DEVICE float sum_over(const A& a, const B& b) {
-  float part[2] = {a(0) * b(0), a(1) * b(1)};
-  PYFAST_UNROLL
-  for (int i = 2; i < kCount; ++i) part[i % 2] = __builtin_fmaf(a(i), b(i), part[i % 2]);
-  return part[0] + part[1];
-}
 
 // What the gradient takes besides the divergence.
 struct Extras {
@@ -281,16 +193,16 @@ struct DistillKl {
   // Does row i, and begins to read the next one, which it returns.
   PYFAST_DEVICE RowInMemory<T> distill(int64_t i, const RowInMemory<T>& memory) const {
     const DistillKlOptions& o = a.options;
-    const float zero = is_kl(o.divergence) ? origin(memory) : 0.0f;
+    const float zero = is_kl(o.divergence) ? origin_of(memory, o) : 0.0f;
     const Statistics sums =
         join_group(group, first_pass(memory, zero), o.student_rate, o.teacher_rate, o.divergence, a.labels != nullptr);
     Row row{};
     if (group.leads()) {
       row.next_counts = counts(i + a.groups);
-      row.constants = constants_of(sums);
+      row.constants = constants_of(sums, o);
       row.way = !kGeneral ? Way::plain : o.goes_shared ? Way::shared : Way::near;
       if (is_kl(o.divergence)) {
-        row.measured = measured_by_sums(sums, row.constants, zero);
+        row.measured = measured_by_sums(o.divergence, sums, row.constants, zero);
         if (row.measured.value <= kNearValue) row.way = Way::near;
         set_factors(i, row);
       }
@@ -328,20 +240,13 @@ struct DistillKl {
     return extras;
   }
 
-  // The row's x but for RowConstants::offset: near those of the row where its logits have an offset.
-  PYFAST_DEVICE float origin(const RowInMemory<T>& row) const {
-    const float zs = capped(ptx::to_float(*row.student), a.options.student_softcap);
-    const float zt = capped(ptx::to_float(*row.teacher), a.options.teacher_softcap);
-    const float x = log_ratio(zs, zt, 0.0f, a.options);
-    return is_finite(x) ? x : 0.0f;
-  }
-
   PYFAST_DEVICE Statistics first_pass(const RowInMemory<T>& row, float origin) const {
     Statistics sums = Statistics::nothing();
     const auto pass = [&]<Divergence divergence>() {
       store.template first<kGeneral ? 1 : 2>(
           row, [&]<int kVectors>(const Words4(&student)[kVectors], const Words4(&teacher)[kVectors]) {
-            add_statistics<divergence, kVectors>(sums, student, teacher, origin);
+            add_statistics<T, kGeneral, divergence, kVectors>(sums, student, teacher, origin, a.options,
+                                                              a.labels != nullptr);
           });
     };
     if (kGeneral || !is_kl(a.options.divergence))
@@ -351,115 +256,6 @@ struct DistillKl {
     else
       pass.template operator()<Divergence::reverse_kl>();
     return sums;
-  }
-
-  // Adds vectors to the statistics of this thread. kDivergence: that of the call as far as it matters, but for the
-  // general kernel.
-  template <Divergence kDivergence, int kVectors>
-  PYFAST_DEVICE void add_statistics(Statistics& sums, const Words4 (&student)[kVectors],
-                                    const Words4 (&teacher)[kVectors], float origin) const {
-    const DistillKlOptions& o = a.options;
-    constexpr int kCount = kVectors * kVectorWords<T>;
-    const Divergence divergence = kGeneral ? o.divergence : kDivergence;
-    const bool reverse = divergence == Divergence::reverse_kl;
-    float top_s = highest_of<T>(student), top_t = highest_of<T>(teacher);
-    if constexpr (kGeneral) {
-      top_s = capped(top_s, o.student_softcap);
-      top_t = capped(top_t, o.teacher_softcap);
-    }
-    top_s = __builtin_fmaxf(sums.student_top, top_s);
-    top_t = __builtin_fmaxf(sums.teacher_top, top_t);
-    const float shift_s = ptx::multiply(top_s, o.student_rate), shift_t = ptx::multiply(top_t, o.teacher_rate);
-    const float keep_s = ptx::exp2_approx(ptx::multiply(sums.student_top, o.student_rate) - shift_s);
-    const float keep_t = ptx::exp2_approx(ptx::multiply(sums.teacher_top, o.teacher_rate) - shift_t);
-    float zs[kCount], zt[kCount], s[kCount], t[kCount];
-    PYFAST_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const Words<T> vs = logits_of<T>(student[v], kGeneral ? o.student_softcap : 0.0f);
-      const Words<T> vt = logits_of<T>(teacher[v], kGeneral ? o.teacher_softcap : 0.0f);
-      PYFAST_UNROLL
-      for (int i = 0; i < kVectorWords<T>; ++i) {
-        zs[v * kVectorWords<T> + i] = vs.at[i];
-        zt[v * kVectorWords<T> + i] = vt.at[i];
-      }
-    }
-    PYFAST_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      s[i] = ptx::exp2_approx(__builtin_fmaf(zs[i], o.student_rate, -shift_s));
-      t[i] = ptx::exp2_approx(__builtin_fmaf(zt[i], o.teacher_rate, -shift_t));
-    }
-    sums.student.hi = __builtin_fmaf(sums.student.hi, keep_s, sum_over<kCount>([&](int i) { return s[i]; }));
-    sums.teacher.hi = __builtin_fmaf(sums.teacher.hi, keep_t, sum_over<kCount>([&](int i) { return t[i]; }));
-    if (kGeneral && a.labels != nullptr) {
-      const float keep = ptx::exp2_approx((sums.student_top - top_s) * kLog2e);
-      const float more = sum_over<kCount>([&](int i) { return ptx::exp2_approx((zs[i] - top_s) * kLog2e); });
-      sums.plain = __builtin_fmaf(sums.plain, keep, more);
-    }
-    if (is_kl(divergence)) {
-      const auto weight = [&](int i) { return reverse ? s[i] : t[i]; };
-      const auto ratio = [&](int i) { return log_ratio(zs[i], zt[i], -origin, o); };
-      float drift = sum_over<kCount>(weight, ratio), absent = 0.0f;
-      if (!is_finite(drift)) [[unlikely]] {  // logits of -inf, which count only where there is mass
-        drift = sum_over<kCount>([&](int i) {
-          const bool counts = weight(i) != 0.0f && !(reverse && zt[i] == kNegInf);
-          return counts ? weight(i) * ratio(i) : 0.0f;
-        });
-        absent = sum_over<kCount>([&](int i) { return zt[i] == kNegInf ? s[i] : 0.0f; });
-      }
-      sums.drift = __builtin_fmaf(sums.drift, reverse ? keep_s : keep_t, drift);
-      if (reverse) sums.absent = __builtin_fmaf(sums.absent, keep_s, absent);
-    }
-    sums.student_top = top_s;
-    sums.teacher_top = top_t;
-  }
-
-  // log(t / s) of two sums, which keeps its digits where they are close.
-  PYFAST_DEVICE static float log_of_ratio(const Sum& t, const Sum& s) {
-    const float gap = (t.hi - s.hi) + (t.lo - s.lo);
-    const Vec more = broadcast(__builtin_fabsf(gap)) / broadcast(gap < 0.0f ? t.hi : s.hi);
-    const float log = log_parts(more).log1p.at[0];
-    return gap < 0.0f ? -log : log;
-  }
-
-  // A sum whose highest word counts 2^rest, not what that was rounded to: exact where one word has all of the mass.
-  PYFAST_DEVICE static Sum with_exact_top(const Sum& sum, float rest) {
-    return {sum.hi,
-            sum.lo - (__builtin_fabsf(rest) < kNear1 ? (ptx::exp2_approx(rest) - 1.0f) - expm1_near_0(rest) : 0.0f)};
-  }
-
-  // What follows from the sums. NaN in any of them reaches every constant.
-  PYFAST_DEVICE RowConstants constants_of(const Statistics& sums) const {
-    const DistillKlOptions& o = a.options;
-    RowConstants row;
-    const float shift_s = ptx::multiply(sums.student_top, o.student_rate);
-    const float shift_t = ptx::multiply(sums.teacher_top, o.teacher_rate);
-    const float rest_s = __builtin_fmaf(sums.student_top, o.student_rate, -shift_s);
-    const float rest_t = __builtin_fmaf(sums.teacher_top, o.teacher_rate, -shift_t);
-    const float log2_s = ptx::log2_approx(sums.student.hi), log2_t = ptx::log2_approx(sums.teacher.hi);
-    const bool fits = __builtin_fmaxf(__builtin_fabsf(shift_s), __builtin_fabsf(shift_t)) < kMostExponent;
-    const float bad = fits ? 0.0f * (log2_s + log2_t) : __builtin_nanf("");
-    row.student_log2 = shift_s + log2_s + bad;
-    row.teacher_log2 = shift_t + log2_t + bad;
-    const float ratio = log_of_ratio(with_exact_top(sums.teacher, rest_t), with_exact_top(sums.student, rest_s));
-    row.offset = __builtin_fmaf(rest_s - rest_t, kLn2, ratio) - log_ratio(sums.student_top, sums.teacher_top, 0.0f, o);
-    const float over_s = row.student_log2 - shift_s, over_t = row.teacher_log2 - shift_t;
-    row.balance_log2 = __builtin_fmaf(-kLog2e, ratio, over_t - over_s);
-    row.balance = power_near_1(row.balance_log2);
-    row.mass = power_near_1(over_s - log2_s);
-    row.student_top = sums.student_top;
-    row.teacher_top = sums.teacher_top;
-    row.student_sum = log2_s - rest_s + bad;
-    row.teacher_sum = log2_t - rest_t + bad;
-    return row;
-  }
-
-  // The two KL: H, and the value of a row that is not near.
-  PYFAST_DEVICE Measured measured_by_sums(const Statistics& sums, const RowConstants& row, float origin) const {
-    const float offset = origin + row.offset;
-    if (a.options.divergence == Divergence::forward_kl) return {-(sums.drift / sums.teacher.hi + offset), 0.0f};
-    const float present = sums.student.hi - sums.absent;
-    const float value = __builtin_fmaf(offset, present, sums.drift) / sums.student.hi;
-    return {value, value - sums.absent / sums.student.hi};
   }
 
   // The others: value and H. Finds out whether the row is near.

@@ -1,20 +1,15 @@
 // Sums over all threads that share a row of distill_kl: the threads of a block, or of a cluster of blocks.
 //
-//   32 lanes ──► shuffles ──► shared memory ──► warp 0 ──► a copy into every block of the cluster ──► warp 0 ──► all
-//                                     (__syncthreads)           (st.shared::cluster)    (barrier.cluster)
-//                                     (__syncthreads)
+//   32 lanes ──► shuffles ──► shared memory ──► warp 0 ──► into every block of the cluster ──► warp 0 ──► all threads
+//                            (__syncthreads)               (st.shared::cluster, barrier.cluster)    (__syncthreads)
 //
-// Each warp does its own part and the first one the rest, because instructions are what this kernel is short of. All
-// blocks get the same bits. What a block receives lies in two halves that sums use in turn, so that one barrier a
-// sum is enough: nobody writes into a half again before all have passed the barrier of the sum between.
+// Each warp does its own part and the first one the rest, because instructions are what the kernels are short of. All
+// blocks get the same bits. What a block receives lies in two halves that sums use in turn, so that one barrier a sum
+// is enough: nobody writes into a half again before all have passed the barrier of the sum between.
 #pragma once
 
 #include "common.cuh"
 #include "distill_kl_plan.h"
-#include "vec.cuh"
-
-#include "../divergence.h"
-#include "../exp_log.h"
 
 namespace pyfast::cuda {
 
@@ -22,8 +17,7 @@ namespace pyfast::cuda {
 
 inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxFields = 9;
-inline constexpr int kMaxSent = 8;           // of 16 bytes, by broadcast()
-inline constexpr float kLowestTop = -1e30f;  // below the highest logit of a row; finite when it is scaled
+inline constexpr int kMaxSent = 8;  // of 16 bytes, by broadcast()
 
 struct GroupMemory {
   float warps[kMaxWarps][kMaxFields];
@@ -104,76 +98,6 @@ struct Totals {
       slope += ptx::shfl_xor(slope, distance);
       square += ptx::shfl_xor(square, distance);
     }
-  }
-};
-
-PYFAST_DEVICE constexpr bool is_kl(Divergence divergence) {
-  return divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
-}
-
-// Sums of 2^(z · rate - top · rate) over logits z, top being the highest of them. top · rate is rounded, and that
-// number is subtracted wherever it occurs.
-struct Statistics {
-  float student_top, teacher_top;
-  Sum student, teacher;
-  float drift, absent;  // of w (x - origin), the weights w being those of one of the two; of w where x is infinite
-  float plain;          // of the student, 2^((z - top) log2 e)
-
-  PYFAST_DEVICE static Statistics nothing() {
-    return {kLowestTop, kLowestTop, {0.0f, 0.0f}, {0.0f, 0.0f}, 0.0f, 0.0f, 0.0f};
-  }
-
-  // kExact: keeps what the sums are rounded by. Within a warp nothing large is lost: its share of the row is small, or
-  // the row is short.
-  template <int kLanes, bool kExact>
-  PYFAST_DEVICE void join(float student_rate, float teacher_rate, Divergence divergence, bool with_plain) {
-    const bool with_drift = is_kl(divergence);
-    float top_s = student_top, top_t = teacher_top;
-    PYFAST_UNROLL
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      top_s = __builtin_fmaxf(top_s, ptx::shfl_xor(top_s, distance));
-      top_t = __builtin_fmaxf(top_t, ptx::shfl_xor(top_t, distance));
-    }
-    const float keep_s = kept(student_top, top_s, student_rate), keep_t = kept(teacher_top, top_t, teacher_rate);
-    student = {student.hi * keep_s, student.lo * keep_s};
-    teacher = {teacher.hi * keep_t, teacher.lo * keep_t};
-    if (with_drift) {
-      drift *= divergence == Divergence::reverse_kl ? keep_s : keep_t;
-      absent *= keep_s;
-    }
-    if (with_plain) plain *= ptx::exp2_approx((student_top - top_s) * kLog2e);
-    PYFAST_UNROLL
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      student = add<kExact>(student, distance);
-      teacher = add<kExact>(teacher, distance);
-    }
-    if (with_drift) {
-      PYFAST_UNROLL
-      for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-        drift += ptx::shfl_xor(drift, distance);
-        absent += ptx::shfl_xor(absent, distance);
-      }
-    }
-    if (with_plain) {
-      PYFAST_UNROLL
-      for (int distance = kLanes / 2; distance > 0; distance /= 2) plain += ptx::shfl_xor(plain, distance);
-    }
-    student_top = top_s;
-    teacher_top = top_t;
-  }
-
-  // The share of a sum below `top` in one below a higher one.
-  PYFAST_DEVICE static float kept(float top, float higher, float rate) {
-    return ptx::exp2_approx(ptx::multiply(top, rate) - ptx::multiply(higher, rate));
-  }
-
- private:
-  template <bool kExact>
-  PYFAST_DEVICE static Sum add(const Sum& own, int distance) {
-    if constexpr (kExact)
-      return cuda::add(own, {ptx::shfl_xor(own.hi, distance), ptx::shfl_xor(own.lo, distance)});
-    else
-      return {own.hi + ptx::shfl_xor(own.hi, distance), 0.0f};
   }
 };
 

@@ -17,16 +17,13 @@
 //
 // Mixtures of which one weight is small (kLeastWeight) take neither: their terms nearly cancel wherever that one
 // distribution is not much above the other. They go by csrc/distill_kl_terms.h, as `shared`.
-//
-// Exponents. log2 s = zs · rate - log2 in one fma, without the highest logit in between. The constant is rounded, by
-// 2^-24 of its size, for s and for t apart. RowConstants::balance and ::mass are what that leaves: s · mass and
-// t · balance · mass are the probabilities, and s = t · balance · e^x up to the rounding of each word's exponent.
 #pragma once
 
 #include "common.cuh"
 #include "distill_kl_group.cuh"
 #include "distill_kl_options.h"
-#include "distill_kl_store.cuh"
+#include "distill_kl_sums.cuh"
+#include "distill_kl_words.cuh"
 #include "vec.cuh"
 
 #include "../distill_kl_terms.h"
@@ -41,45 +38,6 @@ inline constexpr float kNearValue = 0.0625f;
 inline constexpr float kNearSquares = 0.015625f;  // of mse: Σ (s - t)² relative to Σ s²
 inline constexpr float kNearLogRatio = 0.25f;     // where the series of the other divergences ends
 inline constexpr float kMost = 1e4f;              // a log ratio above those of words that count
-inline constexpr float kMostExponent = 0x1p30f;   // |z · rate| of a row's highest logit: beyond, the row is NaN
-inline constexpr float kNear1 = 0x1p-6f;
-
-// The words of a vector, as floats.
-template <class T>
-struct Words {
-  static constexpr int count = kVectorWords<T>;
-  float at[count];
-};
-
-// What the words of a row are computed from, besides DistillKlOptions. zs and zt are logits under their softcaps.
-struct RowConstants {
-  float student_log2, teacher_log2;  // log2 s = zs · student_rate - student_log2
-  float offset;                      // x = log s - log t = (zs - share · zt) · inverse + offset
-  float balance, balance_log2, mass;
-  // For Way::shared: the highest logits, and log2 of the sums of 2^((z - top) · rate).
-  float student_top, student_sum, teacher_top, teacher_sum;
-};
-
-PYFAST_DEVICE float student_log2(float zs, const RowConstants& row, const DistillKlOptions& o) {
-  return __builtin_fmaf(zs, o.student_rate, -row.student_log2);
-}
-PYFAST_DEVICE float teacher_log2(float zt, const RowConstants& row, const DistillKlOptions& o) {
-  return __builtin_fmaf(zt, o.teacher_rate, -row.teacher_log2);
-}
-PYFAST_DEVICE float log_ratio(float zs, float zt, float offset, const DistillKlOptions& o) {
-  return __builtin_fmaf(__builtin_fmaf(-zt, o.share, zs), o.inverse, offset);
-}
-
-// 2^y - 1 for |y| < kNear1.
-PYFAST_DEVICE float expm1_near_0(float y) {
-  const float u = y * kLn2;
-  return __builtin_fmaf(u * u, __builtin_fmaf(u, 1.0f / 6, 0.5f), u);
-}
-
-// 2^y, which is all but exact near y = 0.
-PYFAST_DEVICE float power_near_1(float y) {
-  return __builtin_fabsf(y) < kNear1 ? 1.0f + expm1_near_0(y) : ptx::exp2_approx(y);
-}
 
 // (e^x - 1 - x) / x for |x| < kNearLogRatio: relative error 1.5e-6 (minimax).
 PYFAST_DEVICE float second_order(float x) {
@@ -258,11 +216,6 @@ PYFAST_DEVICE void measure(const Words<T>& zs, const Words<T>& zt, const RowCons
     }
   }
 }
-
-// A row's divergence, and H = Σ s h in the unit of its h.
-struct Measured {
-  float value, center;
-};
 
 template <Divergence divergence>
 PYFAST_DEVICE Measured measured_of(const Totals& totals, const RowConstants& row, const DistillKlOptions& o, Way way) {
