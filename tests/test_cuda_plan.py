@@ -58,6 +58,13 @@ def test_times_of_every_kernel_that_can_serve():
     assert "cusparselt" not in cuda_costs.predict(without, work("2:4", 16, 0.5))
 
 
+def test_sliced_products_wider_than_shared_memory_count_every_launch():
+    assert cuda_costs._sliced_launches(8, 14336) == [8]
+    assert cuda_costs._sliced_launches(8, 18944) == [4, 4]
+    assert cuda_costs._sliced_launches(5, 18944) == [4, 1]
+    assert cuda_costs._sliced_launches(3, 65536) == [1, 1, 1]
+
+
 def test_bytes_beside_the_container():
     assert cuda_costs.layout_bytes(work("bitmap", 1), "direct") == 0
     assert cuda_costs.layout_bytes(work("bitmap", 1), "sliced") == 3 * 400_000
@@ -82,9 +89,9 @@ def test_constants_survive_json():
         cuda_costs.from_json(plain, "calibrated")
 
 
-def test_the_built_in_constants_are_those_of_an_h100():
+def test_the_built_in_constants_are_those_of_an_h200():
     found = cuda_costs.built_in()
-    assert found.source == "built-in" and "H100" in found.device
+    assert found.source == "built-in" and "H200" in found.device
     assert all(begin < 20 and 0.01 < position < 100 for begin, position in (*found.dense, *found.sparse24))
 
 

@@ -24,7 +24,8 @@ void launch_grad_x(const Tensor& grad, BitmapLinearArgs args) {
   const int64_t splits = count_splits(column_blocks, stages, residents);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
-  launch_splits<T, kKernel>(grad, args, splits, column_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
+  launch_splits<T, kKernel>(grad, args, Start::InOrder, splits, column_blocks, Plan::kThreads, Plan::kSharedBytes,
+                            kName);
 }
 
 template <class T>

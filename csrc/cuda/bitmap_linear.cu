@@ -25,7 +25,8 @@ void launch_matrix(const Tensor& x, BitmapLinearArgs args) {
   const int64_t splits = count_splits(row_blocks, stages, residents);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
-  launch_splits<T, kKernel>(x, args, splits, row_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
+  constexpr Start kStart = TokenTiles > 2 ? Start::Early : Start::InOrder;
+  launch_splits<T, kKernel>(x, args, kStart, splits, row_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
 }
 
 template <class T, int Tokens>
@@ -39,7 +40,7 @@ void launch_vector(const Tensor& x, BitmapLinearArgs args) {
       count_splits(row_blocks, stages, resident_blocks(facts, Plan::shared_bytes(args.room, Plan::kMostStages / 4)));
   const int64_t splits = std::max(wanted, ceil_div(stages, Plan::kMostStages));
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
-  launch_splits<T, kKernel>(x, args, splits, row_blocks, Plan::kThreads,
+  launch_splits<T, kKernel>(x, args, Start::InOrder, splits, row_blocks, Plan::kThreads,
                             Plan::shared_bytes(args.room, args.split_stages), kName);
 }
 

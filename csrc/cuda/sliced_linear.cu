@@ -16,8 +16,8 @@ void launch(const Tensor& x, const SlicedLinearArgs& args, int64_t blocks) {
   using Plan = SlicedLinearPlan<Tokens, Bits>;
   constexpr auto kKernel = sliced_linear_kernel<T, Tokens, Bits>;
   const KernelFacts& facts = kernel_facts<kKernel>(x.get_device_index(), kName);
-  launch_early<kKernel>(facts, dim3(static_cast<unsigned>(blocks)), Plan::kThreads, Plan::shared_bytes(args.columns), 1,
-                        current_stream(x), args, kName);
+  launch_kernel<kKernel>(facts, Start::Early, dim3(static_cast<unsigned>(blocks)), Plan::kThreads,
+                         Plan::shared_bytes(args.columns), 1, current_stream(x), args, kName);
 }
 
 template <class T, int Bits>

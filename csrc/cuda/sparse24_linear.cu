@@ -22,7 +22,8 @@ void launch(const Tensor& x, Sparse24LinearArgs args) {
       resident_in_clusters<kKernel>(x.get_device_index(), Plan::kThreads, Plan::kSharedBytes, kName);
   const int64_t splits = count_splits(tiles * token_tiles, stages, residents);
   args.split_columns = static_cast<int32_t>(ceil_div(stages, splits) * Plan::kColumns);
-  launch_splits<T, kKernel>(x, args, splits, tiles, Plan::kThreads, Plan::kSharedBytes, kName, token_tiles);
+  launch_splits<T, kKernel>(x, args, Start::Early, splits, tiles, Plan::kThreads, Plan::kSharedBytes, kName,
+                            token_tiles);
 }
 
 template <class T>

@@ -46,7 +46,7 @@ _measured: dict[str, CudaConstants] = {}  # in this process
 
 
 def constants(index: int) -> CudaConstants:
-    """The constants of a GPU: those of its last calibration, else those of an H100."""
+    """The constants of a GPU: those of its last calibration, else those of an H200."""
     return _constants(torch.cuda.get_device_name(index))
 
 

@@ -3,7 +3,7 @@
     time = a beginning + positions of the matrix · time of one
 
 Both depend on the kernel, the number of tokens and the density. ``pyfast calibrate --device cuda`` finds them from two
-sizes of weights, cold, in CUDA graphs; before that those of an H100 serve (``cuda_built_in.json``).
+sizes of weights, cold, in CUDA graphs; before that those of an H200 serve (``cuda_built_in.json``).
 
     direct      the weight as it is stored: our kernels to 64 tokens; above, decompression and the dense product
     sliced      bitmap weights, to 8 tokens, by the layout of ``sliced.py``
@@ -31,6 +31,7 @@ SLICED_TOKENS = (1, 2, 4, 8)
 MANY_TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048)  # of the dense library and of cuSPARSELt
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 HALVES = ("bfloat16", "float16")
+_SHARED_BYTES = 225 << 10  # of a block on sm_90, less what is not x
 
 Line = tuple[float, float]  # microseconds to begin and end, picoseconds a position
 Row = tuple[Line, ...]
@@ -85,7 +86,10 @@ def predict(constants: CudaConstants, work: Work) -> dict[str, float]:
         line = constants.sparse24_decompress if two_four else by_density(constants.bitmap_decompress)
         found["direct"] = ms(line, wider) + dense
     if halves and not two_four and work.tokens <= SLICED_TOKENS[-1]:
-        found["sliced"] = ms(by_density(constants.sliced[_tier(SLICED_TOKENS, work.tokens)]))
+        found["sliced"] = sum(
+            ms(by_density(constants.sliced[_tier(SLICED_TOKENS, tokens)]))
+            for tokens in _sliced_launches(work.tokens, work.k)
+        )
     if halves and two_four and constants.cusparselt:
         found["cusparselt"] = ms(_many(constants.cusparselt, work.tokens))
     return found
@@ -99,6 +103,12 @@ def layout_bytes(work: Work, kernel: str) -> int:
     if kernel == "sliced":
         return 3 * work.stored
     return positions * 9 // 8 if kernel == "cusparselt" else work.dense_bytes
+
+
+def _sliced_launches(tokens: int, k: int) -> list[int]:
+    """Tokens of each launch of the sliced product: as many as shared memory holds x of."""
+    most = next((most for most in SLICED_TOKENS[::-1] if 2 * most * k <= _SHARED_BYTES), 1)
+    return [min(most, tokens - first) for first in range(0, tokens, most)]
 
 
 def _tier(tiers: tuple[int, ...], tokens: int) -> int:
@@ -165,6 +175,6 @@ def _row(values: Any, size: int) -> Row:
 
 @lru_cache(maxsize=1)
 def built_in() -> CudaConstants:
-    """The constants of an H100, as they were measured there."""
+    """The constants of an H200, as they were measured there."""
     text = resources.files("pyfast.sparse").joinpath("cuda_built_in.json").read_text(encoding="utf-8")
     return from_json(json.loads(text), "built-in")
