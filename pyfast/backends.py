@@ -36,7 +36,7 @@ class OpRow:
     reason: str
 
 
-# Priority order, an op. The conversions of the sparse weights have no CUDA form yet but for decompression.
+# Priority order, an op.
 PRIORITY: dict[str, tuple[str, ...]] = {
     "distill_kl": ("native", "cuda", "triton", "reference"),
     "linear_distill": ("native", "triton", "reference"),

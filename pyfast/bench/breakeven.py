@@ -38,9 +38,17 @@ def break_even_text(points: Iterable[tuple[float, float]]) -> str:
 def speedup_points(
     results: Sequence[Result], *, shape: Sequence[int], tokens: int, dtype: str, format: str = "bitmap"
 ) -> list[tuple[float, float]]:
-    """Pairs of sparsity and speedup of pyfast's results for one shape, number of tokens and dtype, sorted."""
+    """Pairs of sparsity and speedup of pyfast's results for one shape, number of tokens and dtype, sorted.
+
+    Without those where the plan stayed dense: a speedup of 1 that says nothing of the format.
+    """
     found = _of_pyfast(results, shape, tokens, dtype, format)
-    return sorted((r.sparsity, r.speedup) for r in found if r.speedup is not None)
+    return sorted((r.sparsity, r.speedup) for r in found if r.speedup is not None and not stays_dense(r))
+
+
+def stays_dense(r: Result) -> bool:
+    """Whether the cost model served a sparse weight by the dense product."""
+    return r.note == "kernel: dense"
 
 
 def predicted_points(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pyfast.bench import runner, tables
-from pyfast.bench.breakeven import break_even_text, speedup_points
+from pyfast.bench.breakeven import break_even_text, speedup_points, stays_dense
 from pyfast.bench.schema import Report, Result
 
 _TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 8, 32, 512)}
@@ -169,15 +169,19 @@ def _sparse(report: Report) -> str:
         for dtype in dict.fromkeys(r.dtype for r in here):
             points = [speedup_points(here, shape=shape, tokens=t, dtype=dtype) for t in tokens]
             if any(len(p) > 1 for p in points):
-                rows.append([f"{size} {dtype}", "bitmap pays from", *map(break_even_text, points)])
+                pays = [break_even_text(p) if p else "-" for p in points]
+                rows.append([f"{size} {dtype}", "bitmap pays from", *pays])
     if not rows:
         return ""
     table = markdown(["weight", "format", *(f"{t} token{'s' if t > 1 else ''}" for t in tokens)], rows)
     text = "Speedup over the fastest dense linear of any library and dtype (in brackets: of the same dtype)"
+    text += ", or dense where the plan stays so"
     return f"{text}; cold weights:\n\n{table}"
 
 
 def _both_speedups(r: Result) -> str:
+    if stays_dense(r):
+        return "dense"
     same = r.metrics.get("speedup_same_dtype")
     return (f"{r.speedup:.2f}x" if r.speedup else "-") + (f" ({same:.2f}x)" if same else "")
 
@@ -212,6 +216,9 @@ def _others(report: Report, suite: str) -> str:
 
 def _bars(report: Report) -> str:
     words = {True: "yes", False: "no", None: "not decided"}
+    decided = [b for b in report.bars if b.met is not None]
+    if not decided:
+        return f"None of the {len(report.bars)} bars is decided: {report.bars[0].note}."
     rows = [[b.name, tables.required_text(b), tables.measured_text(b), words[b.met]] for b in report.bars]
     return markdown(["bar", "required", "measured", "met"], rows)
 
