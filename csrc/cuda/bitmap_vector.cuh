@@ -19,8 +19,9 @@
 // which is why they are loaded in pairs.
 //
 // An H100 issues 612 instructions of a warp an SM in the 153 cycles that 1024 dense positions take at 3.0 TB/s, and has
-// bytes for 1.78, 2.76, 3.81, 6.15 times dense. Predicted at one token and 80 % of the issue slots: 1.6, 2.3, 2.7,
-// 3.5 times dense at 50, 70, 80, 90 %; every further token costs 2 to 3 instructions a value.
+// bytes for 1.78, 2.76, 3.81, 6.15 times dense. Measured there at one token: 0.6 to 0.8, 0.75 to 0.95, 0.9 to 1.1 and
+// 1.1 to 1.3 times dense at 50, 70, 80 and 90 %, bound by instructions (632 a warp for 1024 positions at 50 %). So
+// sliced_linear serves where its layout may be kept in memory, and this kernel where nothing but the container may.
 //
 // A block is 4 warps of 16 rows each, with a pipeline each (bitmap_stream.cuh); where n gives too few blocks, several
 // share the columns (split_sums.cuh).
