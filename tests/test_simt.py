@@ -232,6 +232,12 @@ MUTANTS = {
         "cp_async_wait<Stages - 1>",
         "has not been waited for",
     ),
+    "cp.async from shared memory": (
+        run_rows,
+        "from + row * 32 + lane);",
+        "from != nullptr ? &ring[row % Stages][31 - lane] : from);",
+        "outside all memory that is global",
+    ),
     "misaligned load": (
         run_sparse,
         "16 + 2 * t + i / 2 * 8",

@@ -27,7 +27,7 @@
 // Resources:
 //
 //   bitmap_grad_x_kernel<T, 1>         80 registers    33024 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        161 registers    34816 bytes of shared memory    up to 32; on sm_90 128 registers
+//   bitmap_grad_x_kernel<T, 4>        160 registers    34816 bytes of shared memory    up to 32; on sm_90 128 registers
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
@@ -79,8 +79,6 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     bitmap_grad_x_kernel(const BitmapLinearArgs args) {
   using Plan = BitmapGradXPlan<TokenTiles>;
   PYFAST_DYNAMIC_SHARED(shared);
-  ptx::launch_dependents();
-  ptx::wait_prerequisites();
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
   const int tiles_a_row = static_cast<int>(args.weight.tiles_a_row), row_tiles = args.k / kTileRows;

@@ -25,7 +25,7 @@ void launch_matrix(const Tensor& x, BitmapLinearArgs args) {
   const int64_t splits = count_splits(row_blocks, stages, residents);
   args.split_stages = static_cast<int32_t>(ceil_div(stages, splits));
   set_token_tiles(args);
-  constexpr Start kStart = TokenTiles > 2 ? Start::Early : Start::InOrder;
+  constexpr Start kStart = Plan::kOverlaps ? Start::Early : Start::InOrder;
   launch_splits<T, kKernel>(x, args, kStart, splits, row_blocks, Plan::kThreads, Plan::kSharedBytes, kName);
 }
 

@@ -94,6 +94,7 @@ struct BitmapLinearPlan {
   // Of a multiprocessor, as the registers are meant to allow.
   static constexpr int kBlocks = TokenTiles <= 2 ? 8 : TokenTiles == 4 ? 4 : 2;
   static constexpr int kRows = kTileRows * kRowTiles * kRowWarps;
+  static constexpr bool kOverlaps = TokenTiles > 2;  // begins early and lets the next grid begin (split_launch.h)
   static constexpr int kRingBytes = 4096, kRingSpace = kRingBytes + kRingMirrorBytes;
   static constexpr int kSumStride = kRows + 4;  // floats from token to token: the four tokens of a store differ in bank
   static constexpr int kSumBytes = kTokens * kSumStride * 4;  // of the warps of a column
@@ -109,8 +110,10 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   using Plan = BitmapLinearPlan<TokenTiles>;
   using Ring = BitmapRing<Plan::kRingBytes, Plan::kRingBytes / 4>;
   PYFAST_DYNAMIC_SHARED(shared);
-  ptx::launch_dependents();
-  ptx::wait_prerequisites();
+  if constexpr (Plan::kOverlaps) {
+    ptx::launch_dependents();
+    ptx::wait_prerequisites();
+  }
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
   const int row_warp = static_cast<int>(threadIdx.x / 32 % Plan::kRowWarps);

@@ -90,7 +90,6 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
   using Plan = BitmapVectorPlan<Tokens>;
   using Stream = BitmapStream<Plan::kStages>;
   PYFAST_DYNAMIC_SHARED(shared);
-  ptx::launch_dependents();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int stage_bytes = Plan::stage_bytes(args.room);
   const int all_stages = (static_cast<int>(args.weight.tiles_a_row) + 1) / 2;
@@ -105,7 +104,6 @@ __global__ void __launch_bounds__(BitmapVectorPlan<Tokens>::kThreads)
                       first_stage * 2,
                       all_stages - first_stage < args.split_stages ? all_stages - first_stage : args.split_stages,
                       lane};
-  ptx::wait_prerequisites();
   stream.begin();
 
   uint16_t* const x = reinterpret_cast<uint16_t*>(shared);

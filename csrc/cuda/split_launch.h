@@ -63,6 +63,7 @@ inline cudaLaunchAttribute cluster_attribute(int64_t blocks) {
 // runs, for which it waits itself (ptx::wait_prerequisites), or InOrder after it. Its blocks take room on the
 // multiprocessors while they wait: on an H200 Early saves sparse24_linear and sliced_linear 1.0 to 1.7 µs and
 // bitmap_linear above 16 tokens up to 4 %, but costs bitmap_vector 20 to 35 % and bitmap_grad_x 7 to 14.
+// A kernel that starts in order does not let the next grid begin either: the same blocks would wait on it.
 enum class Start { Early, InOrder };
 
 // Launches Kernel(args) in clusters of so many blocks along x; 1: none.

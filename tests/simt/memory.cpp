@@ -161,6 +161,10 @@ void copy_async(void* shared, const void* global, int bytes, int source_bytes, W
   const uintptr_t from = reinterpret_cast<uintptr_t>(global);
   if (source_bytes > 0) {
     if (from % bytes != 0) fail(where, format("cp_async<%d>: the source is not a multiple of that", bytes));
+    const Region* const source = find(from);
+    if (source == nullptr || source->owner != nullptr)
+      fail(where, format("reads %d bytes outside all memory that is global: %s", source_bytes,
+                         source == nullptr ? nearest(from).c_str() : source->name.c_str()));
     touch(from, source_bytes, Use::read, false, where);
     std::memcpy(copy.content, global, source_bytes);
   }
