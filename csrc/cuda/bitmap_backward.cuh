@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   // Begins to copy the values of a stage into its slots. Of each tile: where its values begin in the slot, and their
   // bytes, −1 where the table is damaged.
   unsigned char* const slots = shared + warp * 2 * Plan::kRowTiles * Plan::kSlotBytes;
-  const unsigned char* const values = reinterpret_cast<const unsigned char*>(args.weight.values) + 16 * lane;
   int stage = 0, heads[2] = {}, sizes[2] = {};
   const auto fetch_values = [&](int there) {
     PYFAST_UNROLL
@@ -128,7 +127,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
       sizes[tile] = sound ? 2 * static_cast<int>(end - begin) : -1;
       if (there <= tile || !sound) continue;
       unsigned char* to = slots + (2 * stage + tile) * Plan::kSlotBytes + 16 * lane;
-      const unsigned char* from = values + 2 * (begin - (begin & 7));
+      const unsigned char* from =
+          reinterpret_cast<const unsigned char*>(args.weight.values) + 2 * (begin - (begin & 7)) + 16 * lane;
       int rest = heads[tile] + sizes[tile] - 16 * lane;
       if (stored - end >= 8) {  // the last chunk may be read whole
         PYFAST_UNROLL_NOT
