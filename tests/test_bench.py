@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bench_samples import FLOORS, loss_result, report, result
 
 from pyfast.bench import bars, baselines, environment, floors, hardware, timing
-from pyfast.bench.breakeven import break_even, break_even_text, speedup_points
+from pyfast.bench.breakeven import break_even, break_even_text, speedup_points, stays_dense
 from pyfast.bench.cases import relative_error
 from pyfast.bench.floors import floor_ms
 from pyfast.bench.options import Options
@@ -310,6 +310,15 @@ def test_speedup_points_are_those_of_one_line():
     ]
     found = speedup_points([*report().results, *others, *csr], shape=(4096, 4096), tokens=1, dtype="float32")
     assert found == [(0.5, 0.8), (0.7, 1.25), (0.9, 4.0)]
+
+
+def test_points_where_the_plan_stayed_dense_say_nothing_of_a_format():
+    served = [result(2.0, sparsity=0.8, note="kernel: bitmap", baseline_ms=4.0)]
+    dense = [result(4.0, sparsity=s, note="kernel: dense", baseline_ms=4.0) for s in (0.5, 0.7)]
+    assert [stays_dense(r) for r in [*served, *dense]] == [False, True, True]
+    found = speedup_points([*dense, *served], shape=(4096, 4096), tokens=1, dtype="float32")
+    assert found == [(0.8, 2.0)] and break_even_text(found) == "80 % or less"
+    assert speedup_points(dense, shape=(4096, 4096), tokens=1, dtype="float32") == []
 
 
 # --- bars ---

@@ -14,7 +14,7 @@ from pyfast.bench import bars, baselines, hardware, headline, plots, readme, run
 from pyfast.bench.cases import is_pyfast, keep_runnable, relative_error
 from pyfast.bench.options import Options
 from pyfast.bench.progress import Progress
-from pyfast.bench.schema import Bar, Report
+from pyfast.bench.schema import Bar, Report, Result
 from pyfast.bench.suites import losses, losses_attention, losses_linear, losses_topk, sparse
 from pyfast.bench.timing import ImplementationError
 from pyfast.reference import distill_kl as reference
@@ -300,6 +300,28 @@ def test_readme_gives_every_other_loss_a_line():
         "| 2 MB (4000 MB) |",
     ]
     assert text.count("(trl left out: ImportError: trl)") == 1
+
+
+def test_readme_says_where_the_plan_stays_dense():
+    def line(sparsity: float, one: float, many: float, kernel: str) -> list[Result]:
+        cells = [(1, one, "kernel: bitmap"), (16, many, kernel)]
+        return [result(ms, sparsity=sparsity, tokens=t, note=note, baseline_ms=4.0) for t, ms, note in cells]
+
+    found = [*line(0.5, 5.0, 4.0, "kernel: dense"), *line(0.9, 1.0, 4.0, "kernel: dense")]
+    table = readme.results(Report({"device": "Some CPU"}, found)).split("| weight |")[1].split("\n\n")[0]
+    assert table.splitlines()[2:] == [
+        "| 4096x4096 float32 | bitmap 50 % | 0.80x | dense |",
+        "| 4096x4096 float32 | bitmap 90 % | 4.00x | dense |",
+        "| 4096x4096 float32 | bitmap pays from | 52 % | - |",
+    ]
+
+
+def test_readme_lists_bars_once_one_is_decided():
+    open_bars = [Bar.judge(name, 1.5, None, note="set for another device") for name in ("fast", "lean")]
+    text = readme.results(Report({"device": "Some CPU"}, [], open_bars))
+    assert "None of the 2 bars is decided: set for another device." in text and "| bar |" not in text
+    text = readme.results(Report({"device": "Some CPU"}, [], [*open_bars, Bar.judge("near", 1.5, 2.0)]))
+    assert "None of the" not in text and "| near | ≥ 1.50x | 2.00x | yes |" in text and text.count("not decided") == 2
 
 
 def test_headline_and_plots_take_every_loss():

@@ -9,7 +9,6 @@ ever timed inside a forward pass: without a calibration the built-in constants s
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from pyfast.sparse.cost_model import DENSE_TOKENS, DENSITIES, GROUPS, TILES, Con
 from pyfast.sparse.cost_model import Work as _Work
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
 from pyfast.sparse.layouts import PACKED_TOKENS, IndexedLayout
+from pyfast.sparse.measured import number, sized
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPE = (1024, 2048)
@@ -112,10 +112,10 @@ def from_json(plain: dict[str, Any]) -> Constants:
     """The constants that :func:`to_json` wrote. KeyError, TypeError or ValueError for anything else."""
     rates = {
         dtype: Rates(
-            bitmap=tuple(_row(row, len(DENSITIES)) for row in _sized(one["bitmap"], len(GROUPS))),
+            bitmap=tuple(_row(row, len(DENSITIES)) for row in sized(one["bitmap"], len(GROUPS))),
             sparse24=_row(one["sparse24"], len(GROUPS)),
-            bitmap_decompress=_number(one["bitmap_decompress"]),
-            sparse24_decompress=_number(one["sparse24_decompress"]),
+            bitmap_decompress=number(one["bitmap_decompress"]),
+            sparse24_decompress=number(one["sparse24_decompress"]),
             dense=_row(one["dense"], len(DENSE_TOKENS)),
             packed=_row(one["packed"], len(DENSE_TOKENS)) if one["packed"] else (),
         )
@@ -125,29 +125,17 @@ def from_json(plain: dict[str, Any]) -> Constants:
         raise ValueError("rates of float32 are missing")
     return Constants(
         source="calibrated",
-        read_gbps=_number(plain["read_gbps"]),
-        call_us=_number(plain["call_us"]),
+        read_gbps=number(plain["read_gbps"]),
+        call_us=number(plain["call_us"]),
         entry=_row(plain["entry"], len(TILES)),
         list_start=_row(plain["list_start"], len(TILES)),
-        turn=_number(plain["turn"]),
+        turn=number(plain["turn"]),
         rates=rates,
     )
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{value!r} is no time")
-    return float(value)
-
-
-def _sized(values: Any, size: int) -> list[Any]:
-    if not isinstance(values, list | tuple) or len(values) != size:
-        raise ValueError(f"{size} values were expected")
-    return list(values)
-
-
 def _row(values: Any, size: int) -> Row:
-    return tuple(_number(value) for value in _sized(values, size))
+    return tuple(number(value) for value in sized(values, size))
 
 
 class Clock:

@@ -17,7 +17,6 @@ bytes of a 16-bit one.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from importlib import resources
 from typing import Any
 
 from pyfast.sparse.cost_model import Work, interpolate
+from pyfast.sparse.measured import number, sized
 
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)  # each ends what one kernel of the direct product takes at once
 SLICED_TOKENS = (1, 2, 4, 8)
@@ -142,9 +142,9 @@ def from_json(plain: dict[str, Any], source: str) -> CudaConstants:
     return CudaConstants(
         source=source,
         device=device,
-        bitmap=tuple(_row(row, len(DENSITIES)) for row in _sized(plain["bitmap"], len(FEW_TOKENS))),
+        bitmap=tuple(_row(row, len(DENSITIES)) for row in sized(plain["bitmap"], len(FEW_TOKENS))),
         bitmap_decompress=_row(plain["bitmap_decompress"], len(DENSITIES)),
-        sliced=tuple(_row(row, len(DENSITIES)) for row in _sized(plain["sliced"], len(SLICED_TOKENS))),
+        sliced=tuple(_row(row, len(DENSITIES)) for row in sized(plain["sliced"], len(SLICED_TOKENS))),
         sparse24=_row(plain["sparse24"], len(FEW_TOKENS)),
         sparse24_decompress=_line(plain["sparse24_decompress"]),
         cusparselt=_row(cusparselt, len(MANY_TOKENS)) if cusparselt else (),
@@ -153,24 +153,12 @@ def from_json(plain: dict[str, Any], source: str) -> CudaConstants:
 
 
 def _line(value: Any) -> Line:
-    begin, position = (_number(number) for number in _sized(value, 2))
+    begin, position = (number(part) for part in sized(value, 2))
     return begin, position
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{value!r} is no time")
-    return float(value)
-
-
-def _sized(values: Any, size: int) -> list[Any]:
-    if not isinstance(values, list | tuple) or len(values) != size:
-        raise ValueError(f"{size} values were expected")
-    return list(values)
-
-
 def _row(values: Any, size: int) -> Row:
-    return tuple(_line(value) for value in _sized(values, size))
+    return tuple(_line(value) for value in sized(values, size))
 
 
 @lru_cache(maxsize=1)
