@@ -6,6 +6,7 @@ definitions, one element after the other.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -157,8 +158,12 @@ OVERLAPPING = ("sparse24_linear", "bitmap_linear", "sliced_linear")
 
 
 def disassembler() -> str:
-    beside = Path(nvcc()).resolve().parent / "cuobjdump"
-    found = shutil.which("cuobjdump") or (str(beside) if beside.exists() else None)
+    """cuobjdump, of the CUDA toolkit or of Triton."""
+    places = [Path(nvcc()).resolve().parent]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, places)))
     if found is None:
         pytest.skip("no cuobjdump")
     return found

@@ -130,16 +130,48 @@ def test_on_the_host(library: host.Library, name: str, layout: Layout) -> None:
     check_case(name, run(library, inputs, layout), inputs)
 
 
-@pytest.fixture(scope="module")
-def rough_library() -> host.Library:
-    """Powers, logarithms and reciprocals that are off by as much as those of a GPU."""
-    return host.build("distill_kl", {("simt_ptx.h", "kRough = 0.0f"): "kRough = 0x1p-22f"})
+# Errors of powers, logarithms and reciprocals as large as a GPU's: at random, or of all logarithms alike, which no sum
+# averages away.
+ERRORS = {"random": ("kRough", "0x1p-22f"), "up": ("kBias", "0x1p-22f"), "down": ("kBias", "-0x1p-22f")}
+
+
+def rough_library(errors: str) -> host.Library:
+    name, error = ERRORS[errors]
+    return host.build("distill_kl", {("simt_ptx.h", f"{name} = 0.0f"): f"{name} = {error}"})
 
 
 @pytest.mark.parametrize(("name", "layout"), list(zip(ON_HOST, itertools.cycle(LAYOUTS))), ids=str)
-def test_with_rough_powers_on_the_host(rough_library: host.Library, name: str, layout: Layout) -> None:
+def test_with_rough_powers_on_the_host(name: str, layout: Layout) -> None:
     inputs = CASES[name]("cpu")
-    check_case(name, run(rough_library, inputs, layout), inputs)
+    check_case(name, run(rough_library("random"), inputs, layout), inputs)
+
+
+@pytest.mark.parametrize("errors", ERRORS)
+def test_errors_of_a_gpu_are_simulated(library: host.Library, errors: str) -> None:
+    inputs = CASES["full-jsd-1000"]("cpu")
+    assert not torch.equal(run(library, inputs, LAYOUTS[0])[0], run(rough_library(errors), inputs, LAYOUTS[0])[0])
+
+
+@pytest.mark.parametrize("teacher", [0.09375, 0.1, 0.3, 0.5, 0.7, 0.9, 0.90625])
+@pytest.mark.parametrize("divergence", MIXTURES)
+def test_series(library: host.Library, divergence: str, teacher: float) -> None:
+    """value / (t x^2) and h / x of csrc/cuda/distill_kl_series.h, to the end of its reach."""
+    value, slope, reach = (host.InOut(np.zeros(count, dtype)) for count, dtype in ((8, "f8"), (8, "f8"), (1, "f4")))
+    library.run("series", DIVERGENCES.index(divergence), teacher, value, slope, reach)
+    x = np.linspace(-reach.array[0], reach.array[0], 400, dtype=np.longdouble)
+    teacher_share = np.longdouble(np.float32(teacher))
+    student_share = 1 - teacher_share
+    u = np.log1p(student_share * np.expm1(x))  # log m / t
+    over_t = {
+        "jsd": student_share * np.exp(x) * (x - u) - teacher_share * u,
+        "skew_kl": student_share * np.expm1(x) - u,
+        "skew_reverse_kl": np.exp(x) * (x - u) - teacher_share * np.expm1(x),
+    }
+    excess = student_share * np.exp(x - u) - student_share
+    h = {"jsd": student_share * (x - u), "skew_kl": student_share / teacher_share * excess}
+    h["skew_reverse_kl"] = (x - u) - excess
+    for found, want in ((value, over_t[divergence] / x**2), (slope, h[divergence] / x)):
+        np.testing.assert_allclose(np.polynomial.polynomial.polyval(x, found.array), want, rtol=2e-6)
 
 
 def moved(inputs: Inputs, student: float, teacher: float) -> Inputs:
@@ -168,10 +200,11 @@ BORDERS |= {
 }
 
 
+@pytest.mark.parametrize("errors", ERRORS)
 @pytest.mark.parametrize("name", BORDERS)
-def test_borders_on_the_host(rough_library: host.Library, name: str) -> None:
+def test_borders_on_the_host(name: str, errors: str) -> None:
     inputs = BORDERS[name]()
-    check(run(rough_library, inputs, LAYOUTS[2]), inputs, tolerances(""), near=False)
+    check(run(rough_library(errors), inputs, LAYOUTS[2]), inputs, tolerances(""), near=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

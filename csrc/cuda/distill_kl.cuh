@@ -26,9 +26,9 @@
 //   reverse_kl         14.2       –    14.1    28         43
 //   tvd                10.4     14.2   13.2    38         63
 //   mse                10.4     11.0   13.0    34         72
-//   jsd                10.4     17.1   18.4    46         95
-//   skew_kl            10.4     16.1   17.4    44         94
-//   skew_reverse_kl    10.4     18.1   21.4    50         99
+//   jsd                10.4     17.1   18.4    46        101
+//   skew_kl            10.4     16.1   17.4    44        100
+//   skew_reverse_kl    10.4     18.1   21.4    50        105
 //
 // of which 4 (forward_kl) to 10 (skew_reverse_kl) are the special function unit's, which takes one every 8. What a row
 // costs besides, sums over threads above all, is about 5 a word at 128256 words, and 3 more where there is a second

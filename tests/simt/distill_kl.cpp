@@ -1,4 +1,4 @@
-// distill_kl of words of 32 and of 16 bits, and its layout.
+// distill_kl of words of 32 and of 16 bits, its layout, and its series.
 #include "distill_kl.h"
 
 DISTILL_KL(distill_kl_f32, float)
@@ -13,4 +13,15 @@ SIMT_EXPORT plan(int64_t words, int64_t word_bytes, int64_t is_general, int64_t 
   out[1] = plan.share;
   out[2] = plan.threads;
   out[3] = plan.shared_bytes;
+}
+
+// value, slope: kSeriesTerms coefficients each, in natural units. reach: the largest |x|.
+SIMT_EXPORT series(int64_t divergence, float teacher, double* value, double* slope, float* reach) {
+  const MixtureSeries found =
+      mixture_series(static_cast<Divergence>(divergence), teacher, 1.0 - static_cast<double>(teacher), 1.0, 1.0);
+  for (int i = 0; i < kSeriesTerms; ++i) {
+    value[i] = found.value[i];
+    slope[i] = found.slope[i];
+  }
+  *reach = kSeriesReach;
 }

@@ -158,19 +158,18 @@ def _engine() -> list[str]:
 @cache
 def _library(driver: str, changes: tuple[tuple[str, str, str], ...]) -> Library:
     folder = Path(tempfile.mkdtemp(prefix=f"{driver}-", dir=_folder.name))
-    include = CSRC / "cuda"
+    include, here = CSRC / "cuda", HERE
     if changes:
+        include, here = folder / "csrc" / "cuda", folder / "simt"
         shutil.copytree(CSRC, folder / "csrc")
-        shutil.copytree(HERE, folder / "simt")
-        include = folder / "csrc" / "cuda"
+        shutil.copytree(HERE, here)
         for name, old, new in changes:
-            path = next(path for path in (include / name, folder / "simt" / name) if path.exists())
+            path = next(path for path in (include / name, here / name) if path.exists())
             text = path.read_text()
             assert text.count(old) == 1, f"{name} holds {text.count(old)} times: {old}"
             path.write_text(text.replace(old, new))
-    source = (folder / "simt" if changes else HERE) / f"{driver}.cpp"
     compiled, library = str(folder / "driver.o"), folder / f"{driver}.so"
-    _compile([*FLAGS, *INSTRUMENTED, f"-I{include}", f"-I{HERE}", "-c", str(source), "-o", compiled])
+    _compile([*FLAGS, *INSTRUMENTED, f"-I{include}", f"-I{here}", "-c", str(here / f"{driver}.cpp"), "-o", compiled])
     _compile(["-shared", compiled, *_engine(), "-ldl", "-o", str(library)])
     return Library(library)
 

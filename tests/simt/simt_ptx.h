@@ -193,9 +193,9 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
 PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
   if (bits != 0) sum = __builtin_fmaf(a, b, sum);
 }
-// Subnormal numbers count as 0, before and after. kRough: how far the results may be off, where a test sets it; 2^0 and
-// log2 1 are exact.
-constexpr float kRough = 0.0f;
+// Subnormal numbers count as 0, before and after. How far the results may be off, where a test sets it: kRough this way
+// or that (reciprocals by half as much), kBias all logarithms alike. 2^0 and log2 1 are exact.
+constexpr float kRough = 0.0f, kBias = 0.0f;
 PYFAST_DEVICE float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 PYFAST_DEVICE float deviation(float x) {  // kRough times a number from -1 to 1 that any bit of x changes
   const uint32_t bits = to_bits(x) * 2654435761u;
@@ -207,9 +207,9 @@ PYFAST_DEVICE float exp2_approx(float x) {
 }
 PYFAST_DEVICE float log2_approx(float x) {
   const float y = std::log2(flushed(x));
-  return y == 0.0f ? y : y + std::fmax(1.0f, std::fabs(y)) * deviation(x);
+  return y == 0.0f ? y : y + std::fmax(1.0f, std::fabs(y)) * (kBias + deviation(x));
 }
-PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x + 1.0f / x * deviation(x); }
+PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x + 0.5f / x * deviation(x); }
 PYFAST_DEVICE float to_float(float x) { return x; }
 PYFAST_DEVICE float to_float(BFloat16 x) { return widen(bf16{x.bits}); }
 PYFAST_DEVICE float to_float(Float16 x) { return widen(f16{x.bits}); }
