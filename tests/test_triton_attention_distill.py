@@ -207,7 +207,8 @@ def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
     pairs = (
         "[(case, target) for case in compile.cases() if case.name.startswith('attention') for target in compile.TARGETS"
         " if case.name.endswith(('forward_kl bf16 width 64', 'forward_kl bf16 width 128'))"
-        " or (target == 90 and case.name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128')))]"
+        " or (target == 90 and"
+        " case.name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128', 'jsd fp16 width 128')))]"
     )
     check_compiled(pairs, {"attention_rows", "attention_keys"}, tmp_path)
 

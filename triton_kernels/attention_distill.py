@@ -25,7 +25,8 @@ in attention_rows (scores twice, grad_q) and 3 in attention_keys; two more for t
 
 How accurately: scores and sums are float32; float32 queries and keys are multiplied in float32, not in
 tf32. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will be). With
-float16 that product is tf32, whose exponents hold what float16 would lose below 6e-8.
+float16 that product is two of tf32, whose exponents hold what float16 would lose below 6e-8: of the slope's first 11
+bits, and of what is left.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def _add_product(slope, x, total):
     if x.dtype == tl.float32:
         return tl.dot(slope, x, total, input_precision="ieee")
     elif x.dtype == tl.float16:
-        return tl.dot(slope, x.to(tl.float32), total, input_precision="tf32")
+        wide = x.to(tl.float32)  # exact in tf32, as is the upper part of the slope
+        upper = (slope.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        total = tl.dot(upper, wide, total, input_precision="tf32")
+        return tl.dot(slope - upper, wide, total, input_precision="tf32")
     else:
         return tl.dot(slope.to(x.dtype), x, total)
 
@@ -264,10 +268,12 @@ class Plan(NamedTuple):
     options: dict[str, int]
 
 
-def plan(width: int, item_size: int) -> Plan:
-    """Layout for heads of at most ``width`` numbers of ``item_size`` bytes: the largest tiles whose terms stay in
-    registers (``compile.py`` shows them)."""
-    if item_size == 2:
+def plan(width: int, dtype: torch.dtype) -> Plan:
+    """Layout for heads of at most ``width`` numbers: the largest tiles whose terms stay in registers (``compile.py``
+    shows them). The two products of float16 take more of those."""
+    if dtype == torch.float16 and width > 64:
+        block_q, block_k, warps = (32, 32, 8) if width <= 128 else (32, 16, 8)
+    elif dtype != torch.float32:
         block_q, block_k, warps = (64, 32, 8) if width <= 128 else (32, 16, 4)
     else:
         block_q, block_k, warps = (32, 16, 4) if width <= 64 else (16, 16, 4)
@@ -341,7 +347,7 @@ def attention_distill(
     sizes = (heads, heads // key_heads, heads // k_t.shape[1], tokens, keys)
     rates = (student_rate * _LOG2_E, teacher_rate * _LOG2_E, student_rate)
     shares = (1.0 - mix, mix) if divergence == "skew_reverse_kl" else (mix, 1.0 - mix)
-    block_q, block_k, options = plan(max(width_s, width_t), q_s.element_size())
+    block_q, block_k, options = plan(max(width_s, width_t), q_s.dtype)
     layout = {
         "WIDTH_S": width_s,
         "WIDTH_T": width_t,

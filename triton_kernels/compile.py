@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -60,7 +61,7 @@ class Resources(NamedTuple):
         return min(32, 2048 // threads, _REGISTERS // (threads * granted))
 
 
-_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: One width for each layout of ``distill_kl.plan``; layouts do not depend on the width beyond the last.
 _WIDTHS = (1024, 4096, 8192, 32000, 262144)
 
@@ -71,14 +72,14 @@ def cases() -> Iterator[Case]:
     for divergence in DIVERGENCES:
         for extras in (False, True):
             for width in _layouts(divergence, extras):
-                for dtype in _SIZES if divergence == "forward_kl" else ("bf16", "fp32"):
+                for dtype in _TYPES if divergence == "forward_kl" else ("bf16", "fp32"):
                     yield _distill_kl(dtype, width, divergence, extras)
                     yield _distill_kl(dtype, width, divergence, extras, aligned=False)
                 yield _distill_kl("bf16", width, divergence, extras, with_grad=False)
-    for dtype in _SIZES:
+    for dtype in _TYPES:
         for in_place in (False, True):
             yield _scale_rows(dtype, in_place)
-    for dtype in _SIZES:
+    for dtype in _TYPES:
         for width in (2048, 32000, 151936):
             yield _topk_student(dtype, width, "bucket")
         for width in (64, 128, 256):
@@ -111,7 +112,7 @@ def _layouts(divergence: str, extras: bool) -> list[int]:
 def _distill_kl(
     dtype: str, width: int, divergence: str, extras: bool, aligned: bool = True, with_grad: bool = True
 ) -> Case:
-    kernel, options, constants = distill_kl.plan(width, _SIZES[dtype], divergence, extras)
+    kernel, options, constants = distill_kl.plan(width, _TYPES[dtype].itemsize, divergence, extras)
     pointers = {"student": dtype, "teacher": dtype, "row_scale": "fp32", "rows": "fp32"}
     absent = ["student_cap", "teacher_cap", "labels", "ce_scale", "ce_rows"]
     if extras:
@@ -137,7 +138,7 @@ def _scale_rows(dtype: str, in_place: bool) -> Case:
 
 
 def _attention(kernel: Any, dtype: str, width: int, divergence: str) -> Case:
-    block_q, block_k, options = attention_distill.plan(width, _SIZES[dtype])
+    block_q, block_k, options = attention_distill.plan(width, _TYPES[dtype])
     constants: dict[str, Any] = {
         **dict.fromkeys(("WIDTH_S", "WIDTH_T", "PAD_S", "PAD_T"), width),
         "BLOCK_Q": block_q,
@@ -180,7 +181,7 @@ def _case(
 
 
 def _topk_student(dtype: str, width: int, tail: str, with_grad: bool = True) -> Case:
-    block, entries, warps, stages = topk_distill.plan(width, 64, _SIZES[dtype])
+    block, entries, warps, stages = topk_distill.plan(width, 64, _TYPES[dtype].itemsize)
     constants = {"TAIL": topk_distill.TAILS[tail], "WITH_GRAD": with_grad}
     constants |= {"BLOCK": block, "ENTRIES": entries, "STAGES": stages}
     pointers = {"student": dtype, "ids": "i64", "log_t": "fp64", "log_rest": "fp64"}
