@@ -14,6 +14,7 @@
 # Results, each written as its step ends, so that a run cut short leaves what it had:
 #   cuda.json    figures of the suites done so far
 #   calibration.json  constants of the cost model, as `pyfast calibrate --device cuda` measured them
+#   kernels.json  figures of each kernel by itself
 #   profile.json  counters of each kernel (Nsight Compute)
 #   steps.tsv     step, seconds, exit status
 #   machine.txt   GPU, driver, clocks and power at the start
@@ -152,6 +153,10 @@ calibrate() {
   cp "$PYFAST_CACHE_DIR/calibration.json" "$out/"
 }
 
+kernels() {
+  "$python" "$root/benchmarks/kernels_cuda.py" measure "$out/kernels.json"
+}
+
 profile() {
   local ncu options
   ncu=$(command -v ncu || echo "${CUDA_HOME:-/usr/local/cuda}/bin/ncu")
@@ -176,7 +181,7 @@ sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 9 "$python" "$root/benchmarks/small_shapes.py"
 }
 
-export -f build info calibrate profile gpu_tests suite sanitize
+export -f build info calibrate kernels profile gpu_tests suite sanitize
 export root python architecture work out
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$work/triton MPLCONFIGDIR=$work PYFAST_CACHE_DIR=$work/cache
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
@@ -194,6 +199,7 @@ if step build 180 "${shell[@]}" build; then
   collect layers
   step model 90 "${shell[@]}" suite model --model llama-3.2-1b
   collect model
+  step kernels 90 "${shell[@]}" kernels
   step tests 150 "${shell[@]}" gpu_tests
   step profile 60 "${shell[@]}" profile
   step memcheck 60 "${shell[@]}" sanitize memcheck

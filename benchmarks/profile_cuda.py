@@ -1,8 +1,8 @@
-"""What each CUDA kernel does on a GPU, from Nsight Compute's counters: a generated table of docs/kernels.md.
+"""What each CUDA kernel does on a GPU, from Nsight Compute's counters: a generated table of docs/kernels-gpu.md.
 
     ncu --clock-control none --page raw --csv $(python benchmarks/profile_cuda.py sections) \\
         python benchmarks/profile_cuda.py launch > raw.csv
-    python benchmarks/profile_cuda.py read raw.csv [--json FILE] [--write docs/kernels.md]
+    python benchmarks/profile_cuda.py read raw.csv [--json FILE] [--write docs/kernels-gpu.md]
 
 ``launch`` runs each kernel once, at one shape; ``read`` takes from the counters what says where its time goes.
 """

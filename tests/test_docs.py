@@ -149,6 +149,34 @@ def test_the_tables_of_the_kernels_are_those_of_the_committed_figures(commands, 
     )
 
 
+GPU_FIGURES = sorted((ROOT / "benchmarks" / "results").glob("nvidia-*/kernels.json"))
+
+
+def test_the_tables_of_the_gpu_kernels_are_those_of_the_committed_figures(commands):
+    page = (ROOT / "docs" / "kernels-gpu.md").read_text(encoding="utf-8")
+    assert len(GPU_FIGURES) >= 2
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in GPU_FIGURES]
+    for block, written in commands("kernels_cuda").tables(files).items():
+        assert replace_block(page, block, written) == page, (
+            "python benchmarks/kernels_cuda.py tables benchmarks/results/*/kernels.json --write docs/kernels-gpu.md"
+        )
+    profile = commands("profile_cuda").markdown(json.loads(GPU_FIGURES[-1].with_name("profile.json").read_text()))
+    assert replace_block(page, "profile", profile) == page, "python benchmarks/profile_cuda.py table …"
+
+
+def test_a_table_of_gpu_kernels_names_builds_and_gaps(commands):
+    kernels = commands("kernels_cuda")
+    product = {"n": 4096, "k": 4096, "m": 1}
+    rows = [{**product, "impl": impl, "us": us} for impl, us in (("dense", 30.0), ("2:4", 20.0), ("s90", 10.0))]
+    loss = {"rows": 8192, "words": 32000, "impl": "jsd cuda", "tbs": 1.234}
+    file = {"device": "NVIDIA H100 PCIe", "sparse_in_order": rows, "sparse": rows, "kl": [loss]}
+    found = {block: text.splitlines()[2:] for block, text in kernels.tables([file]).items()}
+    assert found["sparse24-cuda"][0] == "| H100, in order | 4096 x 4096 | 1.50 | - | - | - | - |"
+    assert found["sparse24-cuda"][4] == "| H100 | 4096 x 4096 | 1.50 | - | - | - | - |"
+    assert found["sliced-cuda"][0] == "| H100 | 1 | 4096 x 4096 | - | - | - | 3.00 |"
+    assert found["distill-cuda"][0] == "| H100 | 8192 x 32000 | - | - | - | 1.23 | - | - | - | - |"
+
+
 def test_losses_keep_their_digits_near_convergence():
     """The committed figures: at a KL of 1e-7 in float32 pyfast is right to 1e-3, where textbook losses are noise."""
     results = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))["results"]

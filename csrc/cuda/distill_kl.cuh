@@ -18,8 +18,8 @@
 // words, so that three share a multiprocessor) and goes up to 470000; without clusters, what one block holds
 // (distill_kl_plan.h).
 //
-// Instructions are what it is bound by (docs/kernels.md). At 3E, 128256 words of 16 bits and 3.0 TB/s an H100 has 59 a
-// word. The code for sm_90 issues a word of bfloat16, in the loops over vectors:
+// Instructions are what it is bound by (docs/kernels-gpu.md). At 3E, 128256 words of 16 bits and 3.0 TB/s an H100 has
+// 59 a word. The code for sm_90 issues a word of bfloat16, in the loops over vectors:
 //
 //                     first   second   last   all   of a near row
 //   forward_kl         14.0       –    12.0    26         43

@@ -12,8 +12,8 @@
 //
 // The nearest pole is at |x| >= pi. What is left out of a series on |x| <= kSeriesReach after kSeriesTerms terms is
 // below 2e-6 of it for weights from 3 / 32 on. Beyond, where a row is near all the same, the terms are differences of a
-// logarithm of the special function unit, off by 2^-22, and of what it nearly is: with a reach of 1/2 that was 5e-5 of a
-// value at |x| of 0.4 and a weight of 0.1.
+// logarithm of the special function unit, off by 2^-22, and of what it nearly is: with a reach of 1/2 that was 5e-5 of
+// a value at |x| of 0.4 and a weight of 0.1.
 #pragma once
 
 #include "../divergence.h"

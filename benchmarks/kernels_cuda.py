@@ -1,0 +1,262 @@
+"""Each CUDA kernel by itself on a GPU, beside cuBLAS and a copy: generated tables of docs/kernels-gpu.md.
+
+    python benchmarks/kernels_cuda.py measure FILE.json
+    python benchmarks/kernels_cuda.py tables benchmarks/results/*/kernels.json [--write docs/kernels-gpu.md]
+
+What is timed are the kernels, not the public calls. Products are graphs over cold weights, as in the suite ``sparse``;
+losses and conversions are calls, the cache flushed before each. A file holds the device, torch, and lists of rows:
+
+    sparse        us of a product [tokens m, k] by [n, k]: ``dense``, ``2:4``, bitmap at 50 to 90 % by ``bitmap_linear``
+                  (b50 ...) and ``sliced_linear`` (s50 ...), and gradx70 beside dgradx, the dense one. Of builds whose
+                  kernels all began in order, or all overlapped: ``sparse_in_order``, ``sparse_overlapping``
+    kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
+    conversions   us, and TB/s at what must be moved
+    grad_values   us, and bytes beyond its arguments, of the gradient to the stored values of a bitmap weight
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from generated import replace_block
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (3584, 18944))
+SPARSITIES = (50, 70, 80, 90)
+SLICED_TOKENS = (1, 2, 4, 8)
+TOKENS = (*SLICED_TOKENS, 16, 32, 64)
+LOGITS = ((8192, 32000), (8192, 128256), (8192, 151936), (2048, 262144))
+SECONDS = 0.25  # for all implementations of a case together
+BUILDS = ("sparse_in_order", "sparse_overlapping", "sparse")
+
+Calls = Mapping[str, Callable[[], object]]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def products(n: int, k: int) -> list[dict]:
+    """Rows of ``sparse`` for one shape."""
+    import pyfast
+    from pyfast._cuda_clock import Captured
+    from pyfast.bench.timing import copies_needed, interleave
+    from pyfast.ops import sparse24_convert
+    from pyfast.sparse.sliced import SlicedLayout
+
+    ops = torch.ops.pyfast
+    copies = copies_needed(n * k // 4, torch.cuda.get_device_properties(0).L2_cache_size)
+    dense = [draw(n, k) for _ in range(copies)]
+    two_four = [sparse24_convert.prune(one) for one in dense]
+    bitmaps, sliced = {}, {}
+    for sparsity in SPARSITIES:
+        mask = torch.rand(n, k, device="cuda") >= sparsity / 100
+        weights = [pyfast.BitmapWeight.from_dense(one, mask=mask) for one in dense]
+        bitmaps[sparsity] = [(one.values, one.bitmaps, one.offsets) for one in weights]
+        sliced[sparsity] = [SlicedLayout.of(one) for one in weights]
+
+    def impls(tokens: int) -> dict[str, list[Callable[[], object]]]:
+        x, grad = draw(tokens, k), draw(tokens, n)
+        found: dict[str, list[Callable[[], object]]] = {
+            "dense": [lambda w=w: F.linear(x, w) for w in dense],
+            "2:4": [lambda w=w: ops.sparse24_linear_mma(x, *w, None, 0, None) for w in two_four],
+        }
+        for sparsity, weights in bitmaps.items():
+            found[f"b{sparsity}"] = [lambda w=w: ops.bitmap_linear_few(x, *w, None, n, 0, None) for w in weights]
+        if tokens in SLICED_TOKENS:
+            for sparsity, layouts in sliced.items():
+                found[f"s{sparsity}"] = [lambda w=w: w.linear(x, None, 0, None) for w in layouts]
+        if tokens <= 32:
+            found["gradx70"] = [lambda w=w: ops.bitmap_grad_x_few(grad, *w, k) for w in bitmaps[70]]
+            found["dgradx"] = [lambda w=w: grad @ w for w in dense]
+        return found
+
+    rows = []
+    for tokens in TOKENS:
+        graphs = {impl: Captured(calls) for impl, calls in impls(tokens).items()}
+        for impl, timing in interleave(graphs, device="cuda", budget_s=SECONDS, calls=copies).items():
+            rows.append(
+                {"n": n, "k": k, "m": tokens, "impl": impl, "us": 1e3 * timing.ms, "us_min": 1e3 * timing.ms_min}
+            )
+    return rows
+
+
+def gradients(n: int, k: int) -> list[dict]:
+    """Rows of ``grad_values`` for one shape: the gradient to the stored values, 8192 tokens, 70 %, and its memory."""
+    import pyfast
+    from pyfast.bench.timing import interleave
+
+    ops = torch.ops.pyfast
+    weight = pyfast.BitmapWeight.from_dense(draw(n, k), mask=torch.rand(n, k, device="cuda") >= 0.7)
+    x, grad = draw(8192, k), draw(8192, n)
+    tables, stored = (weight.bitmaps, weight.offsets), weight.values.numel()
+    calls = {
+        "own": lambda: ops.bitmap_grad_values(grad, x, *tables, stored),
+        "dense and gather": lambda: ops.bitmap_gather(grad.T @ x, *tables, stored),
+    }
+    rows = []
+    for impl, timing in interleave(calls, device="cuda", budget_s=SECONDS).items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        calls[impl]()
+        peak = torch.cuda.max_memory_allocated() - before
+        rows.append({"n": n, "k": k, "impl": impl, "us": 1e3 * timing.ms, "extra_bytes": peak})
+    return rows
+
+
+def losses(rows: int, words: int, near: bool = False) -> list[dict]:
+    """Rows of ``kl`` for one shape; ``near``: of a student that is the teacher and noise."""
+    from pyfast.ops.distill_kl import DIVERGENCES
+
+    student, teacher, scale = draw(rows, words), draw(rows, words), torch.ones(rows, device="cuda")
+    if near:
+        student = teacher + 0.01 * student
+    target = torch.empty_like(teacher)
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(teacher)}
+    for name in DIVERGENCES:
+        options = (student, teacher, scale, name, 0.5, 1.0, 1.0, 0.0, 0.0, None, None, True)
+        calls[f"{name} cuda"] = lambda options=options: torch.ops.pyfast.distill_kl(*options)
+        calls[f"{name} triton"] = lambda options=options: torch.ops.pyfast.distill_kl_triton(*options)
+    moved = {impl: (2 if impl == "copy" else 3) * teacher.nbytes for impl in calls}
+    return [{"rows": rows, "words": words, **row} for row in timed(calls, moved)]
+
+
+def conversions(n: int, k: int) -> list[dict]:
+    """Rows of ``conversions`` for one shape."""
+    import pyfast
+    from pyfast.ops import bitmap_convert, sparse24_convert
+
+    ops = torch.ops.pyfast
+    dense, scores = draw(n, k), torch.rand(n, k, device="cuda")
+    half, target = torch.where(torch.rand(n, k, device="cuda") < 0.5, dense, 0), torch.empty_like(dense)
+    bitmap = pyfast.BitmapWeight.from_dense(half)
+    pair = sparse24_convert.prune(dense)
+    two_four = pyfast.Sparse24Weight(*pair, (n, k))
+    tables, stored, one = (bitmap.bitmaps, bitmap.offsets), bitmap.values.numel(), dense.nbytes
+    cases: dict[str, tuple[int, Callable[[], object]]] = {
+        "copy": (2 * one, lambda: target.copy_(dense)),
+        "2:4 to dense": (one + two_four.nbytes, two_four.to_dense),
+        "2:4 as stored": (one + two_four.nbytes, lambda: ops.sparse24_compress(dense)),
+        "2:4 magnitude": (one + two_four.nbytes, lambda: sparse24_convert.prune(dense)),
+        "2:4 scores": (3 * one + two_four.nbytes, lambda: sparse24_convert.prune(dense, scores)),
+        "2:4 gather": (one + two_four.nbytes, lambda: sparse24_convert.gather(dense, pair[1])),
+        "bitmap to dense": (one + bitmap.nbytes, bitmap.to_dense),
+        "bitmap scan": (one + bitmap.bitmaps.nbytes, lambda: ops.bitmap_scan(half)),
+        "bitmap gather": (one + bitmap.nbytes, lambda: bitmap_convert.gather(half, *tables, stored)),
+    }
+    moved = {impl: nbytes for impl, (nbytes, _) in cases.items()}
+    return [{"n": n, "k": k, **row} for row in timed({impl: call for impl, (_, call) in cases.items()}, moved)]
+
+
+def timed(calls: Calls, moved: Mapping[str, int]) -> list[dict]:
+    from pyfast.bench.timing import interleave
+
+    timings = interleave(calls, device="cuda", budget_s=SECONDS)
+    return [{"impl": impl, "us": 1e3 * t.ms, "tbs": moved[impl] / t.ms / 1e9} for impl, t in timings.items()]
+
+
+def measure(path: Path) -> None:
+    """Writes ``path`` after each list, so that a run cut short leaves what it had."""
+    found: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    parts: dict[str, tuple[Callable[[int, int], list[dict]], tuple[tuple[int, int], ...]]] = {
+        "sparse": (products, SHAPES),
+        "kl": (losses, LOGITS),
+        "kl_near": (partial(losses, near=True), LOGITS[1:2]),
+        "conversions": (conversions, SHAPES[:2]),
+        "grad_values": (gradients, SHAPES[:2]),
+    }
+    for name, (rows_of, shapes) in parts.items():
+        found[name] = [row for shape in shapes for row in rows_of(*shape)]
+        path.write_text(json.dumps(found, indent=0) + "\n")
+
+
+# ---- tables
+
+
+def tables(files: list[dict]) -> dict[str, str]:
+    """Markdown by the name of its block."""
+    return {"distill-cuda": of_losses(files), "sparse24-cuda": of_sparse24(files), "sliced-cuda": of_sliced(files)}
+
+
+def short_name(device: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` as ``H100``."""
+    return device.removeprefix("NVIDIA ").split()[0]
+
+
+def runs(file: dict) -> list[tuple[str, list[dict]]]:
+    """The products of a file, with their device and the build that they were measured in; the present one is last."""
+    device = short_name(file["device"])
+    names = {name: name.removeprefix("sparse").replace("_", " ") for name in BUILDS if name in file}
+    return [(f"{device},{words}" if words else device, file[name]) for name, words in names.items()]
+
+
+def speedup(rows: list[dict], n: int, k: int, tokens: int, impl: str) -> str:
+    us = {row["impl"]: row["us"] for row in rows if (row["n"], row["k"], row["m"]) == (n, k, tokens)}
+    return f"{us['dense'] / us[impl]:.2f}" if impl in us else "-"
+
+
+def table(head: list[str], texts: int, rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def of_losses(files: list[dict]) -> str:
+    """TB/s at 3E of the kernels by clusters."""
+    divergences = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mse")
+    lines = []
+    for file in files:
+        for rows, words in LOGITS:
+            here = {r["impl"]: r["tbs"] for r in file.get("kl", []) if (r["rows"], r["words"]) == (rows, words)}
+            cells = [
+                f"{here[impl]:.2f}" if impl in here else "-" for impl in ("copy", *(f"{d} cuda" for d in divergences))
+            ]
+            lines.append([short_name(file["device"]), f"{rows} x {words}", *cells])
+    return table(["GPU", "rows x words", "copy", *divergences], 2, lines)
+
+
+def of_sparse24(files: list[dict]) -> str:
+    """Times dense, by tokens."""
+    tokens = (1, 8, 16, 32, 64)
+    lines = [
+        [name, f"{n} x {k}", *(speedup(rows, n, k, m, "2:4") for m in tokens)]
+        for file in files
+        for name, rows in runs(file)
+        for n, k in SHAPES
+    ]
+    return table(["GPU", "n x k", *map(str, tokens[:-1]), f"{tokens[-1]} tokens"], 2, lines)
+
+
+def of_sliced(files: list[dict]) -> str:
+    """Times dense, by sparsity, in the last of BUILDS that a device has."""
+    lines = [
+        [name, str(m), f"{n} x {k}", *(speedup(rows, n, k, m, f"s{sparsity}") for sparsity in SPARSITIES)]
+        for file in files
+        for name, rows in runs(file)[-1:]
+        for m in (1, 4, 8)
+        for n, k in SHAPES
+    ]
+    return table(["GPU", "tokens", "n x k", *(f"{sparsity} %" for sparsity in SPARSITIES)], 3, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("measure", "tables"))
+    parser.add_argument("files", type=Path, nargs="+", help="JSON: the one to write, or those to make tables of")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose blocks are made anew")
+    given = parser.parse_args()
+    if given.what == "measure":
+        measure(given.files[0])
+        return
+    for block, text in tables([json.loads(path.read_text()) for path in given.files]).items():
+        print(text, end="\n\n")
+        if given.write:
+            given.write.write_text(replace_block(given.write.read_text(), block, text))
+
+
+if __name__ == "__main__":
+    main()
