@@ -106,7 +106,7 @@ py::tuple distill_kl(const py::array& student, const py::array& teacher, double 
   args.student_temperature = temperature;
   args.teacher_temperature = teacher_temperature.value_or(temperature);
   args.mix = mix;
-  std::vector<float> scratch(static_cast<size_t>(2 * (vocab + pyfast::kScratchPad) + pyfast::kScratchPad));
+  std::vector<float> scratch(static_cast<size_t>(pyfast::row_scratch(vocab)));
   table.rows[name - std::begin(pyfast::kDivergenceNames)][static_cast<int>(dtype)](args, scratch.data(), 0, rows);
   return py::make_tuple(value, grad);
 }

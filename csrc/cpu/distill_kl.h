@@ -44,10 +44,13 @@ struct DistillKlArgs {
   bool stream_grad;                         // write the gradient with non-temporal stores
 };
 
-// Rows [begin, end). scratch belongs to the thread: first two rows of floats for capped logits where there is a
-// softcap, then, for a gradient that takes a third pass, two more and kScratchPad floats. A row of scratch is vocab
-// rounded up to kScratchPad.
+// Floats of scratch of a row of gradient: two for each word, what brings them to a multiple of 64 bytes, and two for
+// each chunk of words.
 inline constexpr int64_t kScratchPad = 16;
+constexpr int64_t row_scratch(int64_t vocab) { return 2 * vocab + kScratchPad + 2 * (vocab / kChunk + 2); }
+
+// Rows [begin, end). scratch belongs to the thread: two rows of floats, rounded up to kScratchPad, for capped logits
+// where there is a softcap, then row_scratch() where there is a gradient.
 using DistillKlKernel = void (*)(const DistillKlArgs& args, float* scratch, int64_t begin, int64_t end);
 
 // rows of grad times scale[i] into out: what backward needs where the incoming gradient is not 1. Where grad is out,

@@ -11,11 +11,15 @@
 // H = Σ slope is 0 for forward_kl, and for reverse_kl pass 1 has it already. The others know it only after pass 2;
 // reading slope and mass back is cheaper than two exponentials and a logarithm once more. Cross-entropy and softcap
 // are added in pass 3, whatever the divergence. A softcap is applied first, into float32 rows in scratch.
+//
+// The two KL do both rows at once in pass 1, which gives their value too: unless that is small, there is no pass 2
+// without a gradient, and a shorter one with it (distill_kl_apart.h).
 #pragma once
 
 #include "softmax_rows.h"
 #include "../distill_kl_terms.h"
 #include "distill_kl.h"
+#include "distill_kl_apart.h"
 
 namespace pyfast {
 namespace {
@@ -73,16 +77,24 @@ struct Center {
   double center;  // H
 };
 
+template <Divergence divergence, bool apart>
+PYFAST_INLINE Terms terms_of(Vec zs, Vec zt, const RowPair& row) {
+  if constexpr (apart)
+    return apart_terms<divergence>(zs, zt, row);
+  else
+    return terms<divergence>(zs, zt, row);
+}
+
 // Terms of n <= Vec::width words; apart, so that the loop over whole pairs keeps its registers.
-template <Divergence divergence, class T>
+template <Divergence divergence, bool apart, class T>
 [[gnu::noinline]] Terms few_terms(const T* student, const T* teacher, int64_t n, const RowPair& row) {
-  return terms<divergence>(load_up_to(student, n, kNegInf), load_up_to(teacher, n, kNegInf), row);
+  return terms_of<divergence, apart>(load_up_to(student, n, kNegInf), load_up_to(teacher, n, kNegInf), row);
 }
 
 // Pass 2. scale: what the gradient is multiplied by; center: H, where it is known already. next_*: rows that the thread
 // reads after this one. This pass computes while memory would rest, so it asks for them; the first pass over them then
 // runs from L2.
-template <Divergence divergence, Into into, class T>
+template <Divergence divergence, Into into, bool apart = false, class T>
 Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, int64_t head, const RowPair& pair,
                   float scale, float center, bool streaming, const T* next_student, const T* next_teacher) {
   constexpr bool centered = divergence != Divergence::forward_kl;
@@ -93,7 +105,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
   Vec value = broadcast(0.0f), slope = broadcast(0.0f);
   Center total{0.0, 0.0};
   auto keep = [&](const Terms& e) __attribute__((always_inline)) {
-    value = value + e.value;
+    if constexpr (!apart) value = value + e.value;
     if constexpr (centered && into == Into::scratch) slope = slope + e.slope;
   };
   auto gradient = [&](const Terms& e) __attribute__((always_inline)) {
@@ -105,7 +117,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
   walk(
       vocab, head,
       [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-        const Terms e = few_terms<divergence>(student + i, teacher + i, n, pair);
+        const Terms e = few_terms<divergence, apart>(student + i, teacher + i, n, pair);
         keep(e);
         if constexpr (into == Into::grad) store_up_to(grad + i, n, gradient(e));
         if constexpr (into == Into::scratch) {
@@ -119,7 +131,8 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
           prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
         }
         const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
-        const Terms a = terms<divergence>(zs.a, zt.a, row), b = terms<divergence>(zs.b, zt.b, row);
+        const Terms a = terms_of<divergence, apart>(zs.a, zt.a, row);
+        const Terms b = terms_of<divergence, apart>(zs.b, zt.b, row);
         keep(a);
         keep(b);
         if constexpr (into == Into::grad) {
@@ -190,101 +203,48 @@ void finish_pass(const float* scratch, const T* student, G* grad, int64_t vocab,
       [] {});
 }
 
-// Both log-sum-exps, and Σ 2^((zs - shift) scale) h of reverse_kl: h = x, and -1 for words that the teacher excludes.
-struct PairSums {
-  RowSum student, teacher;
-  double log_ratio;  // Σ 2^… (x without the logarithms of the two sums), over the words that the teacher allows
-  double excluded;   // Σ 2^… over the others
+// What pass 1 finds besides the log-sum-exps, which are in RowPair then. The two KL know both, the others neither.
+struct Known {
+  double value, center;
+  LogSums logs;
 };
 
-struct ChunkSums {
-  float student, teacher, log_ratio, excluded;
-};
-
-template <class T>
-ChunkSums pair_chunk(const T* student, const T* teacher, int64_t n, const RowPair& row) {
-  Vec s = broadcast(0.0f), t = s, log_ratio_sum = s, excluded = s;
-  const Vec zero = broadcast(0.0f), most = broadcast(-kLowest);
-  auto add = [&](Vec zs, Vec zt) {
-    const Vec es = student_probability(zs, row), x = log_ratio(zs, zt, row);
-    s = s + es;
-    t = t + teacher_probability(zt, row);
-    const auto odd = not_at_most(abs(x), most);
-    log_ratio_sum = log_ratio_sum + select(odd, zero, es * x);
-    if (any(odd)) excluded = excluded + select(odd, es, zero);
-  };
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
-    add(zs.a, zt.a);
-    add(zs.b, zt.b);
-  }
-  for (; i < n; i += Vec::width) {
-    const int64_t left = n - i < Vec::width ? n - i : Vec::width;
-    add(load_up_to(student + i, left, kNegInf), load_up_to(teacher + i, left, kNegInf));
-  }
-  return {reduce_add(s), reduce_add(t), reduce_add(log_ratio_sum), reduce_add(excluded)};
-}
-
-// Fills in what follows from the shifts and the log2 of the sums above them.
-inline void set_sums(RowPair& row, const RowSum& student, double student_log2, const RowSum& teacher,
-                     double teacher_log2, double student_inverse, double teacher_inverse) {
-  row.student_shift = student.shift;
-  row.teacher_shift = teacher.shift;
-  row.student_log2_sum = static_cast<float>(student_log2);
-  row.teacher_log2_sum = static_cast<float>(teacher_log2);
-  row.log_ratio_offset = static_cast<float>((teacher.shift * teacher_inverse - student.shift * student_inverse) +
-                                            kLn2Double * (teacher_log2 - student_log2));
-}
-
-// Pass 1 of reverse_kl. `row` has the scales, and is left with the shifts of the last chunk.
-template <class T>
-PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, RowPair& row, double student_inverse,
-                   double teacher_inverse) {
-  PairSums sums{{first_shift(widen(student[0])), 0.0}, {first_shift(widen(teacher[0])), 0.0}, 0.0, 0.0};
-  for (int64_t begin = 0; begin < vocab; begin += kChunk) {
-    const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
-    set_sums(row, sums.student, 0.0, sums.teacher, 0.0, student_inverse, teacher_inverse);
-    ChunkSums chunk = pair_chunk(student + begin, teacher + begin, n, row);
-    if (!(chunk.student <= kMuch) || !(chunk.teacher <= kMuch)) {
-      const RowSum before = sums.student;
-      const double from = sums.teacher.shift * teacher_inverse - before.shift * student_inverse;
-      raise_shift(sums.student, student + begin, n, row.student_scale);
-      raise_shift(sums.teacher, teacher + begin, n, row.teacher_scale);
-      const double shrink = before.sum == 0.0 ? 0.0 : sums.student.sum / before.sum;
-      const double to = sums.teacher.shift * teacher_inverse - sums.student.shift * student_inverse;
-      sums.excluded *= shrink;
-      sums.log_ratio = sums.log_ratio * shrink + (to - from) * (sums.student.sum - sums.excluded);
-      set_sums(row, sums.student, 0.0, sums.teacher, 0.0, student_inverse, teacher_inverse);
-      chunk = pair_chunk(student + begin, teacher + begin, n, row);
-    }
-    sums.student.sum += static_cast<double>(chunk.student);
-    sums.teacher.sum += static_cast<double>(chunk.teacher);
-    sums.log_ratio += static_cast<double>(chunk.log_ratio);
-    sums.excluded += static_cast<double>(chunk.excluded);
-  }
-  return sums;
-}
-
-// Pass 1: leaves the shifts and sums in `row`, which has the scales, and returns H where it is known already.
+// Pass 1. `row` has the scales, and is left with the shifts and sums. kept: null where nothing is to be kept.
 template <Divergence divergence, class T>
-double pass_one(const T* student, const T* teacher, int64_t vocab, RowPair& row, double student_inverse,
-                double teacher_inverse) {
+Known pass_one(const T* student, const T* teacher, int64_t vocab, int64_t head, RowPair& row, double student_inverse,
+               double teacher_inverse, const Kept* kept, const T* next_student, const T* next_teacher) {
   RowSum s, t;
-  double center = 0.0;
-  if constexpr (divergence == Divergence::reverse_kl) {
-    row.log_ratio_offset = 0.0f;
-    const PairSums sums = pair_sums(student, teacher, vocab, row, student_inverse, teacher_inverse);
+  PairSums sums{};
+  if constexpr (is_kl(divergence)) {
+    sums = kept == nullptr ? pair_sums<divergence, false>(student, teacher, vocab, head, row, student_inverse,
+                                                          teacher_inverse, Kept{}, next_student, next_teacher)
+                           : pair_sums<divergence, true>(student, teacher, vocab, head, row, student_inverse,
+                                                         teacher_inverse, *kept, next_student, next_teacher);
     s = sums.student;
     t = sums.teacher;
-    const double logs = kLn2Double * (t.log2() - s.log2());
-    center = (sums.log_ratio + logs * (s.sum - sums.excluded) - sums.excluded) / s.sum;
   } else {
     s = row_sum(student, vocab, row.student_scale);
     t = row_sum(teacher, vocab, row.teacher_scale);
   }
-  set_sums(row, s, s.log2(), t, t.log2(), student_inverse, teacher_inverse);
-  return center;
+  const double lacking = is_kl(divergence) ? row.log_ratio_offset : 0.0;  // of the last chunk
+  const double student_log2 = s.log2(), teacher_log2 = t.log2();
+  Known known{
+      0.0,
+      0.0,
+      {s.shift * student_inverse + kLn2Double * student_log2, t.shift * teacher_inverse + kLn2Double * teacher_log2}};
+  const double log_ratio = known.logs.teacher - known.logs.student;
+  row.student_shift = s.shift;
+  row.teacher_shift = t.shift;
+  row.student_log2_sum = static_cast<float>(student_log2);
+  row.teacher_log2_sum = static_cast<float>(teacher_log2);
+  row.log_ratio_offset = static_cast<float>(log_ratio);
+  if constexpr (divergence == Divergence::forward_kl) {
+    known.value = -(sums.log_ratio / t.sum + (log_ratio - lacking));
+  } else if constexpr (divergence == Divergence::reverse_kl) {  // h = x, and -1 for words that the teacher excludes
+    known.value = (sums.log_ratio + (log_ratio - lacking) * (s.sum - sums.excluded)) / s.sum;
+    known.center = known.value - sums.excluded / s.sum;
+  }
+  return known;
 }
 
 // One row whose logits are T, capped already if there is a cap; the gradient goes to G.
@@ -304,9 +264,6 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   row.mixture_teacher = static_cast<float>(mixture_teacher);
   row.mixture_student = static_cast<float>(1.0 - mixture_teacher);
 
-  double center = 0.0;
-  if (compared) center = pass_one<divergence>(student, teacher, a.vocab, row, student_inverse, teacher_inverse);
-
   Extras extras{0.0f, 0.0f, 0.0f, a.student_softcap > 0 ? static_cast<float>(1.0 / a.student_softcap) : 0.0f};
   double ce = 0.0;
   if (a.labels != nullptr && a.ce_scale[i] != 0.0f) {
@@ -323,42 +280,50 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
 
   const float scale = static_cast<float>(weight * student_inverse);
   const bool has_extras = extras.ce_scale != 0.0f || extras.inverse_softcap != 0.0f;
-  constexpr bool known_center = divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
-  double value = 0.0;
+  const bool streaming = a.stream_grad && kSame<T, G>;
+  const int64_t head = grad == nullptr ? 0 : words_to_alignment(grad, streaming, a.vocab);
+  const bool direct = is_kl(divergence) && kSame<T, G> && !has_extras;  // no third pass
+  scratch += (kScratchPad - 2 * head % kScratchPad) % kScratchPad;      // pairs begin at whole vectors
+  const Kept kept = grad == nullptr ? Kept{} : Kept{scratch, scratch + 2 * a.vocab};
+  Known known{};
+  if (compared)
+    known = pass_one<divergence>(student, teacher, a.vocab, head, row, student_inverse, teacher_inverse,
+                                 grad != nullptr && direct && kKeeps<T> ? &kept : nullptr, next_student, next_teacher);
+  const bool apart = is_kl(divergence) && !(known.value <= kNear);  // NaN too
+  double value = known.value, center = known.center;
   if (grad == nullptr) {
-    if (compared)
+    if (compared && !apart)
       value = terms_pass<divergence, Into::nothing>(student, teacher, nullptr, a.vocab, 0, row, scale, 0.0f, false,
                                                     next_student, next_teacher)
                   .value;
-  } else {
-    const bool streaming = a.stream_grad && kSame<T, G>;
-    const int64_t head = words_to_alignment(grad, streaming, a.vocab);
-    bool done = false;
-    if constexpr (known_center && kSame<T, G>) {
-      if (!has_extras) {
+  } else if (direct) {
+    if constexpr (is_kl(divergence) && kSame<T, G>) {
+      if (!apart)
         value = terms_pass<divergence, Into::grad>(student, teacher, grad, a.vocab, head, row, scale,
                                                    static_cast<float>(center), streaming, next_student, next_teacher)
                     .value;
-        done = true;
-      }
+      else if constexpr (kKeeps<T>)
+        kept_pass<divergence>(kept, grad, a.vocab, head, known.logs, student_inverse, teacher_inverse, scale, center,
+                              streaming);
+      else
+        terms_pass<divergence, Into::grad, true>(student, teacher, grad, a.vocab, head, row, scale,
+                                                 static_cast<float>(center), streaming, next_student, next_teacher);
     }
-    if (!done) {
-      scratch += (kScratchPad - 2 * head % kScratchPad) % kScratchPad;  // pairs begin at whole vectors
-      if (compared) {
-        const Center sums = terms_pass<divergence, Into::scratch>(student, teacher, scratch, a.vocab, head, row, scale,
-                                                                  0.0f, false, next_student, next_teacher);
-        value = sums.value;
-        if constexpr (!known_center) center = sums.center;
-      } else {
-        zero_row(scratch, 2 * a.vocab);
-      }
-      const float middle = static_cast<float>(center);
-      if (has_extras) {
-        if (ce == ce && extras.ce_scale != 0.0f) scratch[slope_slot<T>(a.labels[i], a.vocab, head)] -= extras.ce_scale;
-        finish_pass<true>(scratch, student, grad, a.vocab, head, middle, streaming, extras);
-      } else {
-        finish_pass<false>(scratch, student, grad, a.vocab, head, middle, streaming, extras);
-      }
+  } else {
+    if (compared) {
+      const Center sums = terms_pass<divergence, Into::scratch>(student, teacher, scratch, a.vocab, head, row, scale,
+                                                                0.0f, false, next_student, next_teacher);
+      value = sums.value;
+      if constexpr (!is_kl(divergence)) center = sums.center;
+    } else {
+      zero_row(scratch, 2 * a.vocab);
+    }
+    const float middle = static_cast<float>(center);
+    if (has_extras) {
+      if (ce == ce && extras.ce_scale != 0.0f) scratch[slope_slot<T>(a.labels[i], a.vocab, head)] -= extras.ce_scale;
+      finish_pass<true>(scratch, student, grad, a.vocab, head, middle, streaming, extras);
+    } else {
+      finish_pass<false>(scratch, student, grad, a.vocab, head, middle, streaming, extras);
     }
   }
   const float ce_part = static_cast<float>(extras.ce_scale * ce);

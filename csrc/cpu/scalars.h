@@ -17,6 +17,7 @@ struct f16 {
 enum class Dtype { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline constexpr int kDtypeCount = 3;
+inline constexpr int64_t kChunk = 1024;  // words of a row summed in float32 before the sum goes to double
 
 // What the values of a sparse weight are stored as: one of Dtype, or 8-bit integers with a scale a row.
 enum class Stored { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };

@@ -13,7 +13,6 @@ namespace {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
 
-constexpr int64_t kChunk = 1024;  // words summed in float32 before the sum goes to double
 constexpr int64_t kPair = 2 * Vec::width;
 constexpr float kLowest = -3.40282347e+38f;  // stands in for -inf as a shift, so that -inf - shift is -inf
 
