@@ -9,14 +9,15 @@
 //
 // Precision   Logits are widened to float32; sums run in float32 over 1024 words and in double above that.
 //             Divergences are summed from terms that vanish, with their slope, where s = t: nothing cancels and
-//             a KL of 1e-7 keeps five digits.
+//             a KL of 1e-7 keeps five digits. The two KL of 0.02 and more are the difference of sums: five digits.
 // Special     A teacher logit of -inf adds nothing. A student logit of -inf where the teacher has mass gives
 //             +inf where the formula does. NaN (or +inf) in a row gives NaN in that row alone, and so does a label
 //             that names no word. A row whose scales are exactly 0 is not read: its value and gradient are 0.
 // Aliasing    grad overlaps nothing. Rows are contiguous; row strides are in elements, 64-bit.
 // Traffic     With E the bytes of one logits tensor: pass 1 reads each row (log-sum-exp), pass 2 reads it
 //             again while it lies in L2/L3: 2E of memory traffic, and 3E with the gradient, which is written past
-//             the cache. Scratch for a third pass (see distill_kl_rows.h) stays in L2/L3.
+//             the cache. Scratch for a third pass (see distill_kl_rows.h), or for what a shorter second one takes
+//             (distill_kl_apart.h), stays in L2/L3.
 #pragma once
 
 #include <cstdint>
@@ -44,10 +45,10 @@ struct DistillKlArgs {
   bool stream_grad;                         // write the gradient with non-temporal stores
 };
 
-// Floats of scratch of a row of gradient: two for each word, what brings them to a multiple of 64 bytes, and two for
-// each chunk of words.
-inline constexpr int64_t kScratchPad = 16;
-constexpr int64_t row_scratch(int64_t vocab) { return 2 * vocab + kScratchPad + 2 * (vocab / kChunk + 2); }
+// Floats of scratch of a row of gradient: two for each word, what brings them to a multiple of 64 bytes, and
+// kGroundFloats for each chunk of words.
+inline constexpr int64_t kScratchPad = 16, kGroundFloats = 3;
+constexpr int64_t row_scratch(int64_t vocab) { return 2 * vocab + kScratchPad + kGroundFloats * (vocab / kChunk + 2); }
 
 // Rows [begin, end). scratch belongs to the thread: two rows of floats, rounded up to kScratchPad, for capped logits
 // where there is a softcap, then row_scratch() where there is a gradient.

@@ -17,8 +17,8 @@
 namespace pyfast {
 namespace {
 
-// A value from which on a row lies apart: |x| is then about 0.14, and float32 leaves 2e-6 of s − t.
-constexpr double kNear = 0.01;
+// A value from which on a row lies apart: |x| is then about 0.2, and float32 leaves 2e-6 of s − t.
+constexpr double kNear = 0.02;
 
 constexpr bool is_kl(Divergence divergence) {
   return divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
@@ -28,8 +28,8 @@ constexpr bool is_kl(Divergence divergence) {
 template <class T>
 constexpr bool kKeeps = sizeof(T) == 2;
 
-// Both log-sum-exps, and Σ w x without the logarithms of the two sums in x. Words that the teacher excludes are no part
-// of it; reverse_kl has Σ es of those.
+// Both log-sum-exps, and Σ w x with the last estimate in x. Words that the teacher excludes are no part of it;
+// reverse_kl has Σ es of those.
 struct PairSums {
   RowSum student, teacher;
   double log_ratio, excluded;
@@ -39,23 +39,23 @@ struct ChunkSums {
   float student, teacher, log_ratio, excluded;
 };
 
-// Shifts of a chunk's logits, and what its x lacks of them.
-struct Shifts {
-  float student, teacher;
-  float log_ratio;
-
-  Shifts(float student, float teacher, double student_inverse, double teacher_inverse)
-      : student(student),
-        teacher(teacher),
-        log_ratio(static_cast<float>(teacher * teacher_inverse - student * student_inverse)) {}
-};
-
 // What pass 1 leaves for pass 2. Of the words of a chunk, pairs lie as [es a, es b, et or x a, b], single vectors of n
 // words as [es, et or x]; a chunk's words begin at 2 · begin.
 struct Kept {
   float* words;
-  float* shifts;  // of each chunk: the student's, the teacher's
+  float* grounds;  // of each chunk kGroundFloats: both shifts, and the log-sum-exp of the teacher less that of the
+                   // student as it was estimated
 };
+
+// Both log-sum-exps of tempered logits.
+struct LogSums {
+  double student, teacher;
+};
+
+inline LogSums log_sums(const PairSums& sums, double student_inverse, double teacher_inverse) {
+  return {sums.student.shift * student_inverse + kLn2Double * sums.student.log2(),
+          sums.teacher.shift * teacher_inverse + kLn2Double * sums.teacher.log2()};
+}
 
 // The chunks of a row: `head` words, then kChunk at a time. chunk(begin, n, number)
 template <class Chunk>
@@ -66,6 +66,9 @@ PYFAST_INLINE void each_chunk(int64_t vocab, int64_t head, const Chunk& chunk) {
     chunk(begin, vocab - begin < kChunk ? vocab - begin : kChunk, number++);
 }
 
+// Sums of this many words are added up on their own: of the error of a sum a value close to kNear feels 1 / kNear.
+constexpr int64_t kFold = 8 * kPair;
+
 // next_*: rows that the thread reads after these. Where words are kept this pass takes longer than the other one, so it
 // asks for them.
 template <Divergence divergence, bool keeps, class T>
@@ -73,92 +76,112 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
                      const T* next_student, const T* next_teacher) {
   constexpr bool forward = divergence == Divergence::forward_kl;
   const RowPair row = pair;  // a copy that no store can change: its scalars stay in registers
-  Vec s = broadcast(0.0f), t = s, log_ratio_sum = s, excluded = s;
   const Vec zero = broadcast(0.0f), most = broadcast(-kLowest);
-  auto add = [&](Vec zs, Vec zt, Vec& first, Vec& second) __attribute__((always_inline)) {
+  struct Sums {
+    Vec student, teacher, log_ratio;
+  };
+  Sums total{zero, zero, zero}, even = total, odd = total;
+  Vec excluded = zero;
+  const auto add = [&](Vec zs, Vec zt, Sums& sums, Vec& first, Vec& second) __attribute__((always_inline)) {
     const Vec es = student_probability(zs, row), et = teacher_probability(zt, row), x = log_ratio(zs, zt, row);
-    s = s + es;
-    t = t + et;
+    sums.student = sums.student + es;
+    sums.teacher = sums.teacher + et;
     if constexpr (forward) {
-      log_ratio_sum = select(equal(et, zero), log_ratio_sum, fma(et, x, log_ratio_sum));
+      sums.log_ratio = select(equal(et, zero), sums.log_ratio, fma(et, x, sums.log_ratio));
     } else {
-      const auto odd = not_at_most(abs(x), most);
-      log_ratio_sum = select(odd, log_ratio_sum, fma(es, x, log_ratio_sum));
-      if (any(odd)) excluded = excluded + select(odd, es, zero);
+      const auto infinite = not_at_most(abs(x), most);
+      sums.log_ratio = select(infinite, sums.log_ratio, fma(es, x, sums.log_ratio));
+      if (any(infinite)) [[unlikely]]
+        excluded = excluded + select(infinite, es, zero);
     }
     first = es;
     second = forward ? et : x;
   };
+  const auto fold = [&]() __attribute__((always_inline)) {
+    total = {total.student + (even.student + odd.student), total.teacher + (even.teacher + odd.teacher),
+             total.log_ratio + (even.log_ratio + odd.log_ratio)};
+    even = odd = {zero, zero, zero};
+  };
   int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) {
-    if constexpr (keeps) {
-      for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64) {
-        prefetch(reinterpret_cast<const char*>(next_student + i) + byte);
-        prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
+  while (i + kPair <= n) {
+    const int64_t end = n - i < kFold ? n : i + kFold;
+    for (; i + kPair <= end; i += kPair) {
+      if constexpr (keeps) {
+        for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64) {
+          prefetch(reinterpret_cast<const char*>(next_student + i) + byte);
+          prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
+        }
+      }
+      const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
+      VecPair first, second;
+      add(zs.a, zt.a, even, first.a, second.a);
+      add(zs.b, zt.b, odd, first.b, second.b);
+      if constexpr (keeps) {
+        store_pair(kept + 2 * i, first);
+        store_pair(kept + 2 * i + kPair, second);
       }
     }
-    const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
-    VecPair first, second;
-    add(zs.a, zt.a, first.a, second.a);
-    add(zs.b, zt.b, first.b, second.b);
-    if constexpr (keeps) {
-      store_pair(kept + 2 * i, first);
-      store_pair(kept + 2 * i + kPair, second);
-    }
+    fold();
   }
   for (; i < n; i += Vec::width) {
     const int64_t left = n - i < Vec::width ? n - i : Vec::width;
     Vec first, second;
-    add(load_up_to(student + i, left, kNegInf), load_up_to(teacher + i, left, kNegInf), first, second);
+    add(load_up_to(student + i, left, kNegInf), load_up_to(teacher + i, left, kNegInf), even, first, second);
     if constexpr (keeps) {
       store_up_to(kept + 2 * i, left, first);
       store_up_to(kept + 2 * i + left, left, second);
     }
   }
-  return {reduce_add(s), reduce_add(t), reduce_add(log_ratio_sum), reduce_add(excluded)};
+  fold();
+  return {reduce_add(total.student), reduce_add(total.teacher), reduce_add(total.log_ratio), reduce_add(excluded)};
 }
 
-// Pass 1. `row` has the scales, and is left with the shifts of the last chunk.
+// Pass 1. `row` has the scales, and is left with the shifts and the estimate of the last chunk. The estimate is made
+// once, of the first kChunk words: the nearer it comes, the less Σ w x cancels against what it lacks.
 template <Divergence divergence, bool keeps, class T>
 PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, int64_t head, RowPair& row,
                    double student_inverse, double teacher_inverse, const Kept& kept, const T* next_student,
                    const T* next_teacher) {
-  constexpr bool forward = divergence == Divergence::forward_kl;
   PairSums sums{{first_shift(widen(student[0])), 0.0}, {first_shift(widen(teacher[0])), 0.0}, 0.0, 0.0};
+  const bool finite = sums.student.shift != kLowest && sums.teacher.shift != kLowest;
   row.student_log2_sum = row.teacher_log2_sum = 0.0f;
-  const auto shift = [&] {
-    const Shifts now(sums.student.shift, sums.teacher.shift, student_inverse, teacher_inverse);
-    row.student_shift = now.student;
-    row.teacher_shift = now.teacher;
-    row.log_ratio_offset = now.log_ratio;
-    return now;
-  };
-  Shifts shifts = shift();
+  row.log_ratio_offset =
+      finite ? static_cast<float>(sums.teacher.shift * teacher_inverse - sums.student.shift * student_inverse) : 0.0f;
+  const RowSum& weights = divergence == Divergence::forward_kl ? sums.teacher : sums.student;
   each_chunk(vocab, head, [&](int64_t begin, int64_t n, int64_t number) {
     float* const words = keeps ? kept.words + 2 * begin : nullptr;
-    ChunkSums chunk = pair_chunk<divergence, keeps>(student + begin, teacher + begin, words, n, row,
-                                                    next_student + begin, next_teacher + begin);
+    const auto sum_chunk = [&] {
+      row.student_shift = sums.student.shift;
+      row.teacher_shift = sums.teacher.shift;
+      return pair_chunk<divergence, keeps>(student + begin, teacher + begin, words, n, row, next_student + begin,
+                                           next_teacher + begin);
+    };
+    ChunkSums chunk = sum_chunk();
     if (!(chunk.student <= kMuch) || !(chunk.teacher <= kMuch)) {
-      const RowSum before = forward ? sums.teacher : sums.student;
+      const double before = weights.sum;
       raise_shift(sums.student, student + begin, n, row.student_scale);
       raise_shift(sums.teacher, teacher + begin, n, row.teacher_scale);
-      const RowSum& after = forward ? sums.teacher : sums.student;
-      const double shrink = before.sum == 0.0 ? 0.0 : after.sum / before.sum;
+      const double shrink = before == 0.0 ? 0.0 : weights.sum / before;
       sums.excluded *= shrink;
-      const double from = shifts.log_ratio;
-      shifts = shift();
-      sums.log_ratio = sums.log_ratio * shrink + (shifts.log_ratio - from) * (after.sum - sums.excluded);
-      chunk = pair_chunk<divergence, keeps>(student + begin, teacher + begin, words, n, row, next_student + begin,
-                                            next_teacher + begin);
+      sums.log_ratio *= shrink;
+      chunk = sum_chunk();
     }
     if constexpr (keeps) {
-      kept.shifts[2 * number] = shifts.student;
-      kept.shifts[2 * number + 1] = shifts.teacher;
+      float* const ground = kept.grounds + kGroundFloats * number;
+      ground[0] = row.student_shift;
+      ground[1] = row.teacher_shift;
+      ground[2] = row.log_ratio_offset;
     }
     sums.student.sum += static_cast<double>(chunk.student);
     sums.teacher.sum += static_cast<double>(chunk.teacher);
     sums.log_ratio += static_cast<double>(chunk.log_ratio);
     sums.excluded += static_cast<double>(chunk.excluded);
+    if (begin != head) return;
+    const LogSums logs = log_sums(sums, student_inverse, teacher_inverse);
+    const float estimate = static_cast<float>(logs.teacher - logs.student);
+    if (!(__builtin_fabsf(estimate) <= -kLowest)) return;
+    sums.log_ratio += (static_cast<double>(estimate) - row.log_ratio_offset) * (weights.sum - sums.excluded);
+    row.log_ratio_offset = estimate;
   });
   return sums;
 }
@@ -176,24 +199,20 @@ PYFAST_INLINE Terms apart_terms(Vec zs, Vec zt, const RowPair& row) {
   return {zero, slope, s};
 }
 
-// Both log-sum-exps of tempered logits.
-struct LogSums {
-  double student, teacher;
-};
-
 // Pass 2: what was kept to grad. center: H.
 template <Divergence divergence, class T>
 void kept_pass(const Kept& kept, T* grad, int64_t vocab, int64_t head, const LogSums& logs, double student_inverse,
                double teacher_inverse, float scale, double center, bool streaming) {
   constexpr bool forward = divergence == Divergence::forward_kl;
   each_chunk(vocab, head, [&](int64_t begin, int64_t n, int64_t number) {
-    const Shifts shifts(kept.shifts[2 * number], kept.shifts[2 * number + 1], student_inverse, teacher_inverse);
-    const double log_s = shifts.student * student_inverse - logs.student;
-    const double log_t = shifts.teacher * teacher_inverse - logs.teacher;
+    const float* const ground = kept.grounds + kGroundFloats * number;
+    const float student_shift = ground[0], teacher_shift = ground[1], estimate = ground[2];
+    const double log_s = student_shift * student_inverse - logs.student;
+    const double log_t = teacher_shift * teacher_inverse - logs.teacher;
     const Vec by_s = broadcast(static_cast<float>(scale * __builtin_exp(log_s)));
     const Vec by_t = broadcast(static_cast<float>(scale * __builtin_exp(log_t)));
     // Of reverse_kl: what x lacks, less H; and for words that the teacher excludes −1 − H.
-    const Vec offset = broadcast(static_cast<float>((logs.teacher - logs.student) - shifts.log_ratio - center));
+    const Vec offset = broadcast(static_cast<float>((logs.teacher - logs.student) - estimate - center));
     const Vec none = broadcast(static_cast<float>(-1.0 - center)), most = broadcast(-kLowest);
     const auto gradient = [&](Vec es, Vec other) __attribute__((always_inline)) {
       if constexpr (forward) return fnma(other, by_t, es * by_s);

@@ -226,22 +226,18 @@ Known pass_one(const T* student, const T* teacher, int64_t vocab, int64_t head, 
     s = row_sum(student, vocab, row.student_scale);
     t = row_sum(teacher, vocab, row.teacher_scale);
   }
-  const double lacking = is_kl(divergence) ? row.log_ratio_offset : 0.0;  // of the last chunk
-  const double student_log2 = s.log2(), teacher_log2 = t.log2();
-  Known known{
-      0.0,
-      0.0,
-      {s.shift * student_inverse + kLn2Double * student_log2, t.shift * teacher_inverse + kLn2Double * teacher_log2}};
+  const double estimate = is_kl(divergence) ? row.log_ratio_offset : 0.0;
+  Known known{0.0, 0.0, log_sums({s, t, 0.0, 0.0}, student_inverse, teacher_inverse)};
   const double log_ratio = known.logs.teacher - known.logs.student;
   row.student_shift = s.shift;
   row.teacher_shift = t.shift;
-  row.student_log2_sum = static_cast<float>(student_log2);
-  row.teacher_log2_sum = static_cast<float>(teacher_log2);
+  row.student_log2_sum = static_cast<float>(s.log2());
+  row.teacher_log2_sum = static_cast<float>(t.log2());
   row.log_ratio_offset = static_cast<float>(log_ratio);
   if constexpr (divergence == Divergence::forward_kl) {
-    known.value = -(sums.log_ratio / t.sum + (log_ratio - lacking));
+    known.value = -(sums.log_ratio / t.sum + (log_ratio - estimate));
   } else if constexpr (divergence == Divergence::reverse_kl) {  // h = x, and -1 for words that the teacher excludes
-    known.value = (sums.log_ratio + (log_ratio - lacking) * (s.sum - sums.excluded)) / s.sum;
+    known.value = (sums.log_ratio + (log_ratio - estimate) * (s.sum - sums.excluded)) / s.sum;
     known.center = known.value - sums.excluded / s.sum;
   }
   return known;
