@@ -56,6 +56,28 @@ def test_any_shape(format, n, k, tokens, sparsity, dtype, panel, block, variant)
         check(torch.randn(tokens, k).to(dtype), dense, made, panel, block, torch.randn(n).to(dtype))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0])
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token(isa, dtype, block, sparsity):
+    """Lists of every length about 16 entries, the last ones at the end of the tensors."""
+    for n, k in ((1, 1), (33, 500), (150, 1030)):
+        dense = weight_unstructured(n, k, sparsity, dtype)
+        check(
+            torch.randn(1, k).to(dtype), dense, layout(dense, "bitmap", 32, block), 32, block, torch.randn(n).to(dtype)
+        )
+
+
+def test_one_token_reads_what_its_row_stores(isa):
+    """An activation that is no number spoils the rows that store its column, not those whose lists lie before."""
+    dense = torch.zeros(64, 256)
+    dense[1::2, 1:9], dense[::2, 100:108] = 1.0, 1.0
+    x = torch.randn(1, 256)
+    x[0, 104] = float("nan")
+    y = indexed_linear(x, *layout(dense, panel=16, block=256), None, 64, 16, 256, 0, None)
+    assert y[0, ::2].isnan().all() and y[0, 1::2].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", ["bitmap", "2:4"])
 def test_the_layout_holds_the_weight_bit_for_bit(format, dtype):

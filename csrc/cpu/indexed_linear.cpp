@@ -74,6 +74,7 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   args.n = n;
   args.k = k;
   args.panel = panel;
+  args.entries = values.size(0);
   args.block = block;
   LinearOutput output(x, n, options);
   if (tokens == 0 || n == 0) return output.y;
@@ -111,8 +112,9 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   const IndexedLinearKernel kernel = indexed_linear_table(active_isa()).panel[which];
   float* sums = scratch.mutable_data_ptr<float>();
   // Panels, not rows, are handed out, each to whoever is free: a panel full of values costs one thread no more than its
-  // own time. Registers are filled whether or not their tokens are there: about 30 products a nanosecond.
-  const int64_t work = values.size(0) / panels * tiles * tile;
+  // own time. Registers are filled whether or not their tokens are there: about 30 products a nanosecond; or 2 of a
+  // single token.
+  const int64_t work = values.size(0) / panels * tiles * std::max(tile, 16);
   parallel_workers(panels, 1 + 262144 / (work + 1), [&](int64_t begin, int64_t end, int64_t worker) {
     float* own = sums + worker * panel * tile;
     for (int64_t p = begin; p < end; ++p) {

@@ -1,4 +1,4 @@
-// indexed_linear: y = f(x Wᵀ + bias) driven by the stored values, for 2 tokens and more.
+// indexed_linear: y = f(x Wᵀ + bias) driven by the stored values.
 //
 // W is cut into panels of `panel` rows, a panel into blocks of `block` columns (at most 256). A row's part of a block
 // is a list of values and columns:
@@ -22,6 +22,9 @@
 // Multiplications by zero are skipped, whatever the number of tokens: at density d the work is d times that of a dense
 // product plus about a load and a broadcast an entry. Sums run in float32 in registers within a block and in a buffer
 // of [panel, tile] floats between blocks.
+//
+// One token has nothing to lie side by side: there four entries do, whose activations are looked up in the part of the
+// block, at most 1 KB.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +40,14 @@ struct IndexedLinearArgs {
   const int32_t* starts;
   int64_t n, k;
   int64_t panel, block, blocks;
+  int64_t entries;
 };
 
 inline constexpr int kIndexedUnit = 4;  // entries a list is a multiple of
 
 // Widths of a tile of tokens, in the order of the table.
-inline constexpr int kTokenTiles[] = {8, 16, 32, 64};
-inline constexpr int kTokenTileCount = 4;
+inline constexpr int kTokenTiles[] = {1, 8, 16, 32, 64};
+inline constexpr int kTokenTileCount = 5;
 
 // Sums of all rows of one panel: sums [panel, tile] of x [blocks · block, tile].
 using IndexedLinearKernel = void (*)(const IndexedLinearArgs& args, int64_t panel, const float* x, float* sums);

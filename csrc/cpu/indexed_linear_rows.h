@@ -6,13 +6,34 @@
 namespace pyfast {
 namespace {
 
+constexpr int kAhead = 2048;  // bytes of values to ask for early; the columns are a quarter of them
+
+inline int64_t panel_rows(const IndexedLinearArgs& a, int64_t panel) {
+  return a.n - panel * a.panel < a.panel ? a.n - panel * a.panel : a.panel;
+}
+
+// Of one token. list(values, columns, count, room, x): Σ of a list of `count` entries; `room`, at least count, may be
+// read.
+template <class List>
+inline void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums, const List& list) {
+  const int64_t rows = panel_rows(a, panel);
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    const int32_t* starts = a.starts + (panel * a.blocks + block) * a.panel;
+    const float* xb = x + block * a.block;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t begin = int64_t{kIndexedUnit} * starts[r], end = int64_t{kIndexedUnit} * starts[r + 1];
+      const float sum = list(a.values + begin, a.columns + begin, end - begin, a.entries - begin, xb);
+      sums[r] = block == 0 ? sum : sums[r] + sum;
+    }
+  }
+}
+
 // tile: tokens side by side; chains: independent sums a register of tokens, so that one entry's FMA need not wait for
 // the one before. A row's sums take chains · tile / width registers.
 template <int tile, int chains>
 void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
   constexpr int vectors = tile / Vec::width;
-  constexpr int kAhead = 2048;  // bytes of values to ask for early; the columns are a quarter of them
-  const int64_t rows = a.n - panel * a.panel < a.panel ? a.n - panel * a.panel : a.panel;
+  const int64_t rows = panel_rows(a, panel);
   for (int64_t block = 0; block < a.blocks; ++block) {
     const int32_t* starts = a.starts + (panel * a.blocks + block) * a.panel;
     const float* xb = x + block * a.block * tile;

@@ -1,4 +1,4 @@
-"""indexed_linear: the product driven by the stored values, for 2 tokens and more. :func:`pyfast.sparse_linear` is the
+"""indexed_linear: the product driven by the stored values. :func:`pyfast.sparse_linear` is the
 public door; :mod:`pyfast.sparse.layouts` derives the layout from a container.
 
 Kernels: ``csrc/cpu/indexed_linear*``, ``csrc/cpu/indexed_convert*``; truth: ``pyfast/reference/indexed_linear.py``.

@@ -7,8 +7,8 @@ cold, as they are in a model that exceeds the caches. The operations are those t
 
     direct    positions of the matrix, zeros too, once for every 4, 2 or 1 tokens; above ``few_tokens`` the weight is
               decompressed, position by position, and multiplied by ``F.linear``
-    indexed   entries once for every 64, 32, 16 or 8 tokens; lists (a row's part of a block) as often; activations and
-              outputs turned once
+    indexed   entries once for every 64, 32, 16, 8 or 1 tokens; lists (a row's part of a block) as often; activations
+              and outputs turned once
     dense     positions, at a cost that depends on the number of tokens: ``F.linear`` packs its weight at every call
     packed    positions likewise, packed in advance
 
@@ -28,7 +28,7 @@ KERNELS = ("direct", "indexed", "dense", "packed")
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 GROUPS = (1, 2, 4)  # tokens that the direct kernels take at once
-TILES = (8, 16, 32, 64)  # tokens that the indexed kernel takes at once
+TILES = (1, 8, 16, 32, 64)  # tokens that the indexed kernel takes at once
 DENSITIES = (0.05, 0.2, 0.5, 0.9)  # of the bitmaps whose positions were timed
 DENSE_TOKENS = (1, 2, 4, 16, 64, 256)
 UNIT = 4  # entries a list of the indexed layout is a multiple of
@@ -236,21 +236,21 @@ _CYCLES = {
         ((0.5, 1.0, 2.0, 4.0), (0.6, 1.5, 3.0, 5.0), (1.0, 2.0, 5.0, 8.0)),
         (2.0, 2.5, 4.0),
         4.0,
-        (8.0, 16.0, 32.0, 64.0),
+        (1.5, 8.0, 16.0, 32.0, 64.0),
         32,
     ),
     "avx2": _Cycles(
         ((0.35, 0.35, 0.4, 0.4), (0.5, 0.5, 0.6, 0.6), (0.9, 0.9, 1.0, 1.0)),
         (0.4, 0.5, 0.8),
         0.6,
-        (1.5, 3.0, 6.0, 12.0),
+        (0.8, 1.5, 3.0, 6.0, 12.0),
         32,
     ),
     "avx512": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
         ((0.12, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
         (0.15, 0.25, 0.4),
         0.5,
-        (1.2, 1.6, 2.8, 5.5),
+        (0.6, 1.2, 1.6, 2.8, 5.5),
         64,
     ),
 }
