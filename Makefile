@@ -33,7 +33,7 @@ format: $(VENV)/.built
 # The package of build/sanitize, found before the installed one, is this checkout's Python with modules of its own. The
 # interpreter is not sanitized: the runtime is loaded ahead of it, and what Python itself keeps is no leak of ours.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := host sparse_linear indexed_linear sparse_formats nm_mask distill_kl divergences topk_distill
+SANITIZED_TESTS := host sparse_linear indexed_linear sparse_formats nm_mask distill_kl distill_kl_apart divergences topk_distill
 
 sanitize: $(VENV)/.built
 	mkdir -p $(SANITIZED)/pyfast
@@ -41,7 +41,7 @@ sanitize: $(VENV)/.built
 	find pyfast -mindepth 1 -maxdepth 1 ! -name '*.so' -exec ln -sfn $(CURDIR)/{} $(SANITIZED)/{} \;
 	PYFAST_SANITIZE=1 PYFAST_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp build/sanitize-temp
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_TESTS:%=tests/test_%.py)
+	  PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q --capture=sys -p no:cacheprovider $(SANITIZED_TESTS:%=tests/test_%.py)
 
 gpu:
 	bash benchmarks/gpu.sh

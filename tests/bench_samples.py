@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from pyfast.bench.floors import Floors
 from pyfast.bench.schema import Bar, Report, Result
 from pyfast.bench.timing import Timing
@@ -68,3 +72,15 @@ def other_losses() -> list[Result]:
         made.append(loss_result("pyfast", 20.0, shape, **same, metrics=ours, note="trl left out: ImportError: trl"))
         made.append(loss_result("eager", 60.0, shape, **same, metrics={"extra_bytes": 4e9}))
     return made
+
+
+def check_rows(rows):
+    """What holds of every result where memory moves 10 GB/s and a dense product does 100 GFLOP/s: figures are finite,
+    the baseline is dense, of its case, and the fastest there."""
+    Report.from_json(Report(results=rows).to_json())
+    assert len({r.key for r in rows}) == len(rows)
+    for r in rows:
+        assert r.ms_min <= r.ms <= r.ms_max and r.bytes > 0 and r.flops > 0
+        assert r.floor_ms == pytest.approx(max(r.bytes / 1e7, r.flops / 1e8))
+        assert all(math.isfinite(value) for value in r.metrics.values())
+        assert r.speedup == pytest.approx(r.baseline_ms / r.ms)

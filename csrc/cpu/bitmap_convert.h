@@ -74,7 +74,7 @@ void bitmap_scatter(const BitmapConvertArgs& a, const U* values, const uint64_t*
   const int64_t first = begin * kTileRows;
   const int64_t last = a.n < end * kTileRows ? a.n : end * kTileRows;
   for (int64_t row = first; row < last; ++row)
-    __builtin_memset(dense + (row - first) * a.dense_stride, 0, static_cast<uint64_t>(a.k) * sizeof(U));
+    clear_bytes(dense + (row - first) * a.dense_stride, static_cast<uint64_t>(a.k) * sizeof(U));
   for_each_stored(a, bitmaps, offsets, begin, end, [&](int64_t row, int64_t column, int64_t position) {
     if (row < last && column < a.k) dense[(row - first) * a.dense_stride + column] = values[position];
   });

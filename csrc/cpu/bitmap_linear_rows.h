@@ -20,7 +20,7 @@ struct TileCopy {
 
   const T* of(const BitmapLinearArgs& a, int64_t tile) {
     const uint64_t bytes = static_cast<uint64_t>(a.offsets[tile + 1] - a.offsets[tile]) * sizeof(T);
-    __builtin_memcpy(copy, static_cast<const T*>(a.values) + a.offsets[tile], bytes);
+    copy_bytes(copy, static_cast<const T*>(a.values) + a.offsets[tile], bytes);
     return copy;
   }
 };

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> from_bitmask(const Tensor& compressed, const 
     U* to = static_cast<U*>(values.mutable_data_ptr());
     torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       for_each_run(args, bits, at, rows, begin, end, [&](int64_t source, int64_t target, int64_t count) {
-        __builtin_memcpy(to + target, from + source, static_cast<uint64_t>(count) * sizeof(U));
+        copy_bytes(to + target, from + source, static_cast<uint64_t>(count) * sizeof(U));
       });
     });
   });
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> to_bitmask(const Tensor& values, const Tensor
     U* to = static_cast<U*>(compressed.mutable_data_ptr());
     torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       for_each_run(args, bits, at, rows, begin, end, [&](int64_t target, int64_t source, int64_t count) {
-        __builtin_memcpy(to + target, from + source, static_cast<uint64_t>(count) * sizeof(U));
+        copy_bytes(to + target, from + source, static_cast<uint64_t>(count) * sizeof(U));
       });
     });
   });

@@ -27,6 +27,14 @@ inline constexpr int kStoredCount = 4;
 // Unnamed, so that no copy compiled for a newer ISA can be linked into an older one's code.
 namespace {
 
+// memcpy and memset, which must not be given null: that of an empty tensor, with no bytes.
+inline void copy_bytes(void* to, const void* from, uint64_t bytes) {
+  if (bytes != 0) __builtin_memcpy(to, from, bytes);
+}
+inline void clear_bytes(void* to, uint64_t bytes) {
+  if (bytes != 0) __builtin_memset(to, 0, bytes);
+}
+
 inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float from_bits(uint32_t u) { return __builtin_bit_cast(float, u); }
 

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "scalars.h"
+
 namespace pyfast {
 
 struct Sparse24Pair {
@@ -73,7 +75,7 @@ void sparse24_gather(const Sparse24ConvertArgs& a, const U* dense, const uint16_
                      int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     U* v = values + row * (a.k_padded / 2);
-    __builtin_memset(v, 0, static_cast<uint64_t>(a.k_padded / 2) * sizeof(U));
+    clear_bytes(v, static_cast<uint64_t>(a.k_padded / 2) * sizeof(U));
     for_each_kept(a, metadata + row * (a.k_padded / 16),
                   [&](int64_t column, int64_t j) { v[j] = dense[row * a.dense_stride + column]; });
   }
@@ -86,7 +88,7 @@ void sparse24_scatter(const Sparse24ConvertArgs& a, const U* values, const uint1
   for (int64_t row = begin; row < end; ++row) {
     U* p = dense + (row - begin) * a.dense_stride;
     const U* v = values + row * (a.k_padded / 2);
-    __builtin_memset(p, 0, static_cast<uint64_t>(a.k) * sizeof(U));
+    clear_bytes(p, static_cast<uint64_t>(a.k) * sizeof(U));
     for_each_kept(a, metadata + row * (a.k_padded / 16), [&](int64_t column, int64_t j) { p[column] = v[j]; });
   }
 }
