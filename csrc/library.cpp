@@ -74,6 +74,8 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfast::release_memory()); }
 
+PyObject* has_vbmi2(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::has_vbmi2()); }
+
 PyObject* few_tokens(PyObject*, PyObject*) {
   try {
     return PyLong_FromLongLong(pyfast::few_tokens());
@@ -87,6 +89,7 @@ PyMethodDef methods[] = {
     {"set_active_isa", set_active_isa, METH_O, "Use this ISA from now on, in the whole process."},
     {"supported_isas", supported_isas, METH_NOARGS, "Names of the built ISAs that this processor runs."},
     {"build_info", build_info, METH_NOARGS, "Compiler, ISAs built, version, torch ABI target."},
+    {"has_vbmi2", has_vbmi2, METH_NOARGS, "Whether this processor has AVX-512 VBMI2: the look-up of bitmap_linear."},
     {"few_tokens", few_tokens, METH_NOARGS, "Tokens up to which the sparse products read the weight as it is stored."},
     {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},

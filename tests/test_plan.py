@@ -103,6 +103,12 @@ def test_time_grows_with_tokens_and_falls_with_sparsity(isa, format):
         assert all(b < a for a, b in itertools.pairwise(sparser))
 
 
+@pytest.mark.parametrize(("looks_up", "kernel"), [(True, "direct"), (False, "indexed")])
+def test_one_token_goes_by_lists_where_the_processor_cannot_look_up(looks_up, kernel):
+    expected = predict(built_in("avx512", 2, looks_up=looks_up), work(0.9, 1))
+    assert planning._pick(expected) == kernel
+
+
 def test_the_direct_kernel_takes_tokens_by_four_two_and_one():
     rates = distinct().of("float32")
     constants = dataclasses.replace(distinct(), read_gbps=1e9, call_us=0.0)

@@ -246,11 +246,18 @@ _CYCLES = {
         (0.8, 1.5, 3.0, 6.0, 12.0),
         32,
     ),
-    "avx512": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
+    "avx512": _Cycles(  # expands, whatever is stored
+        ((0.4, 0.4, 0.4, 0.4), (0.5, 0.5, 0.5, 0.5), (0.8, 0.8, 0.8, 0.8)),
+        (0.15, 0.25, 0.4),
+        0.5,
+        (1.0, 1.2, 1.6, 2.8, 5.5),
+        64,
+    ),
+    "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
         ((0.12, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.6, 1.2, 1.6, 2.8, 5.5),
+        (1.0, 1.2, 1.6, 2.8, 5.5),
         64,
     ),
 }
@@ -262,14 +269,15 @@ _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call o
 _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
 
 
-def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0) -> Constants:
+def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, looks_up: bool = True) -> Constants:
     """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 10 GB/s a thread.
 
     Good enough to order kernels that are far apart; where two are near each other, :func:`pyfast.sparse.plan` takes the
     one that needs no memory. ``packs``: whether torch comes with a library that packs weights. ``bfloat16``: time of a
-    dense product over that of float32, less than 1 where the processor has instructions for it.
+    dense product over that of float32, less than 1 where the processor has instructions for it. ``looks_up``: whether
+    it has VBMI2, which matters with AVX-512.
     """
-    cycles = _CYCLES[isa]
+    cycles = _CYCLES["avx512_vbmi2" if isa == "avx512" and looks_up else isa]
     ps = 1e3 / _GHZ / threads  # of one cycle
     flops = cycles.flops * _DENSE_EFFICIENCY
 
