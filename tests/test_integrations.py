@@ -292,6 +292,8 @@ trainer.train()
 if trainer.is_world_process_zero():
     logs = {name: value for name, value in trainer.state.log_history[0].items()}
     torch.save(([each.detach() for each in trainer.model.parameters()], logs), sys.argv[2] + "/result.pt")
+torch.distributed.barrier()  # a process that leaves while the other still writes, or without this, may be terminated
+torch.distributed.destroy_process_group()
 """
 
 
