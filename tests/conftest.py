@@ -1,4 +1,4 @@
-"""What the tests share: every ISA this machine runs, relative errors, and offline transformers."""
+"""What the tests share: every ISA this machine runs, one thread, relative errors, and offline transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfast import backends
+from pyfast.bench.progress import Progress
 
 
 @pytest.fixture(params=["serial", "avx2", "avx512"])
@@ -21,6 +22,20 @@ def isa(request):
         pytest.skip(f"this processor cannot run {request.param}")
     with backends.isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Threads cost tiny models more than they bring, all the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quiet():
+    return Progress(quiet=True)
 
 
 @pytest.fixture(autouse=True)

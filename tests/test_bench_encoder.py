@@ -11,25 +11,13 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from pyfast.bench import encoder, models
 from pyfast.bench.floors import Floors
 from pyfast.bench.options import Options
-from pyfast.bench.progress import Progress
 from pyfast.bench.suites import model as model_suite
 
 FLOORS = Floors(copy_gbps=10.0, read_gbps=10.0, dense_gflops=100.0)
 QUICK = Options(quick=True)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are not worth the threads' start."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def quiet():
-    return Progress(quiet=True)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

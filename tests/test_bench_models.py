@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from pyfast.bench import baselines, decoding, encoder, models, variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.options import Options
-from pyfast.bench.progress import Progress
 from pyfast.bench.suites import layers as layers_suite
 from pyfast.bench.suites import model as model_suite
 from pyfast.bench.timing import Timing
@@ -26,13 +25,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are not worth the threads' start."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -42,11 +35,6 @@ def tiny(monkeypatch):
         small = models.Dimensions(**{**vars(dimensions), "vocab": 320})
         monkeypatch.setitem(models.PUBLISHED, name, small)
     return list(TINY)
-
-
-@pytest.fixture
-def quiet():
-    return Progress(quiet=True)
 
 
 # --- published dimensions -------------------------------------------------------------------------------------------

@@ -22,12 +22,7 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SETTINGS = ("--samples", "6", "--sequence-length", "20")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

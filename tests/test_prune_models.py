@@ -30,13 +30,7 @@ GEMMA3 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost these small matrices more than they bring, all the more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gemma3(**options):

@@ -77,6 +77,7 @@ struct Center {
   double center;  // H
 };
 
+// apart: of a row that lies apart (distill_kl_apart.h), whose value is known.
 template <Divergence divergence, bool apart>
 PYFAST_INLINE Terms terms_of(Vec zs, Vec zt, const RowPair& row) {
   if constexpr (apart)
@@ -85,7 +86,7 @@ PYFAST_INLINE Terms terms_of(Vec zs, Vec zt, const RowPair& row) {
     return terms<divergence>(zs, zt, row);
 }
 
-// Terms of n <= Vec::width words; apart, so that the loop over whole pairs keeps its registers.
+// Terms of n <= Vec::width words, in a function of their own, so that the loop over whole pairs keeps its registers.
 template <Divergence divergence, bool apart, class T>
 [[gnu::noinline]] Terms few_terms(const T* student, const T* teacher, int64_t n, const RowPair& row) {
   return terms_of<divergence, apart>(load_up_to(student, n, kNegInf), load_up_to(teacher, n, kNegInf), row);
