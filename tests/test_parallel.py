@@ -216,7 +216,8 @@ def test_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 MEMORY = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-from test_parallel import draw, peak_growth_bytes, stages
+from pyfast.bench.hardware import peak_growth_bytes
+from test_parallel import draw, stages
 
 student, teacher = draw(150, 32000, seed=1), draw(150, 32000, seed=2)
 stages(student[:8], teacher[:8])  # what is set up once

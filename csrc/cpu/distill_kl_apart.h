@@ -1,13 +1,15 @@
-// forward_kl and reverse_kl of rows whose distributions lie apart: pass 1 finds value and H besides the sums, and pass
-// 2 makes the gradient of s and t themselves. Of 16-bit logits pass 1 keeps what that takes:
+// forward_kl and reverse_kl of 16-bit rows whose distributions lie apart: pass 1 finds the value besides the sums. A
+// value alone has no pass 2 then. For a gradient pass 1 keeps what it is made of, so that pass 2 has no exponentials:
 //
 //   pass 1   rows, 1024 words at a time ──► es = 2^…, et = 2^…, x ──► Σ es, Σ et, Σ w x ──► value, H
 //                                                     └──► scratch: es and et (forward_kl), es and x (reverse_kl)
 //   pass 2   scratch (L2/L3) ──► (s − t) · scale  or  s (x − H) · scale ──► streaming store ──► grad[i, :]
 //
 // w is t for forward_kl and s for reverse_kl. es and et belong to the shifts that their chunk had: those are kept too.
-// Memory bounds float32: what is kept would be as much as the logits, which pass 2 reads again instead, as the one of
-// distill_kl_rows.h does. s − t keeps enough digits where the value is not small (kNear).
+// s − t keeps enough digits where the value is not small (kNear). The first chunk tells whether it seems to be: where
+// it does not, the rest of the row is summed as in distill_kl_rows.h, nothing is kept, and its pass 2 follows. That is
+// the way of float32, too: memory bounds it, and what would be kept is as much as the logits; and of rows with
+// cross-entropy, whose gradient takes scratch already.
 #pragma once
 
 #include "softmax_rows.h"
@@ -24,15 +26,21 @@ constexpr bool is_kl(Divergence divergence) {
   return divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
 }
 
-// Whether pass 1 keeps anything.
+// Whether rows of these logits are asked at all.
 template <class T>
-constexpr bool kKeeps = sizeof(T) == 2;
+constexpr bool kSearched = sizeof(T) == 2;
 
-// Both log-sum-exps, and Σ w x with the last estimate in x. Words that the teacher excludes are no part of it;
-// reverse_kl has Σ es of those.
+// What is wanted of a row that lies apart: nothing that others do not give too, its value, or the value and what the
+// gradient is made of.
+enum class Search { nothing, value, gradient };
+
+// Both log-sum-exps, and Σ w x with `estimate` in x. Words that the teacher excludes are no part of it; reverse_kl has
+// Σ es of those. forward_kl has it where the row looks apart only.
 struct PairSums {
   RowSum student, teacher;
   double log_ratio, excluded;
+  float estimate;    // of log_ratio of kl_of
+  bool looks_apart;  // by its first chunk
 };
 
 struct ChunkSums {
@@ -55,6 +63,13 @@ struct LogSums {
 inline LogSums log_sums(const PairSums& sums, double student_inverse, double teacher_inverse) {
   return {sums.student.shift * student_inverse + kLn2Double * sums.student.log2(),
           sums.teacher.shift * teacher_inverse + kLn2Double * sums.teacher.log2()};
+}
+
+// The value, log_ratio being the log-sum-exp of the teacher less that of the student.
+inline double kl_of(Divergence divergence, const PairSums& sums, double log_ratio) {
+  const double lacking = log_ratio - sums.estimate;
+  if (divergence == Divergence::forward_kl) return -(sums.log_ratio / sums.teacher.sum + lacking);
+  return (sums.log_ratio + lacking * (sums.student.sum - sums.excluded)) / sums.student.sum;
 }
 
 // The chunks of a row: `head` words, then kChunk at a time. chunk(begin, n, number)
@@ -138,22 +153,37 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
 
 // Pass 1. `row` has the scales, and is left with the shifts and the estimate of the last chunk. The estimate is made
 // once, of the first kChunk words: the nearer it comes, the less Σ w x cancels against what it lacks.
-template <Divergence divergence, bool keeps, class T>
+template <Divergence divergence, class T>
 PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, int64_t head, RowPair& row,
-                   double student_inverse, double teacher_inverse, const Kept& kept, const T* next_student,
-                   const T* next_teacher) {
-  PairSums sums{{first_shift(widen(student[0])), 0.0}, {first_shift(widen(teacher[0])), 0.0}, 0.0, 0.0};
-  const bool finite = sums.student.shift != kLowest && sums.teacher.shift != kLowest;
+                   double student_inverse, double teacher_inverse, Search search, const Kept& kept,
+                   const T* next_student, const T* next_teacher) {
+  PairSums sums{{first_shift(widen(student[0])), 0.0},
+                {first_shift(widen(teacher[0])), 0.0},
+                0.0,
+                0.0,
+                0.0f,
+                search != Search::nothing};
+  if (sums.student.shift != kLowest && sums.teacher.shift != kLowest)
+    sums.estimate = static_cast<float>(sums.teacher.shift * teacher_inverse - sums.student.shift * student_inverse);
   row.student_log2_sum = row.teacher_log2_sum = 0.0f;
-  row.log_ratio_offset =
-      finite ? static_cast<float>(sums.teacher.shift * teacher_inverse - sums.student.shift * student_inverse) : 0.0f;
   const RowSum& weights = divergence == Divergence::forward_kl ? sums.teacher : sums.student;
   each_chunk(vocab, head, [&](int64_t begin, int64_t n, int64_t number) {
-    float* const words = keeps ? kept.words + 2 * begin : nullptr;
+    if (divergence == Divergence::forward_kl && !sums.looks_apart) {
+      add_chunk(sums.student, student + begin, n, row.student_scale);
+      add_chunk(sums.teacher, teacher + begin, n, row.teacher_scale);
+      return;
+    }
+    row.log_ratio_offset = sums.estimate;
+    const bool keeps = kSearched<T> && search == Search::gradient && sums.looks_apart;
     const auto sum_chunk = [&] {
       row.student_shift = sums.student.shift;
       row.teacher_shift = sums.teacher.shift;
-      return pair_chunk<divergence, keeps>(student + begin, teacher + begin, words, n, row, next_student + begin,
+      if constexpr (kSearched<T>) {
+        if (keeps)
+          return pair_chunk<divergence, true>(student + begin, teacher + begin, kept.words + 2 * begin, n, row,
+                                              next_student + begin, next_teacher + begin);
+      }
+      return pair_chunk<divergence, false>(student + begin, teacher + begin, nullptr, n, row, next_student + begin,
                                            next_teacher + begin);
     };
     ChunkSums chunk = sum_chunk();
@@ -166,7 +196,7 @@ PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, int64_t he
       sums.log_ratio *= shrink;
       chunk = sum_chunk();
     }
-    if constexpr (keeps) {
+    if (keeps) {
       float* const ground = kept.grounds + kGroundFloats * number;
       ground[0] = row.student_shift;
       ground[1] = row.teacher_shift;
@@ -179,24 +209,12 @@ PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, int64_t he
     if (begin != head) return;
     const LogSums logs = log_sums(sums, student_inverse, teacher_inverse);
     const float estimate = static_cast<float>(logs.teacher - logs.student);
+    sums.looks_apart = sums.looks_apart && !(kl_of(divergence, sums, logs.teacher - logs.student) <= kNear);
     if (!(__builtin_fabsf(estimate) <= -kLowest)) return;
-    sums.log_ratio += (static_cast<double>(estimate) - row.log_ratio_offset) * (weights.sum - sums.excluded);
-    row.log_ratio_offset = estimate;
+    sums.log_ratio += (static_cast<double>(estimate) - sums.estimate) * (weights.sum - sums.excluded);
+    sums.estimate = estimate;
   });
   return sums;
-}
-
-// Slope and mass of a word; the value is known.
-template <Divergence divergence>
-PYFAST_INLINE Terms apart_terms(Vec zs, Vec zt, const RowPair& row) {
-  const Vec s = student_probability(zs, row), zero = broadcast(0.0f);
-  if constexpr (divergence == Divergence::forward_kl) return {zero, s - teacher_probability(zt, row), s};
-  const Vec x = log_ratio(zs, zt, row);
-  const auto odd = not_at_most(abs(x), broadcast(-kLowest));
-  Vec slope = s * x;
-  if (any(odd)) [[unlikely]]
-    slope = select(odd, zero - s, slope);
-  return {zero, slope, s};
 }
 
 // Pass 2: what was kept to grad. center: H.

@@ -12,8 +12,8 @@
 // reading slope and mass back is cheaper than two exponentials and a logarithm once more. Cross-entropy and softcap
 // are added in pass 3, whatever the divergence. A softcap is applied first, into float32 rows in scratch.
 //
-// The two KL do both rows at once in pass 1, which gives their value too: unless that is small, there is no pass 2
-// without a gradient, and a shorter one with it (distill_kl_apart.h).
+// Of a KL that is not small pass 1 can find the value too, and then there is no pass 2 for a value alone, and a shorter
+// one for a gradient of 16 bits: distill_kl_apart.h.
 #pragma once
 
 #include "softmax_rows.h"
@@ -77,25 +77,16 @@ struct Center {
   double center;  // H
 };
 
-// apart: of a row that lies apart (distill_kl_apart.h), whose value is known.
-template <Divergence divergence, bool apart>
-PYFAST_INLINE Terms terms_of(Vec zs, Vec zt, const RowPair& row) {
-  if constexpr (apart)
-    return apart_terms<divergence>(zs, zt, row);
-  else
-    return terms<divergence>(zs, zt, row);
-}
-
 // Terms of n <= Vec::width words, in a function of their own, so that the loop over whole pairs keeps its registers.
-template <Divergence divergence, bool apart, class T>
+template <Divergence divergence, class T>
 [[gnu::noinline]] Terms few_terms(const T* student, const T* teacher, int64_t n, const RowPair& row) {
-  return terms_of<divergence, apart>(load_up_to(student, n, kNegInf), load_up_to(teacher, n, kNegInf), row);
+  return terms<divergence>(load_up_to(student, n, kNegInf), load_up_to(teacher, n, kNegInf), row);
 }
 
 // Pass 2. scale: what the gradient is multiplied by; center: H, where it is known already. next_*: rows that the thread
 // reads after this one. This pass computes while memory would rest, so it asks for them; the first pass over them then
 // runs from L2.
-template <Divergence divergence, Into into, bool apart = false, class T>
+template <Divergence divergence, Into into, class T>
 Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, int64_t head, const RowPair& pair,
                   float scale, float center, bool streaming, const T* next_student, const T* next_teacher) {
   constexpr bool centered = divergence != Divergence::forward_kl;
@@ -106,7 +97,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
   Vec value = broadcast(0.0f), slope = broadcast(0.0f);
   Center total{0.0, 0.0};
   auto keep = [&](const Terms& e) __attribute__((always_inline)) {
-    if constexpr (!apart) value = value + e.value;
+    value = value + e.value;
     if constexpr (centered && into == Into::scratch) slope = slope + e.slope;
   };
   auto gradient = [&](const Terms& e) __attribute__((always_inline)) {
@@ -118,7 +109,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
   walk(
       vocab, head,
       [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-        const Terms e = few_terms<divergence, apart>(student + i, teacher + i, n, pair);
+        const Terms e = few_terms<divergence>(student + i, teacher + i, n, pair);
         keep(e);
         if constexpr (into == Into::grad) store_up_to(grad + i, n, gradient(e));
         if constexpr (into == Into::scratch) {
@@ -132,8 +123,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
           prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
         }
         const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
-        const Terms a = terms_of<divergence, apart>(zs.a, zt.a, row);
-        const Terms b = terms_of<divergence, apart>(zs.b, zt.b, row);
+        const Terms a = terms<divergence>(zs.a, zt.a, row), b = terms<divergence>(zs.b, zt.b, row);
         keep(a);
         keep(b);
         if constexpr (into == Into::grad) {
@@ -204,43 +194,41 @@ void finish_pass(const float* scratch, const T* student, G* grad, int64_t vocab,
       [] {});
 }
 
-// What pass 1 finds besides the log-sum-exps, which are in RowPair then. The two KL know both, the others neither.
+// What pass 1 finds besides the log-sum-exps, which are in RowPair then: H of reverse_kl; and of a KL that lies apart
+// the value.
 struct Known {
   double value, center;
   LogSums logs;
+  bool apart;
 };
 
-// Pass 1. `row` has the scales, and is left with the shifts and sums. kept: null where nothing is to be kept.
+// Pass 1. `row` has the scales, and is left with the shifts and sums.
 template <Divergence divergence, class T>
 Known pass_one(const T* student, const T* teacher, int64_t vocab, int64_t head, RowPair& row, double student_inverse,
-               double teacher_inverse, const Kept* kept, const T* next_student, const T* next_teacher) {
-  RowSum s, t;
+               double teacher_inverse, Search search, const Kept& kept, const T* next_student, const T* next_teacher) {
   PairSums sums{};
   if constexpr (is_kl(divergence)) {
-    sums = kept == nullptr ? pair_sums<divergence, false>(student, teacher, vocab, head, row, student_inverse,
-                                                          teacher_inverse, Kept{}, next_student, next_teacher)
-                           : pair_sums<divergence, true>(student, teacher, vocab, head, row, student_inverse,
-                                                         teacher_inverse, *kept, next_student, next_teacher);
-    s = sums.student;
-    t = sums.teacher;
+    sums = pair_sums<divergence>(student, teacher, vocab, head, row, student_inverse, teacher_inverse, search, kept,
+                                 next_student, next_teacher);
   } else {
-    s = row_sum(student, vocab, row.student_scale);
-    t = row_sum(teacher, vocab, row.teacher_scale);
+    sums.student = row_sum(student, vocab, row.student_scale);
+    sums.teacher = row_sum(teacher, vocab, row.teacher_scale);
   }
-  const double estimate = is_kl(divergence) ? row.log_ratio_offset : 0.0;
-  Known known{0.0, 0.0, log_sums({s, t, 0.0, 0.0}, student_inverse, teacher_inverse)};
+  const RowSum &s = sums.student, &t = sums.teacher;
+  Known known{0.0, 0.0, log_sums(sums, student_inverse, teacher_inverse), false};
   const double log_ratio = known.logs.teacher - known.logs.student;
+  if constexpr (is_kl(divergence)) {
+    const double value = kl_of(divergence, sums, log_ratio);
+    if constexpr (divergence == Divergence::reverse_kl)  // h = x, and -1 for words that the teacher excludes
+      known.center = value - sums.excluded / s.sum;
+    known.apart = sums.looks_apart && !(value <= kNear);  // NaN too
+    known.value = value;
+  }
   row.student_shift = s.shift;
   row.teacher_shift = t.shift;
   row.student_log2_sum = static_cast<float>(s.log2());
   row.teacher_log2_sum = static_cast<float>(t.log2());
   row.log_ratio_offset = static_cast<float>(log_ratio);
-  if constexpr (divergence == Divergence::forward_kl) {
-    known.value = -(sums.log_ratio / t.sum + (log_ratio - estimate));
-  } else if constexpr (divergence == Divergence::reverse_kl) {  // h = x, and -1 for words that the teacher excludes
-    known.value = (sums.log_ratio + (log_ratio - estimate) * (s.sum - sums.excluded)) / s.sum;
-    known.center = known.value - sums.excluded / s.sum;
-  }
   return known;
 }
 
@@ -281,30 +269,27 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   const int64_t head = grad == nullptr ? 0 : words_to_alignment(grad, streaming, a.vocab);
   const bool direct = is_kl(divergence) && kSame<T, G> && !has_extras;  // no third pass
   scratch += (kScratchPad - 2 * head % kScratchPad) % kScratchPad;      // pairs begin at whole vectors
-  const Kept kept = grad == nullptr ? Kept{} : Kept{scratch, scratch + 2 * a.vocab};
+  const Kept kept{scratch, scratch + 2 * a.vocab};
+  const Search search = !direct || !kSearched<T> ? Search::nothing : grad == nullptr ? Search::value : Search::gradient;
   Known known{};
   if (compared)
-    known = pass_one<divergence>(student, teacher, a.vocab, head, row, student_inverse, teacher_inverse,
-                                 grad != nullptr && direct && kKeeps<T> ? &kept : nullptr, next_student, next_teacher);
-  const bool apart = is_kl(divergence) && !(known.value <= kNear);  // NaN too
+    known = pass_one<divergence>(student, teacher, a.vocab, head, row, student_inverse, teacher_inverse, search, kept,
+                                 next_student, next_teacher);
   double value = known.value, center = known.center;
   if (grad == nullptr) {
-    if (compared && !apart)
+    if (compared && !known.apart)
       value = terms_pass<divergence, Into::nothing>(student, teacher, nullptr, a.vocab, 0, row, scale, 0.0f, false,
                                                     next_student, next_teacher)
                   .value;
   } else if (direct) {
     if constexpr (is_kl(divergence) && kSame<T, G>) {
-      if (!apart)
-        value = terms_pass<divergence, Into::grad>(student, teacher, grad, a.vocab, head, row, scale,
-                                                   static_cast<float>(center), streaming, next_student, next_teacher)
-                    .value;
-      else if constexpr (kKeeps<T>)
+      if (known.apart)
         kept_pass<divergence>(kept, grad, a.vocab, head, known.logs, student_inverse, teacher_inverse, scale, center,
                               streaming);
       else
-        terms_pass<divergence, Into::grad, true>(student, teacher, grad, a.vocab, head, row, scale,
-                                                 static_cast<float>(center), streaming, next_student, next_teacher);
+        value = terms_pass<divergence, Into::grad>(student, teacher, grad, a.vocab, head, row, scale,
+                                                   static_cast<float>(center), streaming, next_student, next_teacher)
+                    .value;
     }
   } else {
     if (compared) {
