@@ -29,11 +29,13 @@ void check_rows(const Tensor& student, const Tensor& teacher, const Tensor& row_
                   "ce_scale: must be float32 with one value a row");
 }
 
-// Floats of scratch a thread; what for is said at DistillKlKernel.
-int64_t scratch_floats(const DistillKlArgs& args) {
+// Floats of scratch a thread; what for is said at DistillKlKernel. A KL of float32 without extras needs none.
+int64_t scratch_floats(const DistillKlArgs& args, Divergence divergence, Dtype dtype) {
   const bool capped = args.student_softcap > 0 || args.teacher_softcap > 0;
+  const bool kl = divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
+  const bool direct = kl && !capped && args.labels == nullptr && dtype == Dtype::f32;
   const int64_t row = (args.vocab + kScratchPad - 1) / kScratchPad * kScratchPad;
-  const int64_t floats = (capped ? 2 * row : 0) + (args.grad == nullptr ? 0 : row_scratch(args.vocab));
+  const int64_t floats = (capped ? 2 * row : 0) + (args.grad == nullptr || direct ? 0 : row_scratch(args.vocab));
   return (floats + kScratchPad - 1) / kScratchPad * kScratchPad;
 }
 
@@ -80,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> distill_kl(const Tensor& student, const Tenso
   args.teacher_softcap = teacher_softcap;
   args.stream_grad = with_grad && rows * vocab * static_cast<int64_t>(student.element_size()) > kStreamBytes;
   const DistillKlKernel kernel = distill_kl_table(active_isa()).rows[static_cast<int>(kind)][static_cast<int>(dtype)];
-  const int64_t floats = scratch_floats(args);
+  const int64_t floats = scratch_floats(args, kind, dtype);
   Tensor scratch = torch::stable::new_empty(student, {max_workers() * floats}, ScalarType::Float);
   float* base = scratch.mutable_data_ptr<float>();
   parallel_workers(rows, 1 + 16384 / vocab, [&](int64_t begin, int64_t end, int64_t worker) {

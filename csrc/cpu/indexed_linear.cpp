@@ -74,7 +74,6 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   args.n = n;
   args.k = k;
   args.panel = panel;
-  args.entries = values.size(0);
   args.block = block;
   LinearOutput output(x, n, options);
   if (tokens == 0 || n == 0) return output.y;

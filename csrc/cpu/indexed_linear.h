@@ -40,7 +40,6 @@ struct IndexedLinearArgs {
   const int32_t* starts;
   int64_t n, k;
   int64_t panel, block, blocks;
-  int64_t entries;
 };
 
 inline constexpr int kIndexedUnit = 4;  // entries a list is a multiple of

@@ -12,17 +12,17 @@ inline int64_t panel_rows(const IndexedLinearArgs& a, int64_t panel) {
   return a.n - panel * a.panel < a.panel ? a.n - panel * a.panel : a.panel;
 }
 
-// Of one token. list(values, columns, count, room, x): Σ of a list of `count` entries; `room`, at least count, may be
-// read.
-template <class List>
-inline void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums, const List& list) {
+// Of one token. list: Σ of a list of `count` entries.
+using ListSum = float (*)(const float* values, const uint8_t* columns, int64_t count, const float* x);
+template <ListSum list>
+void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
   const int64_t rows = panel_rows(a, panel);
   for (int64_t block = 0; block < a.blocks; ++block) {
     const int32_t* starts = a.starts + (panel * a.blocks + block) * a.panel;
     const float* xb = x + block * a.block;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t begin = int64_t{kIndexedUnit} * starts[r], end = int64_t{kIndexedUnit} * starts[r + 1];
-      const float sum = list(a.values + begin, a.columns + begin, end - begin, a.entries - begin, xb);
+      const float sum = list(a.values + begin, a.columns + begin, end - begin, xb);
       sums[r] = block == 0 ? sum : sums[r] + sum;
     }
   }

@@ -250,14 +250,14 @@ _CYCLES = {
         ((0.4, 0.4, 0.4, 0.4), (0.5, 0.5, 0.5, 0.5), (0.8, 0.8, 0.8, 0.8)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.6, 1.2, 1.6, 2.8, 5.5),
+        (0.8, 1.2, 1.6, 2.8, 5.5),
         64,
     ),
     "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
-        ((0.12, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
+        ((0.1, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.6, 1.2, 1.6, 2.8, 5.5),
+        (0.8, 1.2, 1.6, 2.8, 5.5),
         64,
     ),
 }
@@ -265,7 +265,6 @@ _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
 _DENSE_EFFICIENCY = 0.7
 _LIST_CYCLES = 12.0  # the end of a list is a branch that is guessed wrong, lists differing in length
-_LIST_OF_ONE_CYCLES = 26.0  # of one token: its sums are in four lanes, too, which are added up one after the other
 _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
 _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
 
@@ -301,7 +300,7 @@ def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, 
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
         call_us=10.0,
         entry=tuple(ps * c for c in cycles.entry),
-        list_start=(ps * _LIST_OF_ONE_CYCLES, *(ps * (_LIST_CYCLES + 2 * c) for c in cycles.entry[1:])),
+        list_start=tuple(ps * (_LIST_CYCLES + 2 * c) for c in cycles.entry),
         turn=ps * 1.0,
         rates={"float32": plain, "bfloat16": rates(bfloat16, packs), "float16": rates(_FLOAT16_DENSE, False)},
     )

@@ -1,0 +1,113 @@
+"""The generated tables of docs/kernels.md on what a CPU kernel does in more than one way: rows of the KL that lie near
+each other or apart, and one token by a weight's bitmap or by its lists.
+
+    python benchmarks/ways.py [--json benchmarks/results/<device>/ways.json] [--write docs/kernels.md]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from generated import publish
+
+from pyfast import BitmapWeight, backends
+from pyfast._cpu import cpu_name, last_level_cache_bytes
+from pyfast.bench.timing import Rotating, cold, interleave
+from pyfast.sparse.layouts import IndexedLayout
+
+ROWS, WORDS = 512, 32000
+DISTANCES = {"near": 0.05, "apart": 1.0}  # of the student's logits from the teacher's, at a temperature of 4
+SHAPES = ((4096, 4096), (4864, 896))
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+THREADS = 2
+
+
+def losses() -> list[dict[str, Any]]:
+    """Milliseconds of the KL of ROWS rows, value alone and with the gradient."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        teacher = torch.randn(ROWS, WORDS).mul_(3)
+        scale = torch.ones(ROWS)
+        calls: dict[str, Callable[[], object]] = {}
+        for distance, spread in DISTANCES.items():
+            student = (teacher + spread * torch.randn(ROWS, WORDS)).to(dtype)
+            for divergence in ("forward_kl", "reverse_kl"):
+                for with_grad in (False, True):
+                    options = (divergence, 0.0, 4.0, 4.0, 0.0, 0.0, None, None, with_grad)
+                    inputs = (student, teacher.to(dtype), scale)
+                    name = f"{divergence}, {'gradient' if with_grad else 'value alone'}, {distance}"
+                    calls[name] = lambda inputs=inputs, options=options: torch.ops.pyfast.distill_kl(*inputs, *options)
+        for name, timing in interleave(calls, budget_s=4.0).items():
+            divergence, wanted, distance = name.split(", ")
+            row = {"dtype": str(dtype).removeprefix("torch."), "divergence": divergence, "wanted": wanted}
+            found.append({**row, "distance": distance, "ms": timing.ms})
+    return found
+
+
+def one_token() -> list[dict[str, Any]]:
+    """Microseconds of a product with one token, float32, cold weights, by ISA."""
+    found = []
+    for n, k in SHAPES:
+        dense, x = torch.randn(n, k), torch.randn(1, k)
+        for sparsity in SPARSITIES:
+            mask = torch.rand(n, k) >= sparsity
+
+            def weight(dense: torch.Tensor = dense, mask: torch.Tensor = mask) -> BitmapWeight:
+                return BitmapWeight.from_dense(dense, mask=mask)
+
+            cache = last_level_cache_bytes()
+            bitmaps = cold(weight, weight().nbytes, cache)
+            lists = cold(lambda make=weight: IndexedLayout.of(make()), IndexedLayout.of(weight()).nbytes, cache)
+
+            def by_bitmap(ring: Rotating[BitmapWeight] = bitmaps, x: torch.Tensor = x, n: int = n) -> object:
+                one = ring()
+                tables = (one.values, one.bitmaps, one.offsets)
+                return torch.ops.pyfast.bitmap_linear(x, *tables, None, None, n, 0, None)
+
+            def by_lists(ring: Rotating[IndexedLayout] = lists, x: torch.Tensor = x) -> object:
+                return ring().linear(x, None, 0, None)
+
+            for isa in backends.isas_supported():
+                if isa == "serial":
+                    continue
+                with backends.isa(isa):
+                    timings = interleave({"bitmap": by_bitmap, "lists": by_lists}, budget_s=0.5)
+                row = {"n": n, "k": k, "sparsity": sparsity, "isa": isa}
+                found.append({**row, **{f"{way}_us": 1e3 * timing.ms for way, timing in timings.items()}})
+    return found
+
+
+def measure() -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    with torch.inference_mode():
+        return {"device": cpu_name(), "threads": THREADS, "losses": losses(), "one_token": one_token()}
+
+
+def text(figures: dict[str, Any]) -> str:
+    """Markdown of both tables."""
+    about = f"{figures['threads']} threads."
+    lines = [f"**{figures['device']}**, {about} KL of {ROWS}x{WORDS} logits, ms:", ""]
+    lines += ["| rows | " + " | ".join(f"{w}, {d}" for w in ("value alone", "gradient") for d in DISTANCES) + " |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    cells: dict[str, dict[tuple[str, str], float]] = {}
+    for r in figures["losses"]:
+        cells.setdefault(f"`{r['divergence']}` {r['dtype']}", {})[r["wanted"], r["distance"]] = r["ms"]
+    for name, found in cells.items():
+        shown = [f"{found[w, d]:.2f}" for w in ("value alone", "gradient") for d in DISTANCES]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    lines += ["", "One token, float32, cold weights, µs by the bitmap / by lists:", ""]
+    lines += ["| weight | " + " | ".join(f"{s:.0%}".replace("%", " %") for s in SPARSITIES) + " |"]
+    lines += ["| --- |" + " ---: |" * len(SPARSITIES)]
+    for n, k in SHAPES:
+        for isa in dict.fromkeys(r["isa"] for r in figures["one_token"]):
+            here = [r for r in figures["one_token"] if (r["n"], r["k"], r["isa"]) == (n, k, isa)]
+            shown = [f"{r['bitmap_us']:.0f} / {r['lists_us']:.0f}" for r in here]
+            lines.append(f"| {n}x{k}, {isa} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    publish("ways", __doc__.split("\n")[0], measure, text)
