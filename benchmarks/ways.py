@@ -1,5 +1,5 @@
 """The generated tables of docs/kernels.md on what a CPU kernel does in more than one way: rows of the KL that lie near
-each other or apart, and one token by a weight's bitmap or by its lists.
+each other or apart, one token by a weight's bitmap or by its lists, and dense products by MKL or by oneDNN.
 
     python benchmarks/ways.py [--json benchmarks/results/<device>/ways.json] [--write docs/kernels.md]
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from generated import publish
 
-from pyfast import BitmapWeight, backends
+from pyfast import BitmapWeight, _products, backends
 from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast.bench.timing import Rotating, cold, interleave
 from pyfast.sparse.layouts import IndexedLayout
@@ -22,6 +22,7 @@ DISTANCES = {"near": 0.05, "apart": 1.0}  # of the student's logits from the tea
 SHAPES = ((4096, 4096), (4864, 896))
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 THREADS = 2
+TOKENS = (1, 16, 128, 512)
 
 
 def losses() -> list[dict[str, Any]]:
@@ -79,15 +80,34 @@ def one_token() -> list[dict[str, Any]]:
     return found
 
 
+def products() -> list[dict[str, Any]]:
+    """Milliseconds of a dense product of float32, cold weights that no library has packed, by each library."""
+    found = []
+    for n, k in SHAPES:
+        cache = last_level_cache_bytes()
+        ring = cold(lambda n=n, k=k: torch.randn(n, k), 4 * n * k, cache)  # type: ignore[misc]
+        for tokens in TOKENS:
+            x = torch.randn(tokens, k)
+            calls: dict[str, Callable[[], object]] = {
+                "mkl": lambda ring=ring, x=x: torch.nn.functional.linear(x, ring()),
+                "onednn": lambda ring=ring, x=x: _products.onednn_linear(x, ring()),
+            }
+            timings = interleave(calls, budget_s=0.5)
+            row = {"n": n, "k": k, "tokens": tokens}
+            found.append({**row, **{f"{library}_ms": timing.ms for library, timing in timings.items()}})
+    return found
+
+
 def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     with torch.inference_mode():
-        return {"device": cpu_name(), "threads": THREADS, "losses": losses(), "one_token": one_token()}
+        found = {"losses": losses(), "one_token": one_token(), "products": products()}
+        return {"device": cpu_name(), "threads": THREADS, **found}
 
 
 def text(figures: dict[str, Any]) -> str:
-    """Markdown of both tables."""
+    """Markdown of the tables."""
     about = f"{figures['threads']} threads."
     lines = [f"**{figures['device']}**, {about} KL of {ROWS}x{WORDS} logits, ms:", ""]
     lines += ["| rows | " + " | ".join(f"{w}, {d}" for w in ("value alone", "gradient") for d in DISTANCES) + " |"]
@@ -106,6 +126,11 @@ def text(figures: dict[str, Any]) -> str:
             here = [r for r in figures["one_token"] if (r["n"], r["k"], r["isa"]) == (n, k, isa)]
             shown = [f"{r['bitmap_us']:.0f} / {r['lists_us']:.0f}" for r in here]
             lines.append(f"| {n}x{k}, {isa} | " + " | ".join(shown) + " |")
+    lines += ["", "Dense products of float32, cold weights, ms by MKL / by oneDNN:", ""]
+    lines += ["| tokens | " + " | ".join(map(str, TOKENS)) + " |", "| --- |" + " ---: |" * len(TOKENS)]
+    for n, k in SHAPES:
+        here = [r for r in figures["products"] if (r["n"], r["k"]) == (n, k)]
+        lines.append(f"| {n}x{k} | " + " | ".join(f"{r['mkl_ms']:.3g} / {r['onednn_ms']:.3g}" for r in here) + " |")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 
+#include "cpu/dense_linear.h"
 #include "cpu/isa.h"
 #include "cpu/reuse.h"
 #include "cpu/sparse_driver.h"
@@ -76,6 +77,15 @@ PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfa
 
 PyObject* has_vbmi2(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::has_vbmi2()); }
 
+PyObject* is_intel(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::is_intel()); }
+
+PyObject* multiply_by_onednn(PyObject*, PyObject* chosen) {
+  const int yes = PyObject_IsTrue(chosen);
+  if (yes < 0) return nullptr;
+  pyfast::multiply_by_onednn(yes != 0);
+  return Py_NewRef(Py_None);
+}
+
 PyObject* few_tokens(PyObject*, PyObject*) {
   try {
     return PyLong_FromLongLong(pyfast::few_tokens());
@@ -90,6 +100,9 @@ PyMethodDef methods[] = {
     {"supported_isas", supported_isas, METH_NOARGS, "Names of the built ISAs that this processor runs."},
     {"build_info", build_info, METH_NOARGS, "Compiler, ISAs built, version, torch ABI target."},
     {"has_vbmi2", has_vbmi2, METH_NOARGS, "Whether this processor has AVX-512 VBMI2: the look-up of bitmap_linear."},
+    {"is_intel", is_intel, METH_NOARGS, "Whether this is a processor of Intel's."},
+    {"multiply_by_onednn", multiply_by_onednn, METH_O,
+     "Whether dense products of float32 are oneDNN's, see dense_linear.h."},
     {"few_tokens", few_tokens, METH_NOARGS, "Tokens up to which the sparse products read the weight as it is stored."},
     {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},

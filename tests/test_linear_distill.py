@@ -49,7 +49,7 @@ def test_16_bits_are_no_worse_than_the_plain_formula(dtype):
 
 def test_many_chunks_round_the_gradient_of_a_16_bit_head_once(monkeypatch):
     case = Case(96, words=64, student=16, dtype=torch.bfloat16)
-    monkeypatch.setattr(_linear_chunks, "PANEL_BYTES", 5 * 16 * 2)  # panels of 5 rows, the last of 4
+    monkeypatch.setattr(_linear_chunks, "PANEL", 5)  # panels of 5 rows, the last of 4
     one = case.fused(chunk_size=96)[1][1]
     many = case.fused(chunk_size=1)[1][1]
     assert relative_error(many, one) < 4e-3

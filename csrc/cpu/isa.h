@@ -24,4 +24,7 @@ void set_active_isa(const char* name);
 // True where AVX-512 has VBMI and VBMI2 too (Ice Lake and later, Zen 4 and later).
 bool has_vbmi2();
 
+// True on Intel's processors: MKL's kernels for AVX-512 run on no others.
+bool is_intel();
+
 }  // namespace pyfast

@@ -1,7 +1,8 @@
 #include "sparse_driver.h"
 
-#include <array>
 #include <type_traits>
+
+#include "dense_linear.h"
 
 namespace pyfast {
 
@@ -98,13 +99,6 @@ int64_t few_tokens() {
 }
 
 namespace {
-
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 constexpr int64_t kPanelBytes = int64_t{8} << 20;
 

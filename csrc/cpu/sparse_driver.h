@@ -51,7 +51,7 @@ Tensor widen_activations(const Tensor& x, int64_t k_padded);
 // Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured).
 int64_t few_tokens();
 
-// y = f(x Wᵀ + bias) · mul through aten::linear, a panel of rows at a time: decompress(dense, begin) writes the dense
+// y = f(x Wᵀ + bias) · mul by dense_linear.h, a panel of rows at a time: decompress(dense, begin) writes the dense
 // rows of W from begin on, as many as `dense` [rows, k] has. One panel is made and used again: it stays in the cache.
 Tensor linear_by_panels(const Tensor& x, int64_t n, const LinearOptions& options,
                         const std::function<void(Tensor&, int64_t)>& decompress);

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyfast import _products
 from pyfast.ops import _arguments as arguments
 from pyfast.ops._memory import memory_at_hand
 
@@ -30,7 +31,7 @@ from pyfast.ops._memory import memory_at_hand
 EFFICIENT_TOKENS = {"cpu": 208, "cuda": 1024}
 SMALL_BYTES = 16 << 20  # logits of a chunk that may be had whatever the number of tokens
 BLOCKS = 3  # of logits that are alive at a time: the student's, the teacher's, the gradient
-PANEL_BYTES = 16 << 20  # of a 16-bit product on its way into float32
+PANEL = 512  # rows of a head that are multiplied at once where the product needs memory on its way
 
 
 class Operands(NamedTuple):
@@ -234,7 +235,7 @@ def in_chunks(
             rows[chunk], grad = loss_of(student[chunk].to(logits_dtype), teacher[chunk].to(logits_dtype), chunk)
             grad = grad.to(call.student_dtype)
             if of_hidden:
-                grad_hidden[chunk] = torch.mm(grad, student.head).to(grad_hidden.dtype)
+                grad_hidden[chunk] = _products.mm(grad, student.head).to(grad_hidden.dtype)
             if of_head:
                 _add_product(grad_head[:words], grad.t(), student.hidden[chunk], overwrite=i == 0)
             if of_bias:
@@ -261,9 +262,14 @@ class _Product:
         if self.logits is None:
             self.logits = hidden.new_empty(hidden.shape[0], self.head.shape[0])
         out = self.logits[: hidden.shape[0]]
-        if self.bias is None:
-            return torch.mm(hidden, self.head.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.head.t(), out=out)
+        if not _products.by_onednn(hidden, self.head):
+            if self.bias is None:
+                return torch.mm(hidden, self.head.t(), out=out)
+            return torch.addmm(self.bias, hidden, self.head.t(), out=out)
+        for words in _panels(len(self.head)):  # oneDNN writes to new memory alone: a little of it, in the cache
+            bias = None if self.bias is None else self.bias[words]
+            out[:, words] = _products.linear(hidden, self.head[words], bias)
+        return out
 
 
 def _chunks(counted: Tensor, size: int) -> list[slice | Tensor]:
@@ -291,9 +297,9 @@ def tokens_a_chunk(words: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
-    """total (+)= left · right, into float32. cuBLAS adds a product of 16 bits to float32 by itself; on the CPU it is
-    rounded and added a panel of rows at a time."""
-    if left.dtype == torch.float32:
+    """total (+)= left · right, into float32. cuBLAS adds a product of 16 bits to float32 by itself, and MKL one of
+    float32; what oneDNN multiplies is added a panel of rows at a time, of 16 bits once it is rounded."""
+    if left.dtype == torch.float32 and not _products.by_onednn(left, right):
         torch.addmm(total, left, right, beta=0 if overwrite else 1, out=total)
         return
     if left.is_cuda and overwrite:
@@ -302,10 +308,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) ->
     if left.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
         return
-    panel = max(1, PANEL_BYTES // (right.shape[1] * right.element_size()))
-    for begin in range(0, total.shape[0], panel):
-        part = slice(begin, begin + panel)
+    for part in _panels(len(total)):
         if overwrite:
-            total[part] = torch.mm(left[part], right)
+            total[part] = _products.mm(left[part], right)
         else:
-            total[part] += torch.mm(left[part], right)
+            total[part] += _products.mm(left[part], right)
+
+
+def _panels(rows: int) -> list[slice]:
+    return [slice(begin, begin + PANEL) for begin in range(0, rows, PANEL)]

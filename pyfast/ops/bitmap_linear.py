@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyfast import backends
+from pyfast import _products, backends
 from pyfast.ops import bitmap_convert
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import bitmap_linear as reference
@@ -114,11 +114,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0] and kernels and x.shape[0] <= GRAD_X_TOKENS:
         grad_x = torch.ops.pyfast.bitmap_grad_x_few(grad, values, bitmaps, offsets, x.shape[1])
     elif ctx.needs_input_grad[0]:
-        grad_x = grad @ scaled(bitmap_convert.decompress(values, bitmaps, offsets, ctx.n, x.shape[1]), scales, x)
+        dense = scaled(bitmap_convert.decompress(values, bitmaps, offsets, ctx.n, x.shape[1]), scales, x)
+        grad_x = _products.mm(grad, dense)
     if ctx.needs_input_grad[1] and kernels:
         grad_values = torch.ops.pyfast.bitmap_grad_values(grad, x, bitmaps, offsets, values.shape[0])
     elif ctx.needs_input_grad[1]:
-        grad_values = bitmap_convert.gather(grad.T @ x, bitmaps, offsets, values.shape[0])
+        grad_values = bitmap_convert.gather(_products.mm(grad.T, x), bitmaps, offsets, values.shape[0])
     if ctx.needs_input_grad[5]:
         grad_bias = grad.sum(0)
     return grad_x, grad_values, None, None, None, grad_bias, None, None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyfast import backends
+from pyfast import _products, backends
 from pyfast.ops import sparse24_convert
 from pyfast.ops._library import LIBRARY, define
 from pyfast.reference import sparse24_linear as reference
@@ -90,9 +90,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, metadata, scales = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ scaled(sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), scales, x)
+        dense = scaled(sparse24_convert.decompress(values, metadata, values.shape[0], x.shape[1]), scales, x)
+        grad_x = _products.mm(grad, dense)
     if ctx.needs_input_grad[1]:
-        grad_values = sparse24_convert.gather(grad.T @ x, metadata)
+        grad_values = sparse24_convert.gather(_products.mm(grad.T, x), metadata)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.sum(0)
     return grad_x, grad_values, None, None, grad_bias, None, None

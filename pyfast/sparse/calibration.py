@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from pyfast import _native
+from pyfast import _native, _products
 from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast._version import __version__
 from pyfast.ops.bitmap_linear import bitmap_linear
@@ -259,7 +258,7 @@ def _rates(measure: Measure, shape: tuple[int, int], dtype: torch.dtype, generat
         sparse24=products(lambda x: _direct(x, two_four), GROUPS),
         bitmap_decompress=ps * measure(bitmaps[DENSITIES.index(0.5)].to_dense),
         sparse24_decompress=ps * measure(two_four.to_dense),
-        dense=products(lambda x: linear(x, whole), DENSE_TOKENS),
+        dense=products(lambda x: _products.linear(x, whole), DENSE_TOKENS),
         packed=packed,
     )
 

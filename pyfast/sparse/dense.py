@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyfast import _products
+
 Linear = Callable[..., Tensor]  # (x, bias=None) -> y
 Maker = Callable[[Tensor, int], Linear]  # (weight, tokens) -> Linear
 
@@ -36,12 +38,7 @@ def onednn_prepacked(weight: Tensor, tokens: int) -> Linear:
     """oneDNN's matmul over a weight reordered for about ``tokens`` rows of x; any number of rows is served. Raises
     RuntimeError where the CPU has no kernel for the dtype."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
-    return lambda x, bias=None: onednn_linear(packed, x, bias)  # a function: what is packed cannot be copied
-
-
-def onednn_linear(packed: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product with what oneDNN has packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return lambda x, bias=None: _products.onednn_linear(x, packed, bias)  # a function: what is packed cannot be copied
 
 
 @lru_cache(maxsize=32)

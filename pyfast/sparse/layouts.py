@@ -31,12 +31,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pyfast import _products
 from pyfast.ops.indexed_linear import indexed_linear
 from pyfast.reference.epilogue import epilogue
-from pyfast.sparse import dense
 from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import SparseWeight
 from pyfast.sparse.sliced import SlicedLayout
@@ -136,7 +135,7 @@ class IndexedLayout:
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """The weight decompressed, for ``F.linear``."""
+    """The weight decompressed, for a library that packs it at every call."""
 
     weight: Tensor
 
@@ -152,7 +151,7 @@ class DenseLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
         """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
-        return epilogue(linear(x, self.weight, bias), activation, mul)
+        return epilogue(_products.linear(x, self.weight, bias), activation, mul)
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ class PackedLayout:
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
         """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
-        whole = None if bias is None else bias.contiguous()  # oneDNN reads it as it lies
-        return epilogue(dense.onednn_linear(self.packed, x.contiguous(), whole), activation, mul)
+        return epilogue(_products.onednn_linear(x, self.packed, bias), activation, mul)
 
 
 Layout = IndexedLayout | SlicedLayout | CusparseltLayout | DenseLayout | PackedLayout

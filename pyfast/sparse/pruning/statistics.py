@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfast import _products
+
 _ROWS = 1024  # tokens turned into float64 at a time
 
 
@@ -95,7 +97,7 @@ class Collector:
         with torch.autocast(x.device.type, enabled=False):
             if self.second_moments:
                 wide = rows if rows.dtype == torch.float64 else rows.float()
-                return wide.T @ wide, len(rows)
+                return _products.mm(wide.T, wide), len(rows)
             squares = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
             for piece in rows.split(_ROWS):
                 squares += piece.double().square_().sum(0)
