@@ -140,19 +140,26 @@ class LossOptions:
         labels = self.labels
         counted = counted_tokens(leading, like.device, labels, self.ignore_index, self.mask)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        ones = torch.ones(like.shape[0], dtype=dtype, device=like.device) if counted is None else counted.to(dtype)
-        divisor = mean_divisor(ones, counted, self.num_items) if self.reduction == "mean" else None
-        if divisor is not None and not divide_last:
-            ones, divisor = ones / divisor, None
+        count = like.shape[0]
+        divisor = mean_divisor(like, counted, self.num_items, dtype) if self.reduction == "mean" else None
+        each, last = (None, divisor) if divide_last else (divisor, None)
+
+        def rows(factor: float) -> Tensor:
+            """``factor`` for each row that counts. In one small tensor operation where none is left out: in a training
+            step, with cold caches, each takes as long as a row of logits."""
+            if counted is None and not isinstance(each, Tensor):
+                return torch.full((count,), factor if each is None else factor / each, dtype=dtype, device=like.device)
+            ones = like.new_ones(count, dtype=dtype) if counted is None else counted.to(dtype)
+            return (ones if each is None else ones / each) * factor
+
         targets = ce_scale = None
         if not_negative("ce_weight", self.ce_weight) > 0:
             if labels is None:
                 raise ValueError("labels: got None, accepted with ce_weight above 0: an integer tensor, one a token")
             if words is not None:
                 check_labels(labels, counted, words)
-            targets, ce_scale = labels.reshape(-1).long(), ones * self.ce_weight
-        factor = self.temperature**2 if self.scale_by_t2 else 1.0
-        return TokenWeights(ones * factor, targets, ce_scale, counted, divisor)
+            targets, ce_scale = labels.reshape(-1).long(), rows(self.ce_weight)
+        return TokenWeights(rows(self.temperature**2 if self.scale_by_t2 else 1.0), targets, ce_scale, counted, last)
 
 
 _NAMES = tuple(option.name for option in fields(LossOptions) if option.name != "divergence")
@@ -236,11 +243,15 @@ def check_same_tokens(student: Tensor, teacher: Tensor) -> None:
 def as_rows(student: Tensor, teacher: Tensor, words: int) -> tuple[torch.Size, Tensor, Tensor]:
     """The first ``words`` words of both as ``[rows, words]`` of the wider dtype, the teacher detached, and the leading
     shape."""
-    student, teacher = student[..., :words], teacher[..., :words]
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
     leading = student.shape[:-1]
-    rows = math.prod(leading)
-    return leading, student.to(dtype).reshape(rows, words), teacher.detach().to(dtype).reshape(rows, words)
+
+    def rows(logits: Tensor) -> Tensor:  # what changes nothing is left out: it would take time, and a place in autograd
+        logits = logits if logits.shape[-1] == words else logits[..., :words]
+        logits = logits if logits.dtype == dtype else logits.to(dtype)
+        return logits if logits.dim() == 2 else logits.reshape(math.prod(leading), words)
+
+    return leading, rows(student), rows(teacher.detach())
 
 
 def check_head(of: str, hidden: Tensor, head: Tensor, bias: Tensor | None, least: int = 1) -> None:
@@ -315,14 +326,16 @@ def counted_tokens(
     return counted
 
 
-def mean_divisor(scale: Tensor, counted: Tensor | None, num_items: float | Tensor | None) -> float | Tensor:
-    """What the sum over rows is divided by in a mean: ``num_items``, or how many of the rows of ``scale`` count
-    (1 where none does). A tensor, in the dtype of ``scale``, where only the device knows it."""
+def mean_divisor(
+    rows: Tensor, counted: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
+    """What the sum over ``rows`` is divided by in a mean: ``num_items``, or how many of them count (1 where none does).
+    A tensor of ``dtype`` where only the device knows it."""
     if isinstance(num_items, Tensor):
-        return num_items.reshape(()).to(scale)
+        return num_items.reshape(()).to(rows.device, dtype)
     if num_items is not None:
         return float(num_items)
-    return float(max(scale.shape[0], 1)) if counted is None else counted.sum().clamp(min=1).to(scale.dtype)
+    return float(max(rows.shape[0], 1)) if counted is None else counted.sum().clamp(min=1).to(dtype)
 
 
 def check_labels(labels: Tensor, counted: Tensor | None, words: int) -> None:
