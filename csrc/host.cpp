@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/bitmap_convert.h"
 #include "cpu/bitmap_linear.h"
 #include "cpu/distill_kl.h"
 #include "cpu/isa.h"
@@ -224,6 +225,52 @@ py::array bitmap_linear(const py::array& activations, const py::array& values, c
   return y;
 }
 
+const pyfast::BitmapConvertTable& convert_table(const std::string& variant) {
+  const pyfast::Isa isa = checked(variant);
+#if defined(__x86_64__)
+  if (variant == "avx512") return pyfast::kBitmapConvertAvx512;
+#endif
+  return pyfast::bitmap_convert_table(isa);
+}
+
+size_t size_index(const py::array& a, const char* name) {
+  const py::ssize_t bytes = a.itemsize();
+  require(bytes == 1 || bytes == 2 || bytes == 4,
+          (std::string(name) + ": accepted: elements of 1, 2 or 4 bytes").c_str());
+  return bytes == 4 ? 2 : static_cast<size_t>(bytes) - 1;
+}
+
+py::tuple bitmap_pack(const py::array& dense, const std::string& variant) {
+  const pyfast::BitmapConvertTable& table = convert_table(variant);
+  const py::array d = contiguous(dense);
+  const size_t size = size_index(d, "dense");
+  require(d.ndim() == 2 && d.shape(1) == pyfast::kWordColumns, "dense: accepted: [rows, 64]");
+  const py::ssize_t rows = d.shape(0);
+  py::array_t<uint64_t> words(rows);
+  table.scan[size](d.data(), pyfast::kWordColumns, rows, words.mutable_data());
+  py::ssize_t stored = 0;
+  for (py::ssize_t i = 0; i < rows; ++i) stored += __builtin_popcountll(words.data()[i]);
+  py::array values(d.dtype(), std::vector<py::ssize_t>{stored});
+  table.pack[size](d.data(), pyfast::kWordColumns, rows, words.data(), values.mutable_data());
+  return py::make_tuple(words, values);
+}
+
+py::array bitmap_expand(const py::array& values, const py::array& bitmaps, const std::string& variant) {
+  const pyfast::BitmapConvertTable& table = convert_table(variant);
+  const auto words = exactly<uint64_t>(bitmaps, "words: accepted: uint64");
+  const py::array v = contiguous(values);
+  const size_t size = size_index(v, "values");
+  require(words.ndim() == 1 && v.ndim() == 1, "values, words: accepted: [stored], [rows]");
+  py::ssize_t stored = 0;
+  for (py::ssize_t i = 0; i < words.shape(0); ++i) stored += __builtin_popcountll(words.data()[i]);
+  require(stored == v.shape(0), "values: accepted: as many as the words have bits");
+  std::vector<char> room(static_cast<size_t>((stored + pyfast::kExpandOverread) * v.itemsize()));
+  std::copy_n(static_cast<const char*>(v.data()), v.nbytes(), room.begin());
+  py::array dense(v.dtype(), std::vector<py::ssize_t>{words.shape(0), pyfast::kWordColumns});
+  table.expand[size](room.data(), words.data(), words.shape(0), dense.mutable_data(), pyfast::kWordColumns);
+  return dense;
+}
+
 py::array nm_mask(const py::array& scores, py::ssize_t n, py::ssize_t m, const std::string& variant) {
   const pyfast::NmMaskTable& table = pyfast::nm_mask_table(checked(variant));
   const py::array s = contiguous(scores);
@@ -258,6 +305,10 @@ PYBIND11_MODULE(_host, m) {
         py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
   m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),
         py::arg("n"), py::arg("variant") = "serial", "x [tokens, k] float32 times a bitmap weight: [tokens, n].");
+  m.def("bitmap_pack", &bitmap_pack, py::arg("dense"), py::arg("variant") = "serial",
+        "Words and values of rows of 64 elements of 1, 2 or 4 bytes: (uint64 [rows], [stored]).");
+  m.def("bitmap_expand", &bitmap_expand, py::arg("values"), py::arg("words"), py::arg("variant") = "serial",
+        "The rows of 64 elements that bitmap_pack was given.");
   m.def("nm_mask", &nm_mask, py::arg("scores"), py::arg("n"), py::arg("m"), py::arg("variant") = "serial",
         "Which n of every m consecutive columns have the largest scores [rows, k]: bool [rows, k].");
 }

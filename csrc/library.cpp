@@ -86,9 +86,11 @@ PyObject* multiply_by_onednn(PyObject*, PyObject* chosen) {
   return Py_NewRef(Py_None);
 }
 
-PyObject* few_tokens(PyObject*, PyObject*) {
+PyObject* few_tokens(PyObject*, PyObject* density) {
+  const double share = PyFloat_AsDouble(density);
+  if (PyErr_Occurred() != nullptr) return nullptr;
   try {
-    return PyLong_FromLongLong(pyfast::few_tokens());
+    return PyLong_FromLongLong(pyfast::few_tokens(share));
   } catch (const std::invalid_argument& error) {
     return raise(error);
   }
@@ -103,7 +105,8 @@ PyMethodDef methods[] = {
     {"is_intel", is_intel, METH_NOARGS, "Whether this is a processor of Intel's."},
     {"multiply_by_onednn", multiply_by_onednn, METH_O,
      "Whether dense products of float32 are oneDNN's, see dense_linear.h."},
-    {"few_tokens", few_tokens, METH_NOARGS, "Tokens up to which the sparse products read the weight as it is stored."},
+    {"few_tokens", few_tokens, METH_O,
+     "Tokens up to which a product reads a bitmap of this density (2:4: 0) as it is stored."},
     {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -56,9 +56,8 @@ PRIORITY: dict[str, tuple[str, ...]] = {
 
 # Native, but not by ISA.
 _WITHOUT_ISA = {
-    "sparse24_convert": "portable code, no ISA variants",
-    "bitmap_convert": "portable code, no ISA variants",
     "bitmask_convert": "portable code, no ISA variants",
+    "sparse24_convert": "the kernels of bitmap_convert",
     "linear_distill": "torch's matrix products around the kernels of distill_kl",
     "attention_distill": "torch's matrix products around the kernels of distill_kl",
 }

@@ -45,5 +45,5 @@ def awkward(n: int, k: int, dtype: torch.dtype) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit: NaN and the sign of zero count."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

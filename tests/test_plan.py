@@ -134,10 +134,11 @@ def test_break_even_is_where_the_curves_cross():
     for tokens in (1, 16, 128):
         found = sparse.break_even((4096, 4096), tokens)
         constants = calibration.constants(torch.get_num_threads(), backends.active_isa())
-        few, threads = planning._native.CPU.few_tokens(), torch.get_num_threads()
+        threads = torch.get_num_threads()
 
-        def ratio(sparsity, tokens=tokens, constants=constants, few=few, threads=threads):
+        def ratio(sparsity, tokens=tokens, constants=constants, threads=threads):
             stored = round((1 - sparsity) * 4096 * 4096)
+            few = planning._native.CPU.few_tokens(1 - sparsity)
             ms = predict(constants, Work("bitmap", 4096, 4096, stored, "float32", tokens, threads, few))
             return min(ms["dense"], ms.get("packed", ms["dense"])) / min(ms["direct"], ms["indexed"])
 
@@ -149,7 +150,7 @@ def test_break_even_never():
     hopeless = dataclasses.replace(distinct(), entry=(1e9,) * 4, list_start=(1e9,) * 4)
     slow = dataclasses.replace(hopeless.of("float32"), bitmap=((1e9,) * 4,) * 3, bitmap_decompress=1e9)
     constants = dataclasses.replace(hopeless, rates={"float32": slow})
-    assert cost_model.break_even(constants, (1024, 1024), 16, "float32", 2, 32) is None
+    assert cost_model.break_even(constants, (1024, 1024), 16, "float32", 2, lambda density: 32) is None
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values: must be contiguous and flat");
   STD_TORCH_CHECK(offsets.const_data_ptr<int64_t>()[tiles * tile_rows] == values.size(0),
                   "values: must have as many elements as offsets say");
-  if (tokens > few_tokens() && stored != Stored::i8)
+  const double density = static_cast<double>(values.size(0)) / static_cast<double>(std::max<int64_t>(1, n * k));
+  if (tokens > few_tokens(density) && stored != Stored::i8)
     return linear_by_panels(x, n, options, [&](Tensor& dense, int64_t begin) {
       bitmap_decompress_rows(values, bitmaps, offsets, n, dense, begin);
     });
@@ -39,7 +40,6 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   args.k = args.x_stride = tiles * kTileColumns;
   args.nnz = values.size(0);
   args.out = output.epilogue;
-  const double density = static_cast<double>(args.nnz) / static_cast<double>(std::max<int64_t>(1, n * k));
   const BitmapLinearKernel kernel = bitmap_linear_table(active_isa(), density).linear[static_cast<int>(stored)];
   // About 10 positions a nanosecond at one token; each further token adds less than half of that time.
   parallel_chunks(tile_rows, 1 + 65536 / ((args.k + 1) * kTileRows * (1 + tokens / 2)),

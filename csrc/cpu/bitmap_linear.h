@@ -55,7 +55,10 @@ extern const BitmapLinearTable kBitmapLinearAvx512Vbmi2;   // the same, 16-bit a
 extern const BitmapLinearTable kBitmapLinearAvx512Lookup;  // activations looked up for the values (VBMI2)
 #endif
 
-// The table for an ISA and a weight that stores this share of its elements.
+// Whether the activations are looked up for a weight that stores this share of its elements.
+bool looks_up(Isa isa, double density);
+
+// The table for an ISA and such a weight.
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density);
 
 }  // namespace pyfast

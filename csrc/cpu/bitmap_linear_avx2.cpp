@@ -1,12 +1,12 @@
 // bitmap_linear for AVX2: 8 columns a step, values spread by vpermps with indices from a table. See
 // bitmap_linear_rows.h.
 //
-//   8 bits of the word ──► row of a 256-entry table: for each lane its rank among the set bits, or absent (sign bit)
-//   8 values           ──► permuted by that row, absent lanes cleared ──► FMA with the step's 8 activations
+//   8 values ──► spread by the table's row of 8 bits of the word (expand_avx2.h) ──► FMA with the step's 8 activations
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
 
 #include "bitmap_linear.h"
+#include "expand_avx2.h"
 #include "vec_avx2.h"
 
 namespace pyfast {
@@ -15,19 +15,6 @@ namespace {
 constexpr int kUsualValues = 32;
 constexpr int kOverread = kTileColumns + 8;
 constexpr int kSteps = 8;  // of 8 columns, in a row of a tile
-
-struct ExpandTable {
-  alignas(64) int32_t lane[256][8];
-
-  constexpr ExpandTable() : lane{} {
-    for (int mask = 0; mask < 256; ++mask) {
-      int rank = 0;
-      for (int bit = 0; bit < 8; ++bit) lane[mask][bit] = (mask >> bit) & 1 ? rank++ : INT32_MIN;
-    }
-  }
-};
-
-constexpr ExpandTable kExpandTable{};
 
 // 32 times the 8 bits of a step: their row of the table as an offset in bytes, by one shift and one mask.
 inline uint64_t table_offset(uint64_t word, int step) {
@@ -52,9 +39,7 @@ template <class T, int tokens>
     const uint64_t offset = table_offset(word, i);
     const char* row = reinterpret_cast<const char*>(kExpandTable.lane) + offset;
     const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(row));
-    const __m256 spread = _mm256_permutevar8x32_ps(load(w).v, index);
-    const __m256i absent = _mm256_srai_epi32(index, 31);
-    const Vec e = {_mm256_castsi256_ps(_mm256_andnot_si256(absent, _mm256_castps_si256(spread)))};
+    const Vec e = {_mm256_castsi256_ps(spread(_mm256_castps_si256(load(w).v), index))};
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) s[t] = fma(e, load(c.x + t * c.stride + 8 * i), s[t]);
     w += __builtin_popcountll(offset);

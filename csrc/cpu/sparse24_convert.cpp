@@ -78,7 +78,7 @@ void sparse24_decompress_rows(const Tensor& values, const Tensor& metadata, Tens
   STD_TORCH_CHECK(begin + rows <= n, "n: got ", begin + rows, ", but the weight has ", n, " rows");
   for_rows(values, "values", rows, k, [&](auto unit, int64_t from, int64_t to) {
     using U = decltype(unit);
-    sparse24_scatter(args, static_cast<const U*>(values.const_data_ptr()), words(metadata),
+    sparse24_scatter(args, static_cast<const U*>(values.const_data_ptr()), values.numel(), words(metadata),
                      static_cast<U*>(dense.mutable_data_ptr()) + from * k, begin + from, begin + to);
   });
 }

@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "bitmap_linear.h"
 #include "dense_linear.h"
 
 namespace pyfast {
@@ -86,14 +87,14 @@ LinearOutput::LinearOutput(const Tensor& x, int64_t n, const LinearOptions& opti
   }
 }
 
-int64_t few_tokens() {
+int64_t few_tokens(double density) {
   switch (active_isa()) {
     case Isa::serial:
       return 8;
     case Isa::avx2:
       return 12;
     case Isa::avx512:
-      return 32;
+      return density == 0 || looks_up(Isa::avx512, density) ? 32 : 16;
   }
   return 0;
 }

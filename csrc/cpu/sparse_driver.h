@@ -48,8 +48,9 @@ struct LinearOutput {
 // Activations as the kernels for few tokens read them: [tokens, k_padded] float32, contiguous.
 Tensor widen_activations(const Tensor& x, int64_t k_padded);
 
-// Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured).
-int64_t few_tokens();
+// Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured). The
+// density is that of a bitmap; 0 for a 2:4 weight, whose kernel has no more to do for a token than one that looks up.
+int64_t few_tokens(double density);
 
 // y = f(x Wᵀ + bias) · mul by dense_linear.h, a panel of rows at a time: decompress(dense, begin) writes the dense
 // rows of W from begin on, as many as `dense` [rows, k] has. One panel is made and used again: it stays in the cache.

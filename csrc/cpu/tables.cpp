@@ -1,4 +1,5 @@
 // Which table of kernels an ISA means, for every op.
+#include "bitmap_convert.h"
 #include "bitmap_linear.h"
 #include "distill_kl.h"
 #include "indexed_linear.h"
@@ -27,10 +28,21 @@ const Sparse24LinearTable& sparse24_linear_table(Isa isa) {
 
 // The look-up does a row of 64 columns in one step where no more than 16 are stored; above a quarter or so many rows
 // take two, and the expansion is as fast (docs/kernels.md).
+bool looks_up(Isa isa, double density) {
+  static const bool vbmi2 = has_vbmi2();
+  return isa == Isa::avx512 && vbmi2 && density < 0.3;
+}
+
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
   static const bool vbmi2 = has_vbmi2();
-  if (isa == Isa::avx512 && vbmi2) return density < 0.3 ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512Vbmi2;
+  if (isa == Isa::avx512 && vbmi2) return looks_up(isa, density) ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512Vbmi2;
   return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, kBitmapLinearAvx512);
+}
+
+const BitmapConvertTable& bitmap_convert_table(Isa isa) {
+  static const bool vbmi2 = has_vbmi2();
+  if (isa == Isa::avx512 && vbmi2) return kBitmapConvertAvx512Vbmi2;
+  return pick(isa, kBitmapConvertSerial, kBitmapConvertAvx2, kBitmapConvertAvx512);
 }
 
 const IndexedLinearTable& indexed_linear_table(Isa isa) {
@@ -45,7 +57,9 @@ const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmM
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
+bool looks_up(Isa, double) { return false; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
+const BitmapConvertTable& bitmap_convert_table(Isa) { return kBitmapConvertSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
 const NmMaskTable& nm_mask_table(Isa) { return kNmMaskSerial; }

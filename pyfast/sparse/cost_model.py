@@ -19,7 +19,7 @@ from :func:`built_in`.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pyfast.sparse.layouts import block_columns
@@ -204,15 +204,22 @@ def interpolate(points: Sequence[float], values: Sequence[float], at: float) -> 
 
 
 def break_even(
-    constants: Constants, shape: tuple[int, int], tokens: int, dtype: str, threads: int, few_tokens: int
+    constants: Constants,
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: str,
+    threads: int,
+    few_tokens: Callable[[float], int],
 ) -> float | None:
     """The smallest sparsity, in steps of 1 %, from which on the best sparse kernel for a bitmap weight is expected to
-    be as fast as the best dense one; None where not even 99 % is enough."""
+    be as fast as the best dense one; None where not even 99 % is enough. ``few_tokens`` goes by the density."""
     n, k = shape
     found = None
     for percent in range(99, -1, -1):
         stored = round((1 - percent / 100) * n * k)
-        expected = predict(constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens))
+        expected = predict(
+            constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens(stored / (n * k)))
+        )
         dense = min(ms for kernel, ms in expected.items() if kernel in ("dense", "packed"))
         if min(expected["direct"], expected["indexed"]) > dense:
             break

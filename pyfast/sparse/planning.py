@@ -100,7 +100,7 @@ def break_even(
             raise ValueError(f"{argument}: got {value}, accepted: 1 or more")
     threads = threads or torch.get_num_threads()
     constants = calibration.constants(threads, _isa())
-    return cost_model.break_even(constants, shape, tokens, name, threads, _native.CPU.few_tokens())
+    return cost_model.break_even(constants, shape, tokens, name, threads, _native.CPU.few_tokens)
 
 
 def choose(weight: SparseWeight, tokens: int) -> str:
@@ -119,8 +119,10 @@ def work_of(weight: SparseWeight, tokens: int) -> Work:
     """The product in the terms of the cost model."""
     n, k = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
-    few = _native.CPU.few_tokens() if _native.CPU is not None else 0
-    return Work(weight.format, n, k, weight.values.numel(), dtype, tokens, torch.get_num_threads(), few)
+    stored = weight.values.numel()
+    density = stored / max(n * k, 1) if weight.format == "bitmap" else 0.0
+    few = _native.CPU.few_tokens(density) if _native.CPU is not None else 0
+    return Work(weight.format, n, k, stored, dtype, tokens, torch.get_num_threads(), few)
 
 
 def _isa() -> str:
