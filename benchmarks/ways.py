@@ -1,5 +1,6 @@
 """The generated tables of docs/kernels.md on what a CPU kernel does in more than one way: rows of the KL that lie near
-each other or apart, one token by a weight's bitmap or by its lists, and dense products by MKL or by oneDNN.
+each other or apart, one token by a weight's bitmap or by its lists, conversions by instruction set, and dense products
+by MKL or by oneDNN.
 
     python benchmarks/ways.py [--json benchmarks/results/<device>/ways.json] [--write docs/kernels.md]
 """
@@ -15,6 +16,7 @@ from generated import publish
 from pyfast import BitmapWeight, _products, backends
 from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast.bench.timing import Rotating, cold, interleave
+from pyfast.ops.nm_mask import nm_mask
 from pyfast.sparse.layouts import IndexedLayout
 
 ROWS, WORDS = 512, 32000
@@ -23,6 +25,7 @@ SHAPES = ((4096, 4096), (4864, 896))
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 THREADS = 2
 TOKENS = (1, 16, 128, 512)
+CONVERTED = (1024, 2048)
 
 
 def losses() -> list[dict[str, Any]]:
@@ -80,6 +83,31 @@ def one_token() -> list[dict[str, Any]]:
     return found
 
 
+def conversions() -> list[dict[str, Any]]:
+    """Billions of elements a second that half-stored weights are converted at, by ISA. Small ones: memory that comes
+    fresh from the system would take longer than the conversion."""
+    found = []
+    ops = torch.ops.pyfast
+    n, k = CONVERTED
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        dense = nm_mask(torch.rand(n, k), 2, 4).to(dtype)
+        bitmap, two_four = ops.bitmap_compress(dense), ops.sparse24_compress(dense)
+        calls: dict[str, Callable[[], object]] = {
+            "bitmap, scan and pack": lambda dense=dense: ops.bitmap_compress(dense),
+            "bitmap, pack": lambda dense=dense, b=bitmap: ops.bitmap_gather(dense, b[1], b[2], b[0].numel()),
+            "bitmap, expand": lambda b=bitmap: ops.bitmap_decompress(*b, n, k),
+            "2:4, scan and pack": lambda dense=dense: ops.sparse24_compress(dense),
+            "2:4, pack": lambda dense=dense, t=two_four: ops.sparse24_gather(dense, t[1]),
+            "2:4, expand": lambda t=two_four: ops.sparse24_decompress(t[0], t[1], n, k),
+        }
+        for isa in backends.isas_supported():
+            with backends.isa(isa):
+                for name, timing in interleave(calls, budget_s=0.5).items():
+                    row = {"dtype": str(dtype).removeprefix("torch."), "isa": isa, "conversion": name}
+                    found.append({**row, "elements_per_ns": n * k / timing.ms / 1e6})
+    return found
+
+
 def products() -> list[dict[str, Any]]:
     """Milliseconds of a dense product of float32, cold weights that no library has packed, by each library."""
     found = []
@@ -102,7 +130,7 @@ def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     with torch.inference_mode():
-        found = {"losses": losses(), "one_token": one_token(), "products": products()}
+        found = {"losses": losses(), "one_token": one_token(), "conversions": conversions(), "products": products()}
         return {"device": cpu_name(), "threads": THREADS, **found}
 
 
@@ -126,6 +154,14 @@ def text(figures: dict[str, Any]) -> str:
             here = [r for r in figures["one_token"] if (r["n"], r["k"], r["isa"]) == (n, k, isa)]
             shown = [f"{r['bitmap_us']:.0f} / {r['lists_us']:.0f}" for r in here]
             lines.append(f"| {n}x{k}, {isa} | " + " | ".join(shown) + " |")
+    isas = list(dict.fromkeys(r["isa"] for r in figures["conversions"]))
+    size = "x".join(map(str, CONVERTED))
+    lines += ["", f"Conversions of a {size} weight that stores one half, 10⁹ elements a second:", ""]
+    lines += ["| conversion | " + " | ".join(isas) + " |", "| --- |" + " ---: |" * len(isas)]
+    rates: dict[str, list[str]] = {}
+    for r in figures["conversions"]:
+        rates.setdefault(f"{r['conversion']}, {r['dtype']}", []).append(f"{r['elements_per_ns']:.2g}")
+    lines += [f"| {name} | " + " | ".join(shown) + " |" for name, shown in rates.items()]
     lines += ["", "Dense products of float32, cold weights, ms by MKL / by oneDNN:", ""]
     lines += ["| tokens | " + " | ".join(map(str, TOKENS)) + " |", "| --- |" + " ---: |" * len(TOKENS)]
     for n, k in SHAPES:

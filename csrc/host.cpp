@@ -35,12 +35,13 @@ struct Variant {
 
 constexpr Variant kVariants[] = {
     {"serial", pyfast::Isa::serial},        {"avx2", pyfast::Isa::avx2},           {"avx512", pyfast::Isa::avx512},
-    {"avx512_lookup", pyfast::Isa::avx512}, {"avx512_vbmi2", pyfast::Isa::avx512},
+    {"avx512_lookup", pyfast::Isa::avx512}, {"avx512_vbmi2", pyfast::Isa::avx512}, {"avx512_bf16", pyfast::Isa::avx512},
 };
 
 bool runs(const Variant& v) {
-  const bool vbmi2 = std::string(v.name).rfind("avx512_", 0) == 0;
-  return pyfast::isa_supported(v.needs) && (!vbmi2 || pyfast::has_vbmi2());
+  const std::string name = v.name;
+  if (name == "avx512_bf16") return pyfast::has_avx512_bf16();
+  return name.rfind("avx512_", 0) == 0 ? pyfast::has_vbmi2() : pyfast::isa_supported(v.needs);
 }
 
 pyfast::Isa checked(const std::string& variant) {
@@ -183,6 +184,7 @@ const pyfast::BitmapLinearTable& bitmap_table(const std::string& variant) {
   if (variant == "avx512") return pyfast::kBitmapLinearAvx512;
   if (variant == "avx512_lookup") return pyfast::kBitmapLinearAvx512Lookup;
   if (variant == "avx512_vbmi2") return pyfast::kBitmapLinearAvx512Vbmi2;
+  if (variant == "avx512_bf16") return pyfast::bitmap_linear_table(isa, 1.0);
 #endif
   return pyfast::bitmap_linear_table(isa, 1.0);
 }

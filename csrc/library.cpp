@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu/dense_linear.h"
@@ -77,6 +78,8 @@ PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfa
 
 PyObject* has_vbmi2(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::has_vbmi2()); }
 
+PyObject* has_avx512_bf16(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::has_avx512_bf16()); }
+
 PyObject* is_intel(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::is_intel()); }
 
 PyObject* multiply_by_onednn(PyObject*, PyObject* chosen) {
@@ -86,14 +89,22 @@ PyObject* multiply_by_onednn(PyObject*, PyObject* chosen) {
   return Py_NewRef(Py_None);
 }
 
-PyObject* few_tokens(PyObject*, PyObject* density) {
-  const double share = PyFloat_AsDouble(density);
-  if (PyErr_Occurred() != nullptr) return nullptr;
+// Arguments: the format, the dtype of the values, the density.
+PyObject* few_tokens(PyObject*, PyObject* arguments) {
+  const char *format = nullptr, *dtype = nullptr;
+  double density = 0;
+  if (PyArg_ParseTuple(arguments, "ssd", &format, &dtype, &density) == 0) return nullptr;
+  constexpr const char* kStoredNames[] = {"float32", "bfloat16", "float16", "int8"};
   try {
-    return PyLong_FromLongLong(pyfast::few_tokens(share));
+    if (std::strcmp(format, "bitmap") != 0) return PyLong_FromLongLong(pyfast::few_tokens_24());
+    for (int i = 0; i < pyfast::kStoredCount; ++i)
+      if (std::strcmp(dtype, kStoredNames[i]) == 0)
+        return PyLong_FromLongLong(pyfast::few_tokens_bitmap(static_cast<pyfast::Stored>(i), density));
   } catch (const std::invalid_argument& error) {
     return raise(error);
   }
+  PyErr_Format(PyExc_ValueError, "dtype: got '%s', accepted: float32, bfloat16, float16, int8", dtype);
+  return nullptr;
 }
 
 PyMethodDef methods[] = {
@@ -102,11 +113,13 @@ PyMethodDef methods[] = {
     {"supported_isas", supported_isas, METH_NOARGS, "Names of the built ISAs that this processor runs."},
     {"build_info", build_info, METH_NOARGS, "Compiler, ISAs built, version, torch ABI target."},
     {"has_vbmi2", has_vbmi2, METH_NOARGS, "Whether this processor has AVX-512 VBMI2: the look-up of bitmap_linear."},
+    {"has_avx512_bf16", has_avx512_bf16, METH_NOARGS,
+     "Whether it has AVX-512 BF16 besides: bitmap_linear of bfloat16."},
     {"is_intel", is_intel, METH_NOARGS, "Whether this is a processor of Intel's."},
     {"multiply_by_onednn", multiply_by_onednn, METH_O,
      "Whether dense products of float32 are oneDNN's, see dense_linear.h."},
-    {"few_tokens", few_tokens, METH_O,
-     "Tokens up to which a product reads a bitmap of this density (2:4: 0) as it is stored."},
+    {"few_tokens", few_tokens, METH_VARARGS,
+     "Tokens up to which a product reads a weight of this format, dtype and density as it is stored."},
     {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

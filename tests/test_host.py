@@ -60,7 +60,7 @@ def kl_and_grad(student: np.ndarray, teacher: np.ndarray, ts: float, tt: float) 
 
 def test_variants() -> None:
     assert VARIANTS[0] == "serial"
-    assert ["serial", "avx2", "avx512", "avx512_lookup", "avx512_vbmi2"][: len(VARIANTS)] == VARIANTS
+    assert ["serial", "avx2", "avx512", "avx512_lookup", "avx512_vbmi2", "avx512_bf16"][: len(VARIANTS)] == VARIANTS
     try:
         with open("/proc/cpuinfo") as file:
             flags = set(next(line for line in file if line.startswith("flags")).split())
@@ -70,7 +70,9 @@ def test_variants() -> None:
     avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
     assert ("avx2" in VARIANTS) == avx2
     assert ("avx512" in VARIANTS) == avx512
-    assert ("avx512_lookup" in VARIANTS) == (avx512 and "avx512_vbmi2" in flags)
+    vbmi2 = avx512 and {"avx512_vbmi", "avx512_vbmi2"} <= flags
+    assert ("avx512_lookup" in VARIANTS) == vbmi2
+    assert ("avx512_bf16" in VARIANTS) == (vbmi2 and "avx512_bf16" in flags)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -197,6 +199,8 @@ def bitmap_case(n: int, k: int, density: float, dtype: str) -> tuple[np.ndarray,
 def test_bitmap_linear(n: int, k: int, tokens: int, density: float, dtype: str, variant: str) -> None:
     values, bitmaps, offsets, dense = bitmap_case(n, k, density, dtype)
     x = np.random.default_rng(tokens).standard_normal((tokens, k)).astype(np.float32)
+    if variant == "avx512_bf16" and dtype == "bfloat16":  # whose activations come from bfloat16
+        x = wide(stored(x, dtype)).astype(np.float32)
     y = _host.bitmap_linear(x, values, bitmaps, offsets, n, variant=variant)
     assert y.shape == (tokens, n) and y.dtype == values.dtype
     check_product(y, x, dense, dtype)

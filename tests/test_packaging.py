@@ -20,7 +20,14 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 # The whole of what a limited-API module may need of Python under a private name: what its macros expand to.
-STABLE_PRIVATE = {"_Py_BuildValue_SizeT", "_Py_Dealloc", "_Py_FalseStruct", "_Py_NoneStruct", "_Py_TrueStruct"}
+STABLE_PRIVATE = {
+    "_PyArg_ParseTuple_SizeT",
+    "_Py_BuildValue_SizeT",
+    "_Py_Dealloc",
+    "_Py_FalseStruct",
+    "_Py_NoneStruct",
+    "_Py_TrueStruct",
+}
 
 
 @dataclass

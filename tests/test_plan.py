@@ -138,7 +138,7 @@ def test_break_even_is_where_the_curves_cross():
 
         def ratio(sparsity, tokens=tokens, constants=constants, threads=threads):
             stored = round((1 - sparsity) * 4096 * 4096)
-            few = planning._native.CPU.few_tokens(1 - sparsity)
+            few = planning._native.CPU.few_tokens("bitmap", "float32", 1 - sparsity)
             ms = predict(constants, Work("bitmap", 4096, 4096, stored, "float32", tokens, threads, few))
             return min(ms["dense"], ms.get("packed", ms["dense"])) / min(ms["direct"], ms["indexed"])
 

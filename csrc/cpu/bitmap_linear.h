@@ -53,12 +53,13 @@ extern const BitmapLinearTable kBitmapLinearAvx2;
 extern const BitmapLinearTable kBitmapLinearAvx512;        // values expanded to the columns (vexpandps)
 extern const BitmapLinearTable kBitmapLinearAvx512Vbmi2;   // the same, 16-bit and 8-bit values in their own width
 extern const BitmapLinearTable kBitmapLinearAvx512Lookup;  // activations looked up for the values (VBMI2)
+extern const BitmapLinearKernel kBitmapLinearAvx512Bf16;   // bfloat16 multiplied as it is; x rounded to it (BF16)
 #endif
 
-// Whether the activations are looked up for a weight that stores this share of its elements.
-bool looks_up(Isa isa, double density);
-
-// The table for an ISA and such a weight.
+// The table for an ISA and a weight that stores this share of its elements.
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density);
+
+// Whether values stored so are all expanded and widened, whatever the share: what costs most at several tokens.
+bool expands_and_widens(Isa isa, Stored stored, double density);
 
 }  // namespace pyfast

@@ -10,6 +10,7 @@ namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
+constexpr int kAhead = 2048;
 constexpr int kOverread = kTileColumns + 16;
 constexpr int kSteps = 4;  // of 16 columns, in a row of a tile
 

@@ -15,6 +15,7 @@ namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
+constexpr int kAhead = 2048;
 constexpr int kOverread = kTileColumns + 32;
 
 // The columns 32i … 32i + 31 of a token as two registers: in order, or for bfloat16 the even and the odd ones.

@@ -2,6 +2,7 @@
 //
 // The ISA file that includes this defines
 //   kUsualValues   stored values of a row of a tile for which memory is asked early
+//   kAhead         bytes ahead of a row's values at which it is asked for
 //   kOverread      values that add_row may read behind a row's first one, whether they are the row's or not
 //   template <class T, int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 activations of each
 //   token template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<T, tokens>&, Vec* sum)
@@ -29,7 +30,7 @@ struct TileCopy {
 // stay well below the read bandwidth: decoding leaves too few loads in flight.
 template <class T>
 [[gnu::always_inline]] inline void prefetch_values(const T* w) {
-  constexpr int kAhead = 2048, kLine = 64;
+  constexpr int kLine = 64;
   for (int at = 0; at < kUsualValues * static_cast<int>(sizeof(T)); at += kLine)
     __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + at, 0, 3);
 }

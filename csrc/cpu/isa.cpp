@@ -72,6 +72,14 @@ bool has_vbmi2() {
 #endif
 }
 
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  return has_vbmi2() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool is_intel() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

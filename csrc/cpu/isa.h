@@ -24,6 +24,9 @@ void set_active_isa(const char* name);
 // True where AVX-512 has VBMI and VBMI2 too (Ice Lake and later, Zen 4 and later).
 bool has_vbmi2();
 
+// True where it has BF16 besides these two (Sapphire Rapids and later, Zen 4 and later).
+bool has_avx512_bf16();
+
 // True on Intel's processors: MKL's kernels for AVX-512 run on no others.
 bool is_intel();
 

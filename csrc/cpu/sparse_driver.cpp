@@ -87,16 +87,21 @@ LinearOutput::LinearOutput(const Tensor& x, int64_t n, const LinearOptions& opti
   }
 }
 
-int64_t few_tokens(double density) {
+int64_t few_tokens_24() {
   switch (active_isa()) {
     case Isa::serial:
       return 8;
     case Isa::avx2:
       return 12;
     case Isa::avx512:
-      return density == 0 || looks_up(Isa::avx512, density) ? 32 : 16;
+      return 32;
   }
   return 0;
+}
+
+int64_t few_tokens_bitmap(Stored stored, double density) {
+  const int64_t few = few_tokens_24();
+  return expands_and_widens(active_isa(), stored, density) ? std::min<int64_t>(few, 16) : few;
 }
 
 namespace {

@@ -26,17 +26,30 @@ const Sparse24LinearTable& sparse24_linear_table(Isa isa) {
   return pick(isa, kSparse24LinearSerial, kSparse24LinearAvx2, kSparse24LinearAvx512);
 }
 
+namespace {
+
 // The look-up does a row of 64 columns in one step where no more than 16 are stored; above a quarter or so many rows
 // take two, and the expansion is as fast (docs/kernels.md).
-bool looks_up(Isa isa, double density) {
-  static const bool vbmi2 = has_vbmi2();
-  return isa == Isa::avx512 && vbmi2 && density < 0.3;
+constexpr double kLookUpDensity = 0.3;
+
+BitmapLinearTable with_bf16(BitmapLinearTable table) {
+  if (has_avx512_bf16()) table.linear[static_cast<int>(Stored::bf16)] = kBitmapLinearAvx512Bf16;
+  return table;
 }
+
+}  // namespace
 
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
   static const bool vbmi2 = has_vbmi2();
-  if (isa == Isa::avx512 && vbmi2) return looks_up(isa, density) ? kBitmapLinearAvx512Lookup : kBitmapLinearAvx512Vbmi2;
+  static const BitmapLinearTable lookup = with_bf16(kBitmapLinearAvx512Lookup);
+  static const BitmapLinearTable expand = with_bf16(kBitmapLinearAvx512Vbmi2);
+  if (isa == Isa::avx512 && vbmi2) return density < kLookUpDensity ? lookup : expand;
   return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, kBitmapLinearAvx512);
+}
+
+bool expands_and_widens(Isa isa, Stored stored, double density) {
+  if (isa != Isa::avx512) return true;
+  return !(has_vbmi2() && density < kLookUpDensity) && !(has_avx512_bf16() && stored == Stored::bf16);
 }
 
 const BitmapConvertTable& bitmap_convert_table(Isa isa) {
@@ -57,8 +70,8 @@ const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmM
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
-bool looks_up(Isa, double) { return false; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
+bool expands_and_widens(Isa, Stored, double) { return true; }
 const BitmapConvertTable& bitmap_convert_table(Isa) { return kBitmapConvertSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }

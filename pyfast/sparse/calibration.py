@@ -69,7 +69,8 @@ def constants(threads: int, isa: str) -> Constants:
             cache.damaged(error)
     packs = dense.runs(dense.onednn_prepacked, torch.float32)
     looks_up = _native.CPU is not None and _native.CPU.has_vbmi2()
-    return built_in(isa, threads, packs=packs, bfloat16=_bfloat16(), looks_up=looks_up)
+    bf16 = _native.CPU is not None and _native.CPU.has_avx512_bf16()
+    return built_in(isa, threads, packs=packs, bfloat16=_bfloat16(), looks_up=looks_up, bf16=bf16)
 
 
 def _bfloat16() -> float:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pyfast.sparse.layouts import block_columns
 
@@ -268,6 +268,8 @@ _CYCLES = {
         64,
     ),
 }
+# bfloat16 multiplied as it is, which processors with VBMI2 and BF16 do.
+_BF16_BITMAP_CYCLES = ((0.08, 0.08, 0.12, 0.15), (0.12, 0.12, 0.15, 0.18), (0.15, 0.15, 0.17, 0.2))
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
 _DENSE_EFFICIENCY = 0.7
@@ -276,13 +278,15 @@ _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call o
 _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
 
 
-def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, looks_up: bool = True) -> Constants:
+def built_in(
+    isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, looks_up: bool = True, bf16: bool = False
+) -> Constants:
     """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 10 GB/s a thread.
 
     Good enough to order kernels that are far apart; where two are near each other, :func:`pyfast.sparse.plan` takes the
     one that needs no memory. ``packs``: whether torch comes with a library that packs weights. ``bfloat16``: time of a
     dense product over that of float32, less than 1 where the processor has instructions for it. ``looks_up``: whether
-    it has VBMI2, which matters with AVX-512.
+    it has VBMI2, which matters with AVX-512; ``bf16``: and BF16.
     """
     cycles = _CYCLES["avx512_vbmi2" if isa == "avx512" and looks_up else isa]
     ps = 1e3 / _GHZ / threads  # of one cycle
@@ -301,7 +305,9 @@ def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, 
             packed=dense(slower, 0.0) if packed else (),
         )
 
-    plain = rates(1.0, packs)
+    plain, of_bfloat16 = rates(1.0, packs), rates(bfloat16, packs)
+    if isa == "avx512" and bf16:
+        of_bfloat16 = replace(of_bfloat16, bitmap=tuple(tuple(ps * c for c in row) for row in _BF16_BITMAP_CYCLES))
     return Constants(
         source="built-in",
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
@@ -309,5 +315,5 @@ def built_in(isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, 
         entry=tuple(ps * c for c in cycles.entry),
         list_start=tuple(ps * (_LIST_CYCLES + 2 * c) for c in cycles.entry),
         turn=ps * 1.0,
-        rates={"float32": plain, "bfloat16": rates(bfloat16, packs), "float16": rates(_FLOAT16_DENSE, False)},
+        rates={"float32": plain, "bfloat16": of_bfloat16, "float16": rates(_FLOAT16_DENSE, False)},
     )

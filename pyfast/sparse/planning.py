@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -100,7 +101,9 @@ def break_even(
             raise ValueError(f"{argument}: got {value}, accepted: 1 or more")
     threads = threads or torch.get_num_threads()
     constants = calibration.constants(threads, _isa())
-    return cost_model.break_even(constants, shape, tokens, name, threads, _native.CPU.few_tokens)
+    return cost_model.break_even(
+        constants, shape, tokens, name, threads, partial(_native.CPU.few_tokens, "bitmap", name)
+    )
 
 
 def choose(weight: SparseWeight, tokens: int) -> str:
@@ -120,8 +123,10 @@ def work_of(weight: SparseWeight, tokens: int) -> Work:
     n, k = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
     stored = weight.values.numel()
-    density = stored / max(n * k, 1) if weight.format == "bitmap" else 0.0
-    few = _native.CPU.few_tokens(density) if _native.CPU is not None else 0
+    cpu = _native.CPU
+    few = 0
+    if cpu is not None and weight.dtype in _DTYPES:
+        few = cpu.few_tokens(weight.format, dtype, stored / max(n * k, 1))
     return Work(weight.format, n, k, stored, dtype, tokens, torch.get_num_threads(), few)
 
 
