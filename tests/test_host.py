@@ -70,7 +70,7 @@ def test_variants() -> None:
     avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
     assert ("avx2" in VARIANTS) == avx2
     assert ("avx512" in VARIANTS) == avx512
-    vbmi2 = avx512 and {"avx512_vbmi", "avx512_vbmi2"} <= flags
+    vbmi2 = avx512 and {"avx512vbmi", "avx512_vbmi2"} <= flags
     assert ("avx512_lookup" in VARIANTS) == vbmi2
     assert ("avx512_bf16" in VARIANTS) == (vbmi2 and "avx512_bf16" in flags)
 
