@@ -25,7 +25,7 @@ SHAPES = ((4096, 4096), (4864, 896))
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 THREADS = 2
 TOKENS = (1, 16, 128, 512)
-CONVERTED = (1024, 2048)
+CONVERTED = (512, 2048)
 
 
 def losses() -> list[dict[str, Any]]:
