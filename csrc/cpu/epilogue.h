@@ -4,11 +4,12 @@
 //   f      none, relu, gelu (by erf), gelu_tanh, silu
 //   mul    [tokens, n]: the other branch of a gated MLP, as in silu(x Gᵀ) · (x Uᵀ)
 //
-// A few outputs a row of weights: nothing here is vectorised.
+// write_output is for a few outputs of a row of weights; where a token has many at once, the table's kernels.
 #pragma once
 
 #include <cstdint>
 
+#include "isa.h"
 #include "scalars.h"
 
 namespace pyfast {
@@ -28,6 +29,22 @@ struct Epilogue {
   Dtype dtype;  // of y and mul
   Activation activation;
 };
+
+// Outputs [row, row + count) of a token from their sums, which lie next to each other.
+using EpilogueKernel = void (*)(const Epilogue& e, const void* sums, int64_t row, int64_t token, int64_t count);
+
+struct EpilogueTable {  // by the dtype of y
+  EpilogueKernel from_float[kDtypeCount];
+  EpilogueKernel from_same[kDtypeCount];  // sums of that dtype; they may lie in y itself
+};
+
+extern const EpilogueTable kEpilogueSerial;
+#if defined(__x86_64__)
+extern const EpilogueTable kEpilogueAvx2;
+extern const EpilogueTable kEpilogueAvx512;
+#endif
+
+const EpilogueTable& epilogue_table(Isa isa);
 
 namespace {
 

@@ -29,23 +29,20 @@ int tile_for(int64_t tokens) {
   return i;
 }
 
-// Sums of a panel [rows, tile] to the outputs of `count` tokens from `token` on.
-void write_panel(const Epilogue& e, const float* sums, int64_t first_row, int64_t rows, int tile, int64_t token,
-                 int64_t count) {
-  const bool plain = e.dtype == Dtype::f32 && e.activation == Activation::none && e.mul == nullptr &&
-                     e.bias == nullptr && e.scales == nullptr;
-  int64_t r = 0;
-  if (plain) {
-    float* y = static_cast<float*>(e.y) + token * e.y_stride + first_row;
-    for (; r + 4 <= rows; r += 4) {
-      int64_t t = 0;
-      for (; t + 4 <= count; t += 4) transpose4(sums + r * tile + t, tile, y + t * e.y_stride + r, e.y_stride);
-      for (; t < count; ++t)
-        for (int64_t i = r; i < r + 4; ++i) y[t * e.y_stride + i] = sums[i * tile + t];
-    }
+// Sums of a panel [rows, tile] to the outputs of `count` tokens from `token` on, by way of `turned` [count, rows]:
+// turned into y itself they would be scattered over it, four at a time.
+void write_panel(const Epilogue& e, const float* sums, float* turned, int64_t first_row, int64_t rows, int tile,
+                 int64_t token, int64_t count) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const int64_t height = std::min<int64_t>(4, rows - r);
+    int64_t t = 0;
+    if (height == 4)
+      for (; t + 4 <= count; t += 4) transpose4(sums + r * tile + t, tile, turned + t * rows + r, rows);
+    for (; t < count; ++t)
+      for (int64_t i = r; i < r + height; ++i) turned[t * rows + i] = sums[i * tile + t];
   }
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t i = r; i < rows; ++i) write_output(e, first_row + i, token + t, sums[i * tile + t]);
+  const EpilogueKernel kernel = epilogue_table(active_isa()).from_float[static_cast<int>(e.dtype)];
+  for (int64_t t = 0; t < count; ++t) kernel(e, turned + t * rows, first_row, token + t, rows);
 }
 
 Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& starts,
@@ -82,7 +79,7 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   const int which = tile_for(tokens), tile = kTokenTiles[which];
   const int64_t tiles = (tokens + tile - 1) / tile, height = args.blocks * block;
   Tensor turned = torch::stable::new_empty(x, {tiles * height, tile}, ScalarType::Float);
-  Tensor scratch = torch::stable::new_empty(x, {max_workers() * panel, tile}, ScalarType::Float);
+  Tensor scratch = torch::stable::new_empty(x, {2 * max_workers() * panel, tile}, ScalarType::Float);
   float* xt = turned.mutable_data_ptr<float>();
   const auto turn = [&](const auto* from) {
     constexpr int64_t kSlice = 256;  // columns
@@ -115,12 +112,13 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   // single token.
   const int64_t work = values.size(0) / panels * tiles * std::max(tile, 16);
   parallel_workers(panels, 1 + 262144 / (work + 1), [&](int64_t begin, int64_t end, int64_t worker) {
-    float* own = sums + worker * panel * tile;
+    float* own = sums + 2 * worker * panel * tile;
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first_row = p * panel, count = std::min(panel, n - first_row);
       for (int64_t t = 0; t < tiles; ++t) {
         kernel(args, p, xt + t * height * tile, own);
-        write_panel(output.epilogue, own, first_row, count, tile, t * tile, std::min<int64_t>(tile, tokens - t * tile));
+        write_panel(output.epilogue, own, own + panel * tile, first_row, count, tile, t * tile,
+                    std::min<int64_t>(tile, tokens - t * tile));
       }
     }
   });

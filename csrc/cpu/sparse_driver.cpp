@@ -120,23 +120,16 @@ void finish(Tensor& y, const LinearOptions& options) {
     e.mul = mul->const_data_ptr();
     e.mul_stride = mul->stride(0);
   }
+  e.y = y.mutable_data_ptr();
   e.y_stride = n;
-  const auto all = [&](auto* out) {
-    using T = std::remove_pointer_t<decltype(out)>;
-    e.y = out;
-    torch::stable::parallel_for(0, tokens, 1 + 4096 / (n + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t row = 0; row < n; ++row) write_output<T>(e, row, t, widen(out[t * n + row]));
-    });
-  };
-  switch (dtype_of(y, "x")) {
-    case Dtype::f32:
-      return all(static_cast<float*>(y.mutable_data_ptr()));
-    case Dtype::bf16:
-      return all(static_cast<bf16*>(y.mutable_data_ptr()));
-    case Dtype::f16:
-      return all(static_cast<f16*>(y.mutable_data_ptr()));
-  }
+  e.n = n;
+  e.dtype = dtype_of(y, "x");
+  const EpilogueKernel kernel = epilogue_table(active_isa()).from_same[static_cast<int>(e.dtype)];
+  const auto* sums = static_cast<const char*>(y.const_data_ptr());
+  const int64_t row_bytes = n * static_cast<int64_t>(y.element_size());
+  torch::stable::parallel_for(0, tokens, 1 + 32768 / (n + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) kernel(e, sums + t * row_bytes, 0, t, n);
+  });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "bitmap_convert.h"
 #include "bitmap_linear.h"
 #include "distill_kl.h"
+#include "epilogue.h"
 #include "indexed_linear.h"
 #include "nm_mask.h"
 #include "sparse24_linear.h"
@@ -66,6 +67,8 @@ const TopkDistillTable& topk_distill_table(Isa isa) {
   return pick(isa, kTopkDistillSerial, kTopkDistillAvx2, kTopkDistillAvx512);
 }
 
+const EpilogueTable& epilogue_table(Isa isa) { return pick(isa, kEpilogueSerial, kEpilogueAvx2, kEpilogueAvx512); }
+
 const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmMaskAvx2, kNmMaskAvx512); }
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
@@ -75,6 +78,7 @@ bool expands_and_widens(Isa, Stored, double) { return true; }
 const BitmapConvertTable& bitmap_convert_table(Isa) { return kBitmapConvertSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
+const EpilogueTable& epilogue_table(Isa) { return kEpilogueSerial; }
 const NmMaskTable& nm_mask_table(Isa) { return kNmMaskSerial; }
 #endif
 

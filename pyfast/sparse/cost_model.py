@@ -272,8 +272,10 @@ _CYCLES = {
 _BF16_BITMAP_CYCLES = ((0.08, 0.08, 0.12, 0.15), (0.12, 0.12, 0.15, 0.18), (0.15, 0.15, 0.17, 0.2))
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
-_DENSE_EFFICIENCY = 0.7
-_LIST_CYCLES = 12.0  # the end of a list is a branch that is guessed wrong, lists differing in length
+_DENSE_EFFICIENCY = 0.85
+_LIST_CYCLES = 8.0  # the end of a list is a branch that is guessed wrong, lists differing in length
+_LIST_ENTRIES = 4.0  # entries that loading and storing the sums takes as long as
+_TURN_CYCLES = 1.5  # of an activation or an output of the indexed kernel
 _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
 _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
 
@@ -313,7 +315,7 @@ def built_in(
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
         call_us=10.0,
         entry=tuple(ps * c for c in cycles.entry),
-        list_start=tuple(ps * (_LIST_CYCLES + 2 * c) for c in cycles.entry),
-        turn=ps * 1.0,
+        list_start=tuple(ps * (_LIST_CYCLES + _LIST_ENTRIES * c) for c in cycles.entry),
+        turn=ps * _TURN_CYCLES,
         rates={"float32": plain, "bfloat16": of_bfloat16, "float16": rates(_FLOAT16_DENSE, False)},
     )
