@@ -1,7 +1,5 @@
 #include "sparse_driver.h"
 
-#include <type_traits>
-
 #include "bitmap_linear.h"
 #include "dense_linear.h"
 
