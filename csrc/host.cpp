@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <optional>
 #include <stdexcept>
@@ -242,7 +243,7 @@ size_t size_index(const py::array& a, const char* name) {
   return bytes == 4 ? 2 : static_cast<size_t>(bytes) - 1;
 }
 
-py::tuple bitmap_pack(const py::array& dense, const std::string& variant) {
+py::tuple bitmap_pack(const py::array& dense, const std::string& variant, py::ssize_t room) {
   const pyfast::BitmapConvertTable& table = convert_table(variant);
   const py::array d = contiguous(dense);
   const size_t size = size_index(d, "dense");
@@ -252,7 +253,9 @@ py::tuple bitmap_pack(const py::array& dense, const std::string& variant) {
   table.scan[size](d.data(), pyfast::kWordColumns, rows, words.mutable_data());
   py::ssize_t stored = 0;
   for (py::ssize_t i = 0; i < rows; ++i) stored += __builtin_popcountll(words.data()[i]);
-  py::array values(d.dtype(), std::vector<py::ssize_t>{stored});
+  require(room >= 0, "room: accepted: 0 or more");
+  py::array values(d.dtype(), std::vector<py::ssize_t>{stored + room});
+  std::memset(values.mutable_data(), 0, static_cast<size_t>(values.nbytes()));
   table.pack[size](d.data(), pyfast::kWordColumns, rows, words.data(), values.mutable_data());
   return py::make_tuple(words, values);
 }
@@ -307,8 +310,9 @@ PYBIND11_MODULE(_host, m) {
         py::arg("variant") = "serial", "x [tokens, k] float32 times a 2:4 weight: [tokens, n].");
   m.def("bitmap_linear", &bitmap_linear, py::arg("x"), py::arg("values"), py::arg("bitmaps"), py::arg("offsets"),
         py::arg("n"), py::arg("variant") = "serial", "x [tokens, k] float32 times a bitmap weight: [tokens, n].");
-  m.def("bitmap_pack", &bitmap_pack, py::arg("dense"), py::arg("variant") = "serial",
-        "Words and values of rows of 64 elements of 1, 2 or 4 bytes: (uint64 [rows], [stored]).");
+  m.def("bitmap_pack", &bitmap_pack, py::arg("dense"), py::arg("variant") = "serial", py::arg("room") = 0,
+        "Words and values of rows of 64 elements of 1, 2 or 4 bytes, and as many zeros behind them as there is room: "
+        "(uint64 [rows], [stored + room]).");
   m.def("bitmap_expand", &bitmap_expand, py::arg("values"), py::arg("words"), py::arg("variant") = "serial",
         "The rows of 64 elements that bitmap_pack was given.");
   m.def("nm_mask", &nm_mask, py::arg("scores"), py::arg("n"), py::arg("m"), py::arg("variant") = "serial",

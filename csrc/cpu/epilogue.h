@@ -30,7 +30,8 @@ struct Epilogue {
   Activation activation;
 };
 
-// Outputs [row, row + count) of a token from their sums, which lie next to each other.
+// Outputs [row, row + count) of a token from their sums, which lie next to each other. Not for weights with scales:
+// those of integers are multiplied by kernels for few tokens alone.
 using EpilogueKernel = void (*)(const Epilogue& e, const void* sums, int64_t row, int64_t token, int64_t count);
 
 struct EpilogueTable {  // by the dtype of y

@@ -46,7 +46,6 @@ void outputs(const Epilogue& e, const void* sums, int64_t row, int64_t token, in
   for (int64_t i = 0; i < count; i += Vec::width) {
     const int64_t left = count - i < Vec::width ? count - i : Vec::width;
     Vec v = load_up_to(from + i, left, 0.0f);
-    if (e.scales != nullptr) v = v * load_up_to(e.scales + row + i, left, 0.0f);
     if (e.bias != nullptr) v = v + load_up_to(e.bias + row + i, left, 0.0f);
     if (e.activation != Activation::none) v = activate(e.activation, v);
     if (mul != nullptr) v = v * load_up_to(mul + i, left, 0.0f);

@@ -10,8 +10,9 @@
 //
 // What is kept is a word of 64 columns with two bits of every four: a byte of it, two groups, is a byte of metadata.
 //
-//   dense ──(scan)──► stored word ──(kKept, a byte at a time)──► kept word, metadata        dense, kept ──(pack)──►
-//   values metadata ──(kKeptBits)──► kept word        values, kept ──(expand)──► dense
+//   dense ──(scan)──► stored word ──(kept, metadata by its bytes)──► kept word, metadata
+//   dense, kept word ──(pack)──► values
+//   metadata ──(kept_by_metadata)──► kept word        values, kept word ──(expand)──► dense
 #pragma once
 
 #include <cstdint>
@@ -71,6 +72,13 @@ inline uint64_t kept_word(const uint16_t* metadata, int64_t columns) {
     word |= static_cast<uint64_t>(high << 8 | low) << (16 * i);
   }
   return word;
+}
+
+// The kept words of `count` times 64 columns from `column` on.
+inline void kept_words(const Sparse24ConvertArgs& a, const uint16_t* metadata, int64_t column, int64_t count,
+                       uint64_t* words) {
+  for (int64_t w = 0; w < count; ++w, column += kWordColumns)
+    words[w] = kept_word(metadata + column / 16, a.k_padded - column);
 }
 
 // Calls visit(column, words, whole) for the columns of a row, up to kWordsAtOnce words of 64 at a time that lie within
@@ -149,8 +157,7 @@ void sparse24_gather(const Sparse24ConvertArgs& a, const U* dense, const uint16_
     for_each_words(a, [&](int64_t column, int64_t count, bool whole) {
       CutWord<U> cut(a, column);
       uint64_t words[kWordsAtOnce];
-      for (int64_t w = 0; w < count; ++w)
-        words[w] = kept_word(m + column / 16 + 4 * w, a.k_padded - column - w * kWordColumns);
+      kept_words(a, m, column, count, words);
       pack(whole ? p + column : cut.of(p + column), kWordColumns, count, words,
            values + row * (a.k_padded / 2) + column / 2);
     });
@@ -169,8 +176,7 @@ void sparse24_scatter(const Sparse24ConvertArgs& a, const U* values, int64_t sto
     for_each_words(a, [&](int64_t column, int64_t count, bool whole) {
       CutWord<U> cut(a, column);
       uint64_t words[kWordsAtOnce];
-      for (int64_t w = 0; w < count; ++w)
-        words[w] = kept_word(m + column / 16 + 4 * w, a.k_padded - column - w * kWordColumns);
+      kept_words(a, m, column, count, words);
       const int64_t at = row * (a.k_padded / 2) + column / 2;
       const U* from = values + at;
       if (const int64_t left = stored - at; left < count * kWordValues + kExpandOverread) {
