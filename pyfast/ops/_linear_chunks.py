@@ -237,7 +237,7 @@ def in_chunks(
             if of_hidden:
                 grad_hidden[chunk] = _products.mm(grad, student.head).to(grad_hidden.dtype)
             if of_head:
-                _add_product(grad_head[:words], grad.t(), student.hidden[chunk], overwrite=i == 0)
+                add_product(grad_head[:words], grad.t(), student.hidden[chunk], overwrite=i == 0)
             if of_bias:
                 grad_bias[:words] += grad.sum(0, dtype=grad_bias.dtype)
             del grad  # its memory serves the next chunk
@@ -262,14 +262,7 @@ class _Product:
         if self.logits is None:
             self.logits = hidden.new_empty(hidden.shape[0], self.head.shape[0])
         out = self.logits[: hidden.shape[0]]
-        if not _products.by_onednn(hidden, self.head):
-            if self.bias is None:
-                return torch.mm(hidden, self.head.t(), out=out)
-            return torch.addmm(self.bias, hidden, self.head.t(), out=out)
-        for words in _panels(len(self.head)):  # oneDNN writes to new memory alone: a little of it, in the cache
-            bias = None if self.bias is None else self.bias[words]
-            out[:, words] = _products.linear(hidden, self.head[words], bias)
-        return out
+        return linear_out(out, hidden, self.head, self.bias)
 
 
 def _chunks(counted: Tensor, size: int) -> list[slice | Tensor]:
@@ -296,7 +289,16 @@ def tokens_a_chunk(words: int, dtype: torch.dtype, device: torch.device) -> int:
     return tokens if memory is None else max(1, min(tokens, memory // 8 // (BLOCKS * row)))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
+def linear_out(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out = x · weightᵀ + bias."""
+    if not _products.by_onednn(x, weight):
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    for part in _panels(len(weight)):  # oneDNN writes to new memory alone: a little of it, in the cache
+        out[:, part] = _products.linear(x, weight[part], None if bias is None else bias[part])
+    return out
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) -> None:
     """total (+)= left · right, into float32. cuBLAS adds a product of 16 bits to float32 by itself, and MKL one of
     float32; what oneDNN multiplies is added a panel of rows at a time, of 16 bits once it is rounded."""
     if left.dtype == torch.float32 and not _products.by_onednn(left, right):
