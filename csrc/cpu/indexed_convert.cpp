@@ -7,36 +7,45 @@
 namespace pyfast {
 namespace {
 
-using Layout = std::tuple<Tensor, Tensor, Tensor>;  // values, columns, starts
+using Layout = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, columns, starts, rows
 
 template <class Source>
 Layout build(const Tensor& like, const IndexedShape& s, const Source& source) {
-  const int64_t panels = (s.n + s.panel - 1) / s.panel, strips = (s.n + kTileRows - 1) / kTileRows;
-  const int64_t lists = panels * s.blocks * s.panel;
-  Tensor starts = torch::stable::new_empty(like, {lists + 1}, ScalarType::Int);
+  const int64_t parts = (s.n + s.panel - 1) / s.panel * s.blocks, quads = parts * s.quads();
+  Tensor starts = torch::stable::new_empty(like, {quads + 1}, ScalarType::Int);
+  Tensor rows = torch::stable::new_empty(like, {quads, kQuad}, ScalarType::Byte);
   int32_t* at = starts.mutable_data_ptr<int32_t>();
-  std::fill(at, at + lists + 1, 0);
-  torch::stable::parallel_for(0, strips, 1,
-                              [&](int64_t begin, int64_t end) { count_lists(s, source, at + 1, begin, end); });
+  uint8_t* row = rows.mutable_data_ptr<uint8_t>();
+  // body(panel, block, index of the first quad) for every block of every panel
+  const auto each = [&](const auto& body) {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i / s.blocks, i % s.blocks, i * s.quads());
+    });
+  };
+  each([&](int64_t p, int64_t b, int64_t q) { order_rows(s, source, p, b, row + kQuad * q, at + 1 + q); });
+  at[0] = 0;
   int64_t sum = 0;
-  for (int64_t i = 1; i <= lists; ++i) {
+  for (int64_t i = 1; i <= quads; ++i) {
     sum += at[i];
     STD_TORCH_CHECK(sum <= INT32_MAX, "weight: more than 2^33 stored elements have no indexed layout");
     at[i] = static_cast<int32_t>(sum);
   }
-  Tensor values = torch::stable::new_empty(like, {sum * kIndexedUnit}, ScalarType::Float);
-  Tensor columns = torch::stable::new_empty(like, {sum * kIndexedUnit}, ScalarType::Byte);
+  Tensor values = torch::stable::new_empty(like, {sum, kQuad}, ScalarType::Float);
+  Tensor columns = torch::stable::new_empty(like, {sum, kQuad}, ScalarType::Byte);
   advise_huge_pages(values);
   advise_huge_pages(columns);
-  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-    write_lists(s, source, at, values.mutable_data_ptr<float>(), columns.mutable_data_ptr<uint8_t>(), begin, end);
+  float* value = values.mutable_data_ptr<float>();
+  uint8_t* column = columns.mutable_data_ptr<uint8_t>();
+  each([&](int64_t p, int64_t b, int64_t q) {
+    write_quads(s, source, p, b, at + q, row + kQuad * q, value, column);
   });
-  return {values, columns, starts};
+  return {values, columns, starts, rows};
 }
 
 IndexedShape shape_of(int64_t n, int64_t k, int64_t panel, int64_t block) {
-  STD_TORCH_CHECK(panel > 0 && panel % kTileRows == 0, "panel: accepted: a multiple of 16");
-  STD_TORCH_CHECK(block > 0 && block % kTileColumns == 0 && block <= 256, "block: accepted: 64, 128, 192 or 256");
+  STD_TORCH_CHECK(panel > 0 && panel % kTileRows == 0 && panel <= kMostPanel,
+                  "panel: accepted: a multiple of 16 up to 256");
+  STD_TORCH_CHECK(block > 0 && block % kTileColumns == 0 && block <= kMostBlock, "block: accepted: 64, 128 or 192");
   STD_TORCH_CHECK(n >= 0 && k >= 0, "n, k: accepted: 0 or more");
   return {n, k, panel, block, (k + block - 1) / block};
 }

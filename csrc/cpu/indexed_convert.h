@@ -1,8 +1,8 @@
-// indexed_convert: the layout of indexed_linear.h made from a container's tensors. Portable code. Every list is made
-// twice, first counted, then written; a source is asked for the lists of one strip of 16 rows within one block of
-// columns, and gives them row by row.
+// indexed_convert: the layout of indexed_linear.h made from a container's tensors. Portable code. A panel's block is
+// looked at twice: first its rows are counted and put in order, then their entries are written to their places.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "bitmap_linear.h"
@@ -15,7 +15,8 @@ namespace pyfast {
 struct IndexedShape {
   int64_t n, k, panel, block, blocks;
 
-  int64_t list(int64_t row, int64_t b) const { return (row / panel * blocks + b) * panel + row % panel; }
+  int64_t quads() const { return panel / kQuad; }  // of a panel's block
+  int64_t column_end(int64_t b) const { return std::min(k, (b + 1) * block); }
 };
 
 // 2:4 values [n, k_padded/2] and metadata: entries of the padding are left out.
@@ -26,17 +27,29 @@ struct Sparse24Source {
   int64_t k_padded;
   const float* scales;
 
+  int64_t column(int64_t row, int64_t j) const {  // of a row's j-th value
+    const uint16_t word = metadata[row * (k_padded / 16) + j / 8];
+    return j / 2 * 4 + ((word >> (2 * (j % 8))) & 3);
+  }
+
+  // Entries of a row within a block of columns.
+  int64_t count(const IndexedShape& s, int64_t row, int64_t b) const {
+    const int64_t begin = b * s.block, end = s.column_end(b), whole = end / 4 * 4;
+    int64_t found = (whole - begin) / 2;
+    for (int64_t j = whole / 2; j < (end + 3) / 4 * 2; ++j) found += column(row, j) < end;
+    return found;
+  }
+
+  // visit(row, column within the block, value) for rows [first_row, last_row), a strip of at most 16.
   template <class Visit>
-  void strip(const IndexedShape& s, int64_t first_row, int64_t b, const Visit& visit) const {
-    const int64_t last_row = s.n < first_row + kTileRows ? s.n : first_row + kTileRows;
-    const int64_t begin = b * s.block, end = s.k < begin + s.block ? s.k : begin + s.block;
+  void strip(const IndexedShape& s, int64_t first_row, int64_t last_row, int64_t b, const Visit& visit) const {
+    const int64_t begin = b * s.block, end = s.column_end(b);
     for (int64_t row = first_row; row < last_row; ++row) {
       const T* v = values + row * (k_padded / 2);
-      const uint16_t* words = metadata + row * (k_padded / 16);
       const float scale = scales == nullptr ? 1.0f : scales[row];
       for (int64_t j = begin / 2; j < (end + 3) / 4 * 2; ++j) {
-        const int64_t column = j / 2 * 4 + ((words[j / 8] >> (2 * (j % 8))) & 3);
-        if (column < end) visit(row, column - begin, widen(v[j]) * scale);
+        const int64_t at = column(row, j);
+        if (at < end) visit(row, at - begin, widen(v[j]) * scale);
       }
     }
   }
@@ -50,54 +63,70 @@ struct BitmapSource {
   int64_t tiles;  // in a row of tiles
   const float* scales;
 
+  // The first tile of a strip within a block, and how many there are.
+  int64_t first_tile(const IndexedShape& s, int64_t row, int64_t b) const {
+    return row / kTileRows * tiles + b * s.block / kTileColumns;
+  }
+  int64_t tiles_of(const IndexedShape& s, int64_t b) const {
+    return std::min(s.block / kTileColumns, tiles - b * s.block / kTileColumns);
+  }
+
+  int64_t count(const IndexedShape& s, int64_t row, int64_t b) const {
+    const uint64_t* words = bitmaps + first_tile(s, row, b) * kTileRows + row % kTileRows;
+    int64_t found = 0;
+    for (int64_t t = 0; t < tiles_of(s, b); ++t) found += __builtin_popcountll(words[t * kTileRows]);
+    return found;
+  }
+
   // A row's values lie in as many places as the block has tiles: one place a tile moves on from row to row.
   template <class Visit>
-  void strip(const IndexedShape& s, int64_t first_row, int64_t b, const Visit& visit) const {
-    constexpr int kMost = 256 / kTileColumns;
-    const int64_t first = b * s.block / kTileColumns;
-    const int64_t here = tiles - first < s.block / kTileColumns ? tiles - first : s.block / kTileColumns;
-    const int64_t at = first_row / kTileRows * tiles + first;
-    const T* v[kMost];
+  void strip(const IndexedShape& s, int64_t first_row, int64_t last_row, int64_t b, const Visit& visit) const {
+    const int64_t at = first_tile(s, first_row, b), here = tiles_of(s, b);
+    const T* v[kMostBlock / kTileColumns];
     for (int64_t t = 0; t < here; ++t) v[t] = values + offsets[at + t];
-    for (int64_t r = 0; r < kTileRows && first_row + r < s.n; ++r) {
-      const float scale = scales == nullptr ? 1.0f : scales[first_row + r];
+    for (int64_t row = first_row; row < last_row; ++row) {
+      const float scale = scales == nullptr ? 1.0f : scales[row];
       for (int64_t t = 0; t < here; ++t)
-        for (uint64_t bits = bitmaps[(at + t) * kTileRows + r]; bits != 0; bits &= bits - 1)
-          visit(first_row + r, t * kTileColumns + __builtin_ctzll(bits), widen(*v[t]++) * scale);
+        for (uint64_t bits = bitmaps[(at + t) * kTileRows + row - first_row]; bits != 0; bits &= bits - 1)
+          visit(row, t * kTileColumns + __builtin_ctzll(bits), widen(*v[t]++) * scale);
     }
   }
 };
 
-// Length of every list of strips [begin, end), in units of kIndexedUnit, into lengths[list].
+// The order of a panel's rows within a block, fullest first, to rows [panel], and the steps of its quads to
+// steps [panel / 4]. Rows beyond the weight's last are empty.
 template <class Source>
-void count_lists(const IndexedShape& s, const Source& source, int32_t* lengths, int64_t begin, int64_t end) {
-  for (int64_t strip = begin; strip < end; ++strip)
-    for (int64_t b = 0; b < s.blocks; ++b) {
-      int32_t count[kTileRows] = {};
-      source.strip(s, strip * kTileRows, b, [&](int64_t row, int64_t, float) { ++count[row % kTileRows]; });
-      for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < s.n; ++r)
-        lengths[s.list(strip * kTileRows + r, b)] = (count[r] + kIndexedUnit - 1) / kIndexedUnit;
-    }
+void order_rows(const IndexedShape& s, const Source& source, int64_t p, int64_t b, uint8_t* rows, int32_t* steps) {
+  int32_t count[kMostPanel] = {}, place[kMostBlock + 2] = {};
+  const int64_t here = std::min(s.panel, s.n - p * s.panel);
+  for (int64_t r = 0; r < here; ++r) count[r] = static_cast<int32_t>(source.count(s, p * s.panel + r, b));
+  for (int64_t r = 0; r < s.panel; ++r) ++place[count[r]];
+  for (int64_t length = kMostBlock; length >= 0; --length) place[length] += place[length + 1];  // rows that long or longer
+  for (int64_t r = s.panel - 1; r >= 0; --r) {
+    const int32_t at = --place[count[r]];
+    rows[at] = static_cast<uint8_t>(r);
+    if (at % kQuad == 0) steps[at / kQuad] = count[r];
+  }
 }
 
+// starts, rows: of this panel's block.
 template <class Source>
-void write_lists(const IndexedShape& s, const Source& source, const int32_t* starts, float* values, uint8_t* columns,
-                 int64_t begin, int64_t end) {
-  for (int64_t strip = begin; strip < end; ++strip)
-    for (int64_t b = 0; b < s.blocks; ++b) {
-      int64_t next[kTileRows];
-      const int64_t rows = s.n - strip * kTileRows < kTileRows ? s.n - strip * kTileRows : kTileRows;
-      for (int64_t r = 0; r < rows; ++r) next[r] = int64_t{kIndexedUnit} * starts[s.list(strip * kTileRows + r, b)];
-      source.strip(s, strip * kTileRows, b, [&](int64_t row, int64_t column, float value) {
-        const int64_t i = next[row % kTileRows]++;
-        values[i] = value;
-        columns[i] = static_cast<uint8_t>(column);
-      });
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = next[r]; i % kIndexedUnit != 0; ++i) {
-          values[i] = 0.0f;
-          columns[i] = 0;
-        }
+void write_quads(const IndexedShape& s, const Source& source, int64_t p, int64_t b, const int32_t* starts,
+                 const uint8_t* rows, float* values, uint8_t* columns) {
+  int64_t next[kMostPanel];  // of each row, where its next entry goes
+  for (int64_t i = 0; i < s.panel; ++i) next[rows[i]] = kQuad * int64_t{starts[i / kQuad]} + i % kQuad;
+  const int64_t base = p * s.panel, last = std::min(s.n, base + s.panel);
+  for (int64_t row = base; row < last; row += kTileRows)
+    source.strip(s, row, std::min<int64_t>(last, row + kTileRows), b, [&](int64_t r, int64_t column, float value) {
+      const int64_t i = next[r - base];
+      next[r - base] = i + kQuad;
+      values[i] = value;
+      columns[i] = static_cast<uint8_t>(column);
+    });
+  for (int64_t i = 0; i < s.panel; ++i)
+    for (int64_t e = next[rows[i]]; e < kQuad * int64_t{starts[i / kQuad + 1]}; e += kQuad) {
+      values[e] = 0.0f;
+      columns[e] = static_cast<uint8_t>(s.block);
     }
 }
 

@@ -9,8 +9,8 @@
 namespace pyfast {
 namespace {
 
-// The activations of four entries come by four scalar loads, side by side into one register: a gather does the same
-// loads and is slower.
+// The activations of a step come by four scalar loads, side by side into one register: a gather does the same loads
+// and is slower.
 inline __m128 look_up(const float* x, const uint8_t* columns) {
   uint32_t four;
   __builtin_memcpy(&four, columns, sizeof four);
@@ -20,23 +20,19 @@ inline __m128 look_up(const float* x, const uint8_t* columns) {
   return _mm_insert_ps(found, _mm_load_ss(x + (four >> 24)), 0x30);
 }
 
-PYFAST_INLINE float list_sum(const float* w, const uint8_t* columns, int64_t count, const float* x) {
-  __m128 sum = _mm_setzero_ps();
-  for (int64_t i = 0; i < count; i += kIndexedUnit) {
-    if (i % 16 == 0) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + i) + kAhead, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(columns + i) + kAhead / 4, _MM_HINT_T0);
-    }
-    sum = _mm_fmadd_ps(_mm_loadu_ps(w + i), look_up(x, columns + i), sum);
+PYFAST_INLINE void sum_steps(const float* w, const uint8_t* columns, int64_t steps, const float* x, float* sum) {
+  __m128 total = _mm_setzero_ps();
+  for (const float* end = w + kQuad * steps; w < end; w += kQuad, columns += kQuad) {
+    prefetch_step(w, columns);
+    total = _mm_fmadd_ps(_mm_loadu_ps(w), look_up(x, columns), total);
   }
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  _mm_storeu_ps(sum, total);
 }
 
 }  // namespace
 
 const IndexedLinearTable kIndexedLinearAvx2 = {
-    {indexed_single<list_sum>, indexed_panel<8, 4>, indexed_panel<16, 4>, indexed_panel<32, 2>, indexed_panel<64, 1>},
+    {indexed_single<sum_steps>, indexed_panel<8, 4>, indexed_panel<16, 4>, indexed_panel<32, 2>, indexed_panel<64, 1>},
 };
 
 }  // namespace pyfast

@@ -8,63 +8,75 @@ namespace {
 
 constexpr int kAhead = 2048;  // bytes of values to ask for early; the columns are a quarter of them
 
-inline int64_t panel_rows(const IndexedLinearArgs& a, int64_t panel) {
-  return a.n - panel * a.panel < a.panel ? a.n - panel * a.panel : a.panel;
+// A panel's way through one block of columns.
+struct Quads {
+  const int32_t* starts;
+  const uint8_t* rows;
+  int64_t count;
+
+  Quads(const IndexedLinearArgs& a, int64_t panel, int64_t block)
+      : starts(a.starts + (panel * a.blocks + block) * (a.panel / kQuad)),
+        rows(a.rows + (panel * a.blocks + block) * a.panel),
+        count(a.panel / kQuad) {}
+};
+
+inline void prefetch_step(const float* w, const uint8_t* column) {
+  __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead, 0, 3);
+  __builtin_prefetch(column + kAhead / 4, 0, 3);
 }
 
-// Of one token. list: Σ of a list of `count` entries.
-using ListSum = float (*)(const float* values, const uint8_t* columns, int64_t count, const float* x);
-template <ListSum list>
+// Of one token. sum_steps: the sums of a quad's rows over its steps.
+using SumSteps = void (*)(const float* values, const uint8_t* columns, int64_t steps, const float* x, float* sum);
+template <SumSteps sum_steps>
 void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
-  const int64_t rows = panel_rows(a, panel);
+  for (int64_t r = 0; r < a.panel; ++r) sums[r] = 0.0f;
   for (int64_t block = 0; block < a.blocks; ++block) {
-    const int32_t* starts = a.starts + (panel * a.blocks + block) * a.panel;
-    const float* xb = x + block * a.block;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t begin = int64_t{kIndexedUnit} * starts[r], end = int64_t{kIndexedUnit} * starts[r + 1];
-      const float sum = list(a.values + begin, a.columns + begin, end - begin, xb);
-      sums[r] = block == 0 ? sum : sums[r] + sum;
+    const Quads quads(a, panel, block);
+    const float* xb = x + block * (a.block + 1);
+    for (int64_t q = 0; q < quads.count; ++q) {
+      const int64_t first = quads.starts[q], steps = quads.starts[q + 1] - first;
+      float sum[kQuad];
+      sum_steps(a.values + kQuad * first, a.columns + kQuad * first, steps, xb, sum);
+      for (int i = 0; i < kQuad; ++i) sums[quads.rows[kQuad * q + i]] += sum[i];
     }
   }
 }
 
-// tile: tokens side by side; chains: independent sums a register of tokens, so that one entry's FMA need not wait for
-// the one before. A row's sums take chains · tile / width registers.
-template <int tile, int chains>
+// tile: tokens side by side; side: rows of a quad that are summed at once, as many as registers hold the sums of: they
+// take side · tile / width registers.
+template <int tile, int side>
 void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
   constexpr int vectors = tile / Vec::width;
-  const int64_t rows = panel_rows(a, panel);
   for (int64_t block = 0; block < a.blocks; ++block) {
-    const int32_t* starts = a.starts + (panel * a.blocks + block) * a.panel;
-    const float* xb = x + block * a.block * tile;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* w = a.values + int64_t{kIndexedUnit} * starts[r];
-      const float* end = a.values + int64_t{kIndexedUnit} * starts[r + 1];
-      const uint8_t* column = a.columns + int64_t{kIndexedUnit} * starts[r];
-      float* out = sums + r * tile;
-      Vec sum[chains][vectors];
-#pragma GCC unroll 8
-      for (int i = 0; i < vectors; ++i) {
-        sum[0][i] = block == 0 ? broadcast(0.0f) : load(out + i * Vec::width);
+    const Quads quads(a, panel, block);
+    const float* xb = x + block * (a.block + 1) * tile;
+    for (int64_t q = 0; q < quads.count; ++q) {
+      for (int part = 0; part < kQuad; part += side) {
+        const float* w = a.values + kQuad * int64_t{quads.starts[q]} + part;
+        const float* end = a.values + kQuad * int64_t{quads.starts[q + 1]} + part;
+        const uint8_t* column = a.columns + kQuad * int64_t{quads.starts[q]} + part;
+        float* out[side];
+        Vec sum[side][vectors];
 #pragma GCC unroll 4
-        for (int c = 1; c < chains; ++c) sum[c][i] = broadcast(0.0f);
-      }
-      for (; w < end; w += chains, column += chains) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead, 0, 3);
-        __builtin_prefetch(column + kAhead / 4, 0, 3);
-#pragma GCC unroll 4
-        for (int c = 0; c < chains; ++c) {
-          const float* at = xb + int64_t{column[c]} * tile;
-          const Vec value = broadcast(w[c]);
+        for (int i = 0; i < side; ++i) {
+          out[i] = sums + int64_t{quads.rows[kQuad * q + part + i]} * tile;
 #pragma GCC unroll 8
-          for (int i = 0; i < vectors; ++i) sum[c][i] = fma(value, load(at + i * Vec::width), sum[c][i]);
+          for (int v = 0; v < vectors; ++v) sum[i][v] = block == 0 ? broadcast(0.0f) : load(out[i] + v * Vec::width);
         }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < vectors; ++i) {
+        for (; w < end; w += kQuad, column += kQuad) {
+          prefetch_step(w, column);
 #pragma GCC unroll 4
-        for (int c = 1; c < chains; ++c) sum[0][i] = sum[0][i] + sum[c][i];
-        store(out + i * Vec::width, sum[0][i]);
+          for (int i = 0; i < side; ++i) {
+            const float* at = xb + int64_t{column[i]} * tile;
+            const Vec value = broadcast(w[i]);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) sum[i][v] = fma(value, load(at + v * Vec::width), sum[i][v]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < side; ++i)
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) store(out[i] + v * Vec::width, sum[i][v]);
       }
     }
   }

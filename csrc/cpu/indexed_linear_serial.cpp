@@ -6,17 +6,16 @@
 namespace pyfast {
 namespace {
 
-PYFAST_INLINE float list_sum(const float* w, const uint8_t* columns, int64_t count, const float* x) {
-  float sum[kIndexedUnit] = {};
-  for (int64_t i = 0; i < count; i += kIndexedUnit)
-    for (int c = 0; c < kIndexedUnit; ++c) sum[c] += w[i + c] * x[columns[i + c]];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+PYFAST_INLINE void sum_steps(const float* w, const uint8_t* columns, int64_t steps, const float* x, float* sum) {
+  for (int i = 0; i < kQuad; ++i) sum[i] = 0.0f;
+  for (int64_t e = 0; e < kQuad * steps; e += kQuad)
+    for (int i = 0; i < kQuad; ++i) sum[i] += w[e + i] * x[columns[e + i]];
 }
 
 }  // namespace
 
 const IndexedLinearTable kIndexedLinearSerial = {
-    {indexed_single<list_sum>, indexed_panel<8, 1>, indexed_panel<16, 1>, indexed_panel<32, 1>, indexed_panel<64, 1>},
+    {indexed_single<sum_steps>, indexed_panel<8, 1>, indexed_panel<16, 1>, indexed_panel<32, 1>, indexed_panel<64, 1>},
 };
 
 }  // namespace pyfast

@@ -20,6 +20,7 @@ def indexed_linear(
     values: Tensor,
     columns: Tensor,
     starts: Tensor,
+    rows: Tensor,
     bias: Tensor | None,
     n: int,
     panel: int,
@@ -30,36 +31,37 @@ def indexed_linear(
 ) -> Tensor:
     """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
     if backends.select("indexed_linear", x.device.type, x.dtype, backend) == "reference":
-        return reference.indexed_linear(x, values, columns, starts, bias, n, panel, block, activation, mul)
-    return torch.ops.pyfast.indexed_linear(x, values, columns, starts, bias, n, panel, block, activation, mul)
+        return reference.indexed_linear(x, values, columns, starts, rows, bias, n, panel, block, activation, mul)
+    return torch.ops.pyfast.indexed_linear(x, values, columns, starts, rows, bias, n, panel, block, activation, mul)
 
 
 define(
-    "indexed_linear(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor? bias, int n, int panel, int block, "
-    "int activation, Tensor? mul) -> Tensor"
+    "indexed_linear(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor rows, Tensor? bias, int n, int panel, "
+    "int block, int activation, Tensor? mul) -> Tensor"
 )
 define(
     "bitmap_to_indexed(Tensor values, Tensor bitmaps, Tensor offsets, Tensor? scales, int n, int k, int panel, "
-    "int block) -> (Tensor values, Tensor columns, Tensor starts)"
+    "int block) -> (Tensor values, Tensor columns, Tensor starts, Tensor rows)"
 )
 define(
     "sparse24_to_indexed(Tensor values, Tensor metadata, Tensor? scales, int k, int panel, int block) "
-    "-> (Tensor values, Tensor columns, Tensor starts)"
+    "-> (Tensor values, Tensor columns, Tensor starts, Tensor rows)"
 )
 
 
 @torch.library.register_fake("pyfast::indexed_linear", lib=LIBRARY)
-def _fake(x: Tensor, values, columns, starts, bias, n: int, panel: int, block: int, activation, mul) -> Tensor:
+def _fake(x: Tensor, values, columns, starts, rows, bias, n: int, panel: int, block: int, activation, mul) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
-def _fake_layout(values: Tensor, n: int, k: int, panel: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    entries = torch.library.get_ctx().new_dynamic_size()
-    lists = -(-n // panel) * -(-k // block) * panel
+def _fake_layout(values: Tensor, n: int, k: int, panel: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    steps = torch.library.get_ctx().new_dynamic_size()
+    quads = -(-n // panel) * -(-k // block) * (panel // reference.QUAD)
     return (
-        values.new_empty(entries, dtype=torch.float32),
-        values.new_empty(entries, dtype=torch.uint8),
-        values.new_empty(lists + 1, dtype=torch.int32),
+        values.new_empty(steps, reference.QUAD, dtype=torch.float32),
+        values.new_empty(steps, reference.QUAD, dtype=torch.uint8),
+        values.new_empty(quads + 1, dtype=torch.int32),
+        values.new_empty(quads, reference.QUAD, dtype=torch.uint8),
     )
 
 

@@ -1,4 +1,4 @@
-"""The product with an indexed layout: the lists back to a dense matrix, then the dense product."""
+"""The product with an indexed layout: the quads back to a dense matrix, then the dense product."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from torch.nn.functional import linear
 
 from pyfast.reference.epilogue import epilogue
 
-UNIT = 4  # entries a list is a multiple of
+QUAD = 4  # rows side by side
 
 
-def decompress(values: Tensor, columns: Tensor, starts: Tensor, n: int, k: int, panel: int, block: int) -> Tensor:
-    """Dense float32 [n, k] of lists in the order of panel, block, row. Entries of one place add up: padding adds 0."""
-    blocks = -(-k // block)
-    lengths = starts.diff().to(torch.int64) * UNIT
-    of_list = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-    row = of_list // (blocks * panel) * panel + of_list % panel
-    column = of_list // panel % blocks * block + columns
-    dense = values.new_zeros(-(-n // panel) * panel, blocks * block)
-    return dense.index_put_((row, column), values, accumulate=True)[:n, :k]
+def decompress(
+    values: Tensor, columns: Tensor, starts: Tensor, rows: Tensor, n: int, k: int, panel: int, block: int
+) -> Tensor:
+    """Dense float32 [n, k] of quads in the order of panel, block, length. What fills up a quad lies in a column of its
+    own, behind those of its block."""
+    panels, blocks, quads = -(-n // panel), -(-k // block), panel // QUAD
+    of_step = torch.repeat_interleave(torch.arange(len(rows), device=values.device), starts.diff().to(torch.int64))
+    row = (of_step // (blocks * quads) * panel)[:, None] + rows[of_step]
+    block_of_step = (of_step // quads % blocks)[:, None]
+    dense = values.new_zeros(panels * panel, blocks, block + 1)
+    dense.index_put_((row, block_of_step.expand_as(row), columns.to(torch.int64)), values, accumulate=True)
+    return dense[:n, :, :block].flatten(1)[:, :k]
 
 
 def indexed_linear(
@@ -27,6 +30,7 @@ def indexed_linear(
     values: Tensor,
     columns: Tensor,
     starts: Tensor,
+    rows: Tensor,
     bias: Tensor | None,
     n: int,
     panel: int,
@@ -35,5 +39,5 @@ def indexed_linear(
     mul: Tensor | None,
 ) -> Tensor:
     """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
-    dense = decompress(values, columns, starts, n, x.shape[-1], panel, block).to(x.dtype)
+    dense = decompress(values, columns, starts, rows, n, x.shape[-1], panel, block).to(x.dtype)
     return epilogue(linear(x, dense, bias), activation, mul)

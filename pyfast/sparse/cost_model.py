@@ -7,8 +7,8 @@ cold, as they are in a model that exceeds the caches. The operations are those t
 
     direct    positions of the matrix, zeros too, once for every 4, 2 or 1 tokens; above ``few_tokens`` the weight is
               decompressed, position by position, and multiplied by ``F.linear``
-    indexed   entries once for every 64, 32, 16, 8 or 1 tokens; lists (a row's part of a block) as often; activations
-              and outputs turned once
+    indexed   entries once for every 64 tokens, the last ones as 64, 32, 16, 8 or 1; lists (a row's part of a block) as
+              often; activations and outputs turned once
     dense     positions, at a cost that depends on the number of tokens: ``F.linear`` packs its weight at every call
     packed    positions likewise, packed in advance
 
@@ -31,7 +31,7 @@ GROUPS = (1, 2, 4)  # tokens that the direct kernels take at once
 TILES = (1, 8, 16, 32, 64)  # tokens that the indexed kernel takes at once
 DENSITIES = (0.05, 0.2, 0.5, 0.9)  # of the bitmaps whose positions were timed
 DENSE_TOKENS = (1, 2, 4, 16, 64, 256)
-UNIT = 4  # entries a list of the indexed layout is a multiple of
+LIST_BYTES = 2  # of the indexed layout: a quarter of a start, and a row
 
 Row = tuple[float, ...]
 
@@ -119,11 +119,10 @@ class Work:
         return self.n * self.k * (4 if self.dtype == "int8" else self.itemsize)
 
 
-def entries(work: Work) -> tuple[float, float]:
-    """Expected entries and lists of the indexed layout: a list is padded to a multiple of four entries."""
-    block = block_columns(work.density)
-    lists = work.n * -(-work.k // block)
-    return work.stored + lists * (UNIT - 1) / 2 * min(1.0, work.density * block), float(lists)
+def entries(work: Work) -> tuple[int, int]:
+    """Entries and lists of the indexed layout. Lists of about one length lie side by side; what fills them up is under
+    half an entry a list, and part of what a list takes."""
+    return work.stored, work.n * -(-work.k // block_columns(work.density))
 
 
 def layout_bytes(work: Work, kernel: str) -> int:
@@ -132,7 +131,7 @@ def layout_bytes(work: Work, kernel: str) -> int:
         return 0
     if kernel == "indexed":
         count, lists = entries(work)
-        return round(5 * count + 4 * lists)
+        return 5 * count + LIST_BYTES * lists
     return work.dense_bytes
 
 
@@ -150,10 +149,10 @@ def predict(constants: Constants, work: Work) -> dict[str, float]:
     found = {
         "direct": ms(work.container_bytes, _direct(rates, work) * positions),
         "indexed": ms(
-            5 * count + 4 * lists,
+            5 * count + LIST_BYTES * lists,
             sum(
                 passes * (count * constants.entry[i] + lists * constants.list_start[i])
-                for i, passes in _passes(work.tokens, TILES)
+                for i, passes in _passes(work.tokens)
             )
             + work.tokens * (work.n + work.k) * constants.turn,
         ),
@@ -180,10 +179,12 @@ def _direct(rates: Rates, work: Work) -> float:
     return total
 
 
-def _passes(tokens: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
-    """The tile that the kernel takes, the smallest that holds the tokens or the widest, and how often."""
-    i = next((i for i, tile in enumerate(tiles) if tile >= tokens), len(tiles) - 1)
-    return [(i, -(-tokens // tiles[i]))]
+def _passes(tokens: int) -> list[tuple[int, int]]:
+    """Tiles of tokens, as indices of ``TILES``, and how often: the widest, then the narrowest that holds the rest."""
+    widest = len(TILES) - 1
+    whole, rest = divmod(tokens, TILES[widest])
+    last = [(next(i for i, tile in enumerate(TILES) if tile >= rest), 1)] if rest else []
+    return [(widest, whole), *last]
 
 
 def _by_tokens(row: Row, tokens: int) -> float:

@@ -44,7 +44,7 @@ POLICIES = ("auto", "indexed", "none")
 SPARSE_KINDS = ("indexed", "sliced", "cusparselt")
 KINDS = (*SPARSE_KINDS, "packed", "dense")  # where two are expected to be alike the earlier one is taken
 PACKED_TOKENS = 16  # oneDNN packs for a number of rows; its blocks serve any
-NARROW_BLOCK_DENSITY = 0.3  # from here on a row's list in 128 columns is long enough
+NARROW_BLOCK_DENSITY = 0.15  # from here on a row stores enough in 128 columns
 
 _LOCK = threading.Lock()
 
@@ -85,14 +85,14 @@ def allowed(kind: str) -> bool:
 
 
 def panel_rows(n: int, threads: int) -> int:
-    """Rows of a panel of the indexed layout: about 16 panels a thread, so that threads share evenly, each of 32 to 256
-    rows, so that a block of activations is used by enough of them."""
-    return min(max(n // (16 * threads) // 16 * 16, 32), 256)
+    """Rows of a panel of the indexed layout: about 8 panels a thread, so that threads share evenly, each of 64 to 256
+    rows, so that a block of activations is used by enough of them and rows of one length find each other."""
+    return min(max(n // (8 * threads) // 16 * 16, 64), 256)
 
 
 def block_columns(density: float) -> int:
-    """Columns of a block of the indexed layout: lists of a few dozen entries."""
-    return 128 if density >= NARROW_BLOCK_DENSITY else 256
+    """Columns of a block of the indexed layout: a few dozen entries of a row."""
+    return 128 if density >= NARROW_BLOCK_DENSITY else 192
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class IndexedLayout:
     values: Tensor
     columns: Tensor
     starts: Tensor
+    rows: Tensor
     n: int
     panel: int
     block: int
@@ -119,17 +120,16 @@ class IndexedLayout:
             made = ops.sparse24_to_indexed(values, tensors["metadata"], scales, k, panel, block)
         else:
             made = ops.bitmap_to_indexed(values, tensors["bitmaps"], tensors["offsets"], scales, n, k, panel, block)
-        values, columns, starts = made
-        return cls(values, columns, starts, n, panel, block)
+        return cls(*made, n, panel, block)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.values.nbytes + self.columns.nbytes + self.starts.nbytes
+        return sum(tensor.nbytes for tensor in (self.values, self.columns, self.starts, self.rows))
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
         """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
-        layout = self.values, self.columns, self.starts
+        layout = self.values, self.columns, self.starts, self.rows
         return indexed_linear(x, *layout, bias, self.n, self.panel, self.block, activation, mul)
 
 
