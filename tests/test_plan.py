@@ -147,7 +147,8 @@ def test_break_even_is_where_the_curves_cross():
 
 def test_break_even_never():
     """A machine whose sparse kernels are hopeless."""
-    hopeless = dataclasses.replace(distinct(), entry=(1e9,) * 4, list_start=(1e9,) * 4)
+    endless = (1e9,) * len(cost_model.TILES)
+    hopeless = dataclasses.replace(distinct(), entry=endless, list_start=endless)
     slow = dataclasses.replace(hopeless.of("float32"), bitmap=((1e9,) * 4,) * 3, bitmap_decompress=1e9)
     constants = dataclasses.replace(hopeless, rates={"float32": slow})
     assert cost_model.break_even(constants, (1024, 1024), 16, "float32", 2, lambda density: 32) is None

@@ -27,16 +27,19 @@ struct Sparse24Source {
   int64_t k_padded;
   const float* scales;
 
-  int64_t column(int64_t row, int64_t j) const {  // of a row's j-th value
-    const uint16_t word = metadata[row * (k_padded / 16) + j / 8];
-    return j / 2 * 4 + ((word >> (2 * (j % 8))) & 3);
+  // The column of a row's j-th value, from the metadata of the 8 values that it is among.
+  static int64_t column(uint64_t word, int64_t j) {
+    return j / 2 * 4 + static_cast<int64_t>((word >> (2 * (j % 8))) & 3);
   }
 
-  // Entries of a row within a block of columns.
+  // Entries of a row within a block of columns: two of every four, but for four that the weight's end cuts.
   int64_t count(const IndexedShape& s, int64_t row, int64_t b) const {
     const int64_t begin = b * s.block, end = s.column_end(b), whole = end / 4 * 4;
     int64_t found = (whole - begin) / 2;
-    for (int64_t j = whole / 2; j < (end + 3) / 4 * 2; ++j) found += column(row, j) < end;
+    if (whole < end) {
+      const uint64_t word = metadata[row * (k_padded / 16) + whole / 16];
+      found += (column(word, whole / 2) < end) + (column(word, whole / 2 + 1) < end);
+    }
     return found;
   }
 
@@ -46,11 +49,13 @@ struct Sparse24Source {
     const int64_t begin = b * s.block, end = s.column_end(b);
     for (int64_t row = first_row; row < last_row; ++row) {
       const T* v = values + row * (k_padded / 2);
+      const uint16_t* words = metadata + row * (k_padded / 16);
       const float scale = scales == nullptr ? 1.0f : scales[row];
-      for (int64_t j = begin / 2; j < (end + 3) / 4 * 2; ++j) {
-        const int64_t at = column(row, j);
-        if (at < end) visit(row, at - begin, widen(v[j]) * scale);
-      }
+      for (int64_t c = begin; c < end; c += 16)
+        for (int64_t j = c / 2; j < c / 2 + 8; ++j) {
+          const int64_t at = column(words[c / 16], j);
+          if (at < end) visit(row, at - begin, widen(v[j]) * scale);
+        }
     }
   }
 };

@@ -10,44 +10,11 @@
 namespace pyfast {
 namespace {
 
-// Columns [begin, end) of x [count, k], of any of the three dtypes, to out [block + 1, tile] float32; zeros beyond
-// count, behind the columns, and in the last row.
-template <class T>
-void transpose_block(const T* x, int64_t stride, int64_t count, int64_t begin, int64_t end, int64_t block, int tile,
-                     float* out) {
-  const int64_t columns = end - begin;
-  for (int64_t c = 0; c < columns; c += 4) {
-    const int64_t width = std::min<int64_t>(4, columns - c);
-    int64_t t = 0;
-    if (width == 4)
-      for (; t + 4 <= count; t += 4) transpose4(x + t * stride + begin + c, stride, out + c * tile + t, tile);
-    for (; t < tile; ++t)
-      for (int64_t i = c; i < c + width; ++i) out[i * tile + t] = t < count ? widen(x[t * stride + begin + i]) : 0.0f;
-  }
-  std::fill(out + columns * tile, out + (block + 1) * tile, 0.0f);
-}
-
 // The smallest tile that holds the tokens, or the widest.
 int tile_for(int64_t tokens) {
   int i = 0;
   while (i + 1 < kTokenTileCount && kTokenTiles[i] < tokens) ++i;
   return i;
-}
-
-// Sums of a panel [rows, tile] to the outputs of `count` tokens from `token` on, by way of `turned` [count, rows]:
-// turned into y itself they would be scattered over it, four at a time.
-void write_panel(const Epilogue& e, const float* sums, float* turned, int64_t first_row, int64_t rows, int tile,
-                 int64_t token, int64_t count) {
-  for (int64_t r = 0; r < rows; r += 4) {
-    const int64_t height = std::min<int64_t>(4, rows - r);
-    int64_t t = 0;
-    if (height == 4)
-      for (; t + 4 <= count; t += 4) transpose4(sums + r * tile + t, tile, turned + t * rows + r, rows);
-    for (; t < count; ++t)
-      for (int64_t i = r; i < r + height; ++i) turned[t * rows + i] = sums[i * tile + t];
-  }
-  const EpilogueKernel kernel = epilogue_table(active_isa()).from_float[static_cast<int>(e.dtype)];
-  for (int64_t t = 0; t < count; ++t) kernel(e, turned + t * rows, first_row, token + t, rows);
 }
 
 // Tokens that go through the kernel together: as many as the widest tile holds, the last ones in the narrowest tile that
@@ -68,6 +35,18 @@ std::vector<Tile> cut_tokens(int64_t tokens, int64_t height, float* x) {
     tiles.push_back({tile_for(count), token, count, x + token * height});
   }
   return tiles;
+}
+
+// Sums of a panel [rows, tile] to the outputs of the tile's tokens, by way of `turned` [tile, rows and kApart more]:
+// turned into y itself they would be scattered over it. kApart: the tokens' rows lie in different sets of the cache.
+constexpr int64_t kApart = 16;
+void write_panel(const Epilogue& e, const float* sums, float* turned, int64_t first_row, int64_t rows,
+                 const Tile& tile) {
+  const int64_t stride = rows + kApart;
+  transpose_table(active_isa()).of[static_cast<int>(Dtype::f32)](sums, tile.width(), rows, tile.count, turned, stride,
+                                                                 rows);
+  const EpilogueKernel kernel = epilogue_table(active_isa()).from_float[static_cast<int>(e.dtype)];
+  for (int64_t t = 0; t < tile.count; ++t) kernel(e, turned + t * stride, first_row, tile.token + t, rows);
 }
 
 IndexedLinearArgs check_layout(const Tensor& values, const Tensor& columns, const Tensor& starts, const Tensor& rows,
@@ -108,32 +87,22 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   const int64_t height = args.blocks * (block + 1), panels = (n + panel - 1) / panel;
   const int widest = kTokenTiles[tile_for(tokens)];
   Tensor turned = torch::stable::new_empty(x, {(tokens + widest - 1) / widest * widest, height}, ScalarType::Float);
-  Tensor scratch = torch::stable::new_empty(x, {2 * max_workers() * panel, widest}, ScalarType::Float);
+  Tensor scratch = torch::stable::new_empty(x, {max_workers(), (2 * panel + kApart) * widest}, ScalarType::Float);
   const std::vector<Tile> tiles = cut_tokens(tokens, height, turned.mutable_data_ptr<float>());
-  const auto turn = [&](const auto* p) {
-    const int64_t stride = from.stride(0);
-    parallel_chunks(static_cast<int64_t>(tiles.size()) * args.blocks, 1 + 32768 / (block * widest),
-                    [&](int64_t begin, int64_t end) {
-                      for (int64_t i = begin; i < end; ++i) {
-                        const Tile& tile = tiles[i / args.blocks];
-                        const int64_t b = i % args.blocks;
-                        transpose_block(p + tile.token * stride, stride, tile.count, b * block,
-                                        std::min(k, (b + 1) * block), block, tile.width(),
-                                        tile.x + b * (block + 1) * tile.width());
-                      }
-                    });
-  };
-  switch (dtype_of(x, "x")) {
-    case Dtype::f32:
-      turn(static_cast<const float*>(from.const_data_ptr()));
-      break;
-    case Dtype::bf16:
-      turn(static_cast<const bf16*>(from.const_data_ptr()));
-      break;
-    case Dtype::f16:
-      turn(static_cast<const f16*>(from.const_data_ptr()));
-      break;
-  }
+  const TransposeKernel turn = transpose_table(active_isa()).of[static_cast<int>(dtype_of(x, "x"))];
+  const auto* rows_of_x = static_cast<const char*>(from.const_data_ptr());
+  const int64_t itemsize = static_cast<int64_t>(x.element_size()), stride = from.stride(0);
+  parallel_chunks(static_cast<int64_t>(tiles.size()) * args.blocks, 1 + 32768 / (block * widest),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t i = begin; i < end; ++i) {
+                      const Tile& tile = tiles[i / args.blocks];
+                      const int64_t b = i % args.blocks, width = tile.width(), here = std::min(block, k - b * block);
+                      float* out = tile.x + b * (block + 1) * width;
+                      turn(rows_of_x + (tile.token * stride + b * block) * itemsize, stride, tile.count, here, out,
+                           width, width);
+                      std::fill(out + here * width, out + (block + 1) * width, 0.0f);
+                    }
+                  });
 
   const IndexedLinearTable& table = indexed_linear_table(active_isa());
   float* sums = scratch.mutable_data_ptr<float>();
@@ -142,12 +111,12 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   // single token.
   const int64_t work = kQuad * values.size(0) / panels * std::max<int64_t>((tokens + widest - 1) / widest * widest, 16);
   parallel_workers(panels, 1 + 262144 / (work + 1), [&](int64_t begin, int64_t end, int64_t worker) {
-    float* own = sums + 2 * worker * panel * widest;
+    float* own = sums + worker * (2 * panel + kApart) * widest;
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first_row = p * panel, count = std::min(panel, n - first_row);
       for (const Tile& tile : tiles) {
         table.panel[tile.which](args, p, tile.x, own);
-        write_panel(output.epilogue, own, own + panel * widest, first_row, count, tile.width(), tile.token, tile.count);
+        write_panel(output.epilogue, own, own + panel * widest, first_row, count, tile);
       }
     }
   });

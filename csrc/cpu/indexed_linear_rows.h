@@ -47,6 +47,7 @@ void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, f
 template <int tile, int side>
 void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
   constexpr int vectors = tile / Vec::width;
+  for (int64_t i = 0; i < a.panel * tile; i += Vec::width) store(sums + i, broadcast(0.0f));
   for (int64_t block = 0; block < a.blocks; ++block) {
     const Quads quads(a, panel, block);
     const float* xb = x + block * (a.block + 1) * tile;
@@ -61,16 +62,24 @@ void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, fl
         for (int i = 0; i < side; ++i) {
           out[i] = sums + int64_t{quads.rows[kQuad * q + part + i]} * tile;
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sum[i][v] = block == 0 ? broadcast(0.0f) : load(out[i] + v * Vec::width);
+          for (int v = 0; v < vectors; ++v) sum[i][v] = load(out[i] + v * Vec::width);
         }
         for (; w < end; w += kQuad, column += kQuad) {
           prefetch_step(w, column);
-#pragma GCC unroll 4
-          for (int i = 0; i < side; ++i) {
+          const auto add = [&](int i, Vec value) __attribute__((always_inline)) {
             const float* at = xb + int64_t{column[i]} * tile;
-            const Vec value = broadcast(w[i]);
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) sum[i][v] = fma(value, load(at + v * Vec::width), sum[i][v]);
+          };
+          if constexpr (side == kQuad) {
+            const Four four(w);
+            add(0, four.one<0>());
+            add(1, four.one<1>());
+            add(2, four.one<2>());
+            add(3, four.one<3>());
+          } else {
+#pragma GCC unroll 2
+            for (int i = 0; i < side; ++i) add(i, broadcast(w[i]));
           }
         }
 #pragma GCC unroll 4

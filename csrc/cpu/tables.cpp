@@ -7,6 +7,7 @@
 #include "nm_mask.h"
 #include "sparse24_linear.h"
 #include "topk_distill.h"
+#include "transpose.h"
 
 namespace pyfast {
 namespace {
@@ -69,6 +70,8 @@ const TopkDistillTable& topk_distill_table(Isa isa) {
 
 const EpilogueTable& epilogue_table(Isa isa) { return pick(isa, kEpilogueSerial, kEpilogueAvx2, kEpilogueAvx512); }
 
+const TransposeTable& transpose_table(Isa isa) { return pick(isa, kTransposeSerial, kTransposeAvx2, kTransposeAvx512); }
+
 const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmMaskAvx2, kNmMaskAvx512); }
 #else
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
@@ -79,6 +82,7 @@ const BitmapConvertTable& bitmap_convert_table(Isa) { return kBitmapConvertSeria
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
 const EpilogueTable& epilogue_table(Isa) { return kEpilogueSerial; }
+const TransposeTable& transpose_table(Isa) { return kTransposeSerial; }
 const NmMaskTable& nm_mask_table(Isa) { return kNmMaskSerial; }
 #endif
 

@@ -172,5 +172,37 @@ inline void store_partial(T* p, int64_t n, Vec a) {
   for (int64_t i = 0; i < n; ++i) p[i] = raw[i];
 }
 
+// Rows become columns: pairs, pairs of pairs, halves.
+inline void transpose(Vec (&v)[8]) {
+  __m256 pair[8], four[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(v[i].v, v[i + 1].v);
+    pair[i + 1] = _mm256_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    v[j].v = _mm256_permute2f128_ps(four[j], four[4 + j], 0x20);
+    v[4 + j].v = _mm256_permute2f128_ps(four[j], four[4 + j], 0x31);
+  }
+}
+
+// Four floats, each of which `one` brings into every lane: one load and a shuffle each.
+struct Four {
+  __m256 v;
+  explicit Four(const float* p) : v(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))) {}
+  template <int i>
+  Vec one() const {
+    return {_mm256_permute_ps(v, i * 0x55)};
+  }
+};
+
 }  // namespace
 }  // namespace pyfast

@@ -165,5 +165,43 @@ inline void store_partial(float* p, int64_t n, Vec a) { _mm512_mask_storeu_ps(p,
 inline void store_partial(bf16* p, int64_t n, Vec a) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a.v)); }
 inline void store_partial(f16* p, int64_t n, Vec a) { _mm256_mask_storeu_epi16(p, first(n), narrow_f16(a.v)); }
 
+// Rows become columns: pairs, pairs of pairs, then quarters of the registers.
+inline void transpose(Vec (&v)[16]) {
+  __m512 pair[16], four[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    pair[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // quarter q of four[i + j]: column 4 q + j of rows i … i + 3
+    four[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    four[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    four[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    four[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_low = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xdd);
+    v[j].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    v[4 + j].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    v[8 + j].v = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    v[12 + j].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+// Four floats, each of which `one` brings into every lane: one load and a shuffle each.
+struct Four {
+  __m512 v;
+  explicit Four(const float* p) : v(_mm512_broadcast_f32x4(_mm_loadu_ps(p))) {}
+  template <int i>
+  Vec one() const {
+    return {_mm512_permute_ps(v, i * 0x55)};
+  }
+};
+
 }  // namespace
 }  // namespace pyfast

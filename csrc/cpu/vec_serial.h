@@ -104,5 +104,17 @@ inline void stream_pair(T* p, VecPair a) {
 }
 inline void stream_fence() {}
 
+inline void transpose(Vec (&)[1]) {}
+
+// Four floats, each of which `one` brings into every lane.
+struct Four {
+  const float* p;
+  explicit Four(const float* p) : p(p) {}
+  template <int i>
+  Vec one() const {
+    return {p[i]};
+  }
+};
+
 }  // namespace
 }  // namespace pyfast

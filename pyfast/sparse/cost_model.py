@@ -251,21 +251,21 @@ _CYCLES = {
         ((0.35, 0.35, 0.4, 0.4), (0.5, 0.5, 0.6, 0.6), (0.9, 0.9, 1.0, 1.0)),
         (0.4, 0.5, 0.8),
         0.6,
-        (0.8, 1.5, 3.0, 6.0, 12.0),
+        (0.9, 1.1, 1.6, 3.1, 6.0),
         32,
     ),
     "avx512": _Cycles(  # expands, whatever is stored
         ((0.4, 0.4, 0.4, 0.4), (0.5, 0.5, 0.5, 0.5), (0.8, 0.8, 0.8, 0.8)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.8, 1.2, 1.6, 2.8, 5.5),
+        (0.9, 1.1, 1.4, 2.2, 4.0),
         64,
     ),
     "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
         ((0.1, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.8, 1.2, 1.6, 2.8, 5.5),
+        (0.9, 1.1, 1.4, 2.2, 4.0),
         64,
     ),
 }
@@ -274,9 +274,8 @@ _BF16_BITMAP_CYCLES = ((0.08, 0.08, 0.12, 0.15), (0.12, 0.12, 0.15, 0.18), (0.15
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
 _DENSE_EFFICIENCY = 0.85
-_LIST_CYCLES = 8.0  # the end of a list is a branch that is guessed wrong, lists differing in length
-_LIST_ENTRIES = 4.0  # entries that loading and storing the sums takes as long as
-_TURN_CYCLES = 1.5  # of an activation or an output of the indexed kernel
+_LIST_ENTRIES = 3.0  # entries that loading and storing the sums of a list takes as long as
+_TURN_CYCLES = 1.0  # of an activation or an output of the indexed kernel
 _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
 _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
 
@@ -316,7 +315,7 @@ def built_in(
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
         call_us=10.0,
         entry=tuple(ps * c for c in cycles.entry),
-        list_start=tuple(ps * (_LIST_CYCLES + _LIST_ENTRIES * c) for c in cycles.entry),
+        list_start=tuple(ps * _LIST_ENTRIES * c for c in cycles.entry),
         turn=ps * _TURN_CYCLES,
         rates={"float32": plain, "bfloat16": of_bfloat16, "float16": rates(_FLOAT16_DENSE, False)},
     )
