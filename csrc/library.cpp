@@ -3,7 +3,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <cstring>
 #include <stdexcept>
 
 #include "cpu/dense_linear.h"
@@ -89,22 +88,12 @@ PyObject* multiply_by_onednn(PyObject*, PyObject* chosen) {
   return Py_NewRef(Py_None);
 }
 
-// Arguments: the format, the dtype of the values, the density.
-PyObject* few_tokens(PyObject*, PyObject* arguments) {
-  const char *format = nullptr, *dtype = nullptr;
-  double density = 0;
-  if (PyArg_ParseTuple(arguments, "ssd", &format, &dtype, &density) == 0) return nullptr;
-  constexpr const char* kStoredNames[] = {"float32", "bfloat16", "float16", "int8"};
+PyObject* few_tokens(PyObject*, PyObject*) {
   try {
-    if (std::strcmp(format, "bitmap") != 0) return PyLong_FromLongLong(pyfast::few_tokens_24());
-    for (int i = 0; i < pyfast::kStoredCount; ++i)
-      if (std::strcmp(dtype, kStoredNames[i]) == 0)
-        return PyLong_FromLongLong(pyfast::few_tokens_bitmap(static_cast<pyfast::Stored>(i), density));
+    return PyLong_FromLongLong(pyfast::few_tokens());
   } catch (const std::invalid_argument& error) {
     return raise(error);
   }
-  PyErr_Format(PyExc_ValueError, "dtype: got '%s', accepted: float32, bfloat16, float16, int8", dtype);
-  return nullptr;
 }
 
 PyMethodDef methods[] = {
@@ -118,8 +107,7 @@ PyMethodDef methods[] = {
     {"is_intel", is_intel, METH_NOARGS, "Whether this is a processor of Intel's."},
     {"multiply_by_onednn", multiply_by_onednn, METH_O,
      "Whether dense products of float32 are oneDNN's, see dense_linear.h."},
-    {"few_tokens", few_tokens, METH_VARARGS,
-     "Tokens up to which a product reads a weight of this format, dtype and density as it is stored."},
+    {"few_tokens", few_tokens, METH_NOARGS, "Tokens up to which a product reads a weight as it is stored."},
     {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -71,7 +71,7 @@ def test_one_token(isa, dtype, block, sparsity):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 30, 70])
 def test_an_activation_reaches_the_rows_that_store_its_column(isa, tokens, bad):
-    """One that is no number, or infinite, spoils the outputs of those rows and no others, whatever fills up the quads."""
+    """One that is no number, or infinite, spoils the outputs of those rows, no others, whatever fills up the quads."""
     dense = weight_unstructured(70, 300, 0.9)
     dense[::7] = 0.0
     x = torch.randn(tokens, 300)

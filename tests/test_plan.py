@@ -138,7 +138,7 @@ def test_break_even_is_where_the_curves_cross():
 
         def ratio(sparsity, tokens=tokens, constants=constants, threads=threads):
             stored = round((1 - sparsity) * 4096 * 4096)
-            few = planning._native.CPU.few_tokens("bitmap", "float32", 1 - sparsity)
+            few = planning._native.CPU.few_tokens()
             ms = predict(constants, Work("bitmap", 4096, 4096, stored, "float32", tokens, threads, few))
             return min(ms["dense"], ms.get("packed", ms["dense"])) / min(ms["direct"], ms["indexed"])
 
@@ -151,7 +151,7 @@ def test_break_even_never():
     hopeless = dataclasses.replace(distinct(), entry=endless, list_start=endless)
     slow = dataclasses.replace(hopeless.of("float32"), bitmap=((1e9,) * 4,) * 3, bitmap_decompress=1e9)
     constants = dataclasses.replace(hopeless, rates={"float32": slow})
-    assert cost_model.break_even(constants, (1024, 1024), 16, "float32", 2, lambda density: 32) is None
+    assert cost_model.break_even(constants, (1024, 1024), 16, "float32", 2, 32) is None
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   STD_TORCH_CHECK(offsets.const_data_ptr<int64_t>()[tiles * tile_rows] == values.size(0),
                   "values: must have as many elements as offsets say");
   const double density = static_cast<double>(values.size(0)) / static_cast<double>(std::max<int64_t>(1, n * k));
-  if (tokens > few_tokens_bitmap(stored, density) && stored != Stored::i8)
+  if (tokens > few_tokens() && stored != Stored::i8)
     return linear_by_panels(x, n, options, [&](Tensor& dense, int64_t begin) {
       bitmap_decompress_rows(values, bitmaps, offsets, n, dense, begin);
     });

@@ -59,7 +59,4 @@ extern const BitmapLinearKernel kBitmapLinearAvx512Bf16;   // bfloat16 multiplie
 // The table for an ISA and a weight that stores this share of its elements.
 const BitmapLinearTable& bitmap_linear_table(Isa isa, double density);
 
-// Whether values stored so are all expanded and widened, whatever the share: what costs most at several tokens.
-bool expands_and_widens(Isa isa, Stored stored, double density);
-
 }  // namespace pyfast

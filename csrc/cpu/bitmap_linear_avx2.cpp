@@ -13,7 +13,6 @@ namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
-constexpr int kAhead = 2048;
 constexpr int kOverread = kTileColumns + 8;
 constexpr int kSteps = 8;  // of 8 columns, in a row of a tile
 

@@ -10,7 +10,6 @@ namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 32;
-constexpr int kAhead = 2048;
 constexpr int kOverread = kTileColumns + 16;
 constexpr int kSteps = 4;  // of 16 columns, in a row of a tile
 
@@ -28,14 +27,24 @@ struct Columns {
 
 //   word      ··· 0 1 1 0 1 │ 16 bits a step
 //   w         a b c ···          ──(expand)──►   · c b · a   ──► FMA with the 16 activations of the step
+//
+// No step waits for the one before, each counts for itself where its values begin, and no row for the one before: its
+// products are summed by themselves first. The loads come first of all, and by themselves: gcc would fold them into
+// the expansions, whose form with memory takes Zen 5 several times as long.
 template <class T, int tokens>
 [[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
+  Vec e[kSteps];
 #pragma GCC unroll 4
-  for (int i = 0; i < kSteps; ++i) {
-    const Vec e = {_mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * i)), load(w).v)};
+  for (int i = 0; i < kSteps; ++i) e[i] = load(w + __builtin_popcountll(word & ((uint64_t{1} << (16 * i)) - 1)));
+  asm("" : "+v"(e[0].v), "+v"(e[1].v), "+v"(e[2].v), "+v"(e[3].v));
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) sum[t] = fma(e, c.x[t][i], sum[t]);
-    w += __builtin_popcountll(word >> (16 * i) & 0xffff);
+  for (int i = 0; i < kSteps; ++i) e[i] = {_mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * i)), e[i].v)};
+#pragma GCC unroll 4
+  for (int t = 0; t < tokens; ++t) {
+    Vec row = e[0] * c.x[t][0];
+#pragma GCC unroll 4
+    for (int i = 1; i < kSteps; ++i) row = fma(e[i], c.x[t][i], row);
+    sum[t] = sum[t] + row;
   }
 }
 

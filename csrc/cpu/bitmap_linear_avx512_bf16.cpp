@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kUsualValues = 64;
 constexpr int kOverread = kTileColumns + 32;
-constexpr int kAhead = 4096;
 
 inline __m512bh pairs(__m512i words) { return reinterpret_cast<__m512bh>(words); }
 

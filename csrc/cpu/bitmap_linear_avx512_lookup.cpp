@@ -19,7 +19,6 @@ namespace pyfast {
 namespace {
 
 constexpr int kUsualValues = 16;
-constexpr int kAhead = 2048;
 constexpr int kOverread = 0;  // loads are masked
 
 alignas(64) constexpr uint8_t kColumnNumbers[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,

@@ -2,10 +2,9 @@
 //
 // The ISA file that includes this defines
 //   kUsualValues   stored values of a row of a tile for which memory is asked early
-//   kAhead         bytes ahead of a row's values at which it is asked for
 //   kOverread      values that add_row may read behind a row's first one, whether they are the row's or not
-//   template <class T, int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 activations of each
-//   token template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<T, tokens>&, Vec* sum)
+//   template <class T, int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 of each token
+//   template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<T, tokens>&, Vec* sum)
 // where add_row adds to sum[t] the products of one row's stored values w with token t's activations at the set bits.
 #pragma once
 
@@ -13,6 +12,8 @@
 
 namespace pyfast {
 namespace {
+
+constexpr int kAhead = 4096;  // bytes ahead of a row's values at which memory is asked for
 
 // The values of a tile with room behind them, for the end of the buffer: elsewhere the next tile's values follow.
 template <class T>

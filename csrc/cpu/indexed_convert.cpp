@@ -36,9 +36,7 @@ Layout build(const Tensor& like, const IndexedShape& s, const Source& source) {
   advise_huge_pages(columns);
   float* value = values.mutable_data_ptr<float>();
   uint8_t* column = columns.mutable_data_ptr<uint8_t>();
-  each([&](int64_t p, int64_t b, int64_t q) {
-    write_quads(s, source, p, b, at + q, row + kQuad * q, value, column);
-  });
+  each([&](int64_t p, int64_t b, int64_t q) { write_quads(s, source, p, b, at + q, row + kQuad * q, value, column); });
   return {values, columns, starts, rows};
 }
 

@@ -106,7 +106,8 @@ void order_rows(const IndexedShape& s, const Source& source, int64_t p, int64_t 
   const int64_t here = std::min(s.panel, s.n - p * s.panel);
   for (int64_t r = 0; r < here; ++r) count[r] = static_cast<int32_t>(source.count(s, p * s.panel + r, b));
   for (int64_t r = 0; r < s.panel; ++r) ++place[count[r]];
-  for (int64_t length = kMostBlock; length >= 0; --length) place[length] += place[length + 1];  // rows that long or longer
+  for (int64_t length = kMostBlock; length >= 0; --length)
+    place[length] += place[length + 1];  // rows that long or longer
   for (int64_t r = s.panel - 1; r >= 0; --r) {
     const int32_t at = --place[count[r]];
     rows[at] = static_cast<uint8_t>(r);

@@ -17,8 +17,8 @@ int tile_for(int64_t tokens) {
   return i;
 }
 
-// Tokens that go through the kernel together: as many as the widest tile holds, the last ones in the narrowest tile that
-// holds them.
+// Tokens that go through the kernel together: as many as the widest tile holds, the last ones in the narrowest tile
+// that holds them.
 struct Tile {
   int which;  // in kTokenTiles
   int64_t token, count;
@@ -43,8 +43,8 @@ constexpr int64_t kApart = 16;
 void write_panel(const Epilogue& e, const float* sums, float* turned, int64_t first_row, int64_t rows,
                  const Tile& tile) {
   const int64_t stride = rows + kApart;
-  transpose_table(active_isa()).of[static_cast<int>(Dtype::f32)](sums, tile.width(), rows, tile.count, turned, stride,
-                                                                 rows);
+  transpose_table(active_isa())
+      .of[static_cast<int>(Dtype::f32)](sums, tile.width(), rows, tile.count, turned, stride, rows);
   const EpilogueKernel kernel = epilogue_table(active_isa()).from_float[static_cast<int>(e.dtype)];
   for (int64_t t = 0; t < tile.count; ++t) kernel(e, turned + t * stride, first_row, tile.token + t, rows);
 }
@@ -67,8 +67,13 @@ IndexedLinearArgs check_layout(const Tensor& values, const Tensor& columns, cons
   STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Byte && rows.dim() == 2 && rows.is_contiguous() &&
                       rows.size(0) == quads && rows.size(1) == kQuad,
                   "rows: must be contiguous uint8 [panels * blocks * panel / 4, 4]");
-  const IndexedLinearArgs args{values.const_data_ptr<float>(), columns.const_data_ptr<uint8_t>(),
-                               starts.const_data_ptr<int32_t>(), rows.const_data_ptr<uint8_t>(), panel, block, blocks};
+  const IndexedLinearArgs args{values.const_data_ptr<float>(),
+                               columns.const_data_ptr<uint8_t>(),
+                               starts.const_data_ptr<int32_t>(),
+                               rows.const_data_ptr<uint8_t>(),
+                               panel,
+                               block,
+                               blocks};
   STD_TORCH_CHECK(args.starts[quads] == values.size(0), "values: must have as many steps as starts say");
   return args;
 }
@@ -92,17 +97,16 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
   const TransposeKernel turn = transpose_table(active_isa()).of[static_cast<int>(dtype_of(x, "x"))];
   const auto* rows_of_x = static_cast<const char*>(from.const_data_ptr());
   const int64_t itemsize = static_cast<int64_t>(x.element_size()), stride = from.stride(0);
-  parallel_chunks(static_cast<int64_t>(tiles.size()) * args.blocks, 1 + 32768 / (block * widest),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t i = begin; i < end; ++i) {
-                      const Tile& tile = tiles[i / args.blocks];
-                      const int64_t b = i % args.blocks, width = tile.width(), here = std::min(block, k - b * block);
-                      float* out = tile.x + b * (block + 1) * width;
-                      turn(rows_of_x + (tile.token * stride + b * block) * itemsize, stride, tile.count, here, out,
-                           width, width);
-                      std::fill(out + here * width, out + (block + 1) * width, 0.0f);
-                    }
-                  });
+  parallel_chunks(
+      static_cast<int64_t>(tiles.size()) * args.blocks, 1 + 32768 / (block * widest), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Tile& tile = tiles[i / args.blocks];
+          const int64_t b = i % args.blocks, width = tile.width(), here = std::min(block, k - b * block);
+          float* out = tile.x + b * (block + 1) * width;
+          turn(rows_of_x + (tile.token * stride + b * block) * itemsize, stride, tile.count, here, out, width, width);
+          std::fill(out + here * width, out + (block + 1) * width, 0.0f);
+        }
+      });
 
   const IndexedLinearTable& table = indexed_linear_table(active_isa());
   float* sums = scratch.mutable_data_ptr<float>();

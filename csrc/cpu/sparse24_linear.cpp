@@ -19,7 +19,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   STD_TORCH_CHECK(metadata.scalar_type() == ScalarType::Short && metadata.is_contiguous() && metadata.dim() == 2 &&
                       metadata.size(0) == n && metadata.size(1) == k_padded / 16,
                   "metadata: must be contiguous int16 [out_features, k / 16]");
-  if (tokens > few_tokens_24() && stored != Stored::i8)
+  if (tokens > few_tokens() && stored != Stored::i8)
     return linear_by_panels(
         x, n, options, [&](Tensor& dense, int64_t begin) { sparse24_decompress_rows(values, metadata, dense, begin); });
   LinearOutput output(x, n, options);

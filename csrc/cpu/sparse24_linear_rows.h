@@ -6,14 +6,15 @@
 //                             values   ──► width weights ──────────────────────► one FMA
 //
 // With several tokens four rows share the registers of x, and up to four tokens share the indices. One token is bound
-// by memory: it takes a row at a time, so that the weights are one stream, which the hardware's prefetcher follows
-// better than any software prefetch that was tried.
+// by memory: it takes a row at a time, so that the weights are one stream, and asks for it early.
 #pragma once
 
 #include "sparse24_linear.h"
 
 namespace pyfast {
 namespace {
+
+constexpr int kAhead = 4096;  // bytes of a row's values to ask for early
 
 template <class T, int rows, int tokens>
 void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
@@ -39,6 +40,7 @@ void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
     for (int r = 0; r < rows; ++r) {
       const Lookup kept(metadata + r * (a.k / 16) + k / 16);
       const Vec w = load(values + r * (a.k / 2) + k / 2);
+      if constexpr (tokens == 1) __builtin_prefetch(reinterpret_cast<const char*>(values + k / 2) + kAhead, 0, 3);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) sum[r][t] = fma(w, kept(low[t], high[t]), sum[r][t]);
     }

@@ -85,7 +85,7 @@ LinearOutput::LinearOutput(const Tensor& x, int64_t n, const LinearOptions& opti
   }
 }
 
-int64_t few_tokens_24() {
+int64_t few_tokens() {
   switch (active_isa()) {
     case Isa::serial:
       return 8;
@@ -95,11 +95,6 @@ int64_t few_tokens_24() {
       return 32;
   }
   return 0;
-}
-
-int64_t few_tokens_bitmap(Stored stored, double density) {
-  const int64_t few = few_tokens_24();
-  return expands_and_widens(active_isa(), stored, density) ? std::min<int64_t>(few, 16) : few;
 }
 
 namespace {

@@ -48,10 +48,8 @@ struct LinearOutput {
 // Activations as the kernels for few tokens read them: [tokens, k_padded] float32, contiguous.
 Tensor widen_activations(const Tensor& x, int64_t k_padded);
 
-// Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured): for a
-// 2:4 weight, and for a bitmap of this density.
-int64_t few_tokens_24();
-int64_t few_tokens_bitmap(Stored stored, double density);
+// Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured).
+int64_t few_tokens();
 
 // y = f(x Wᵀ + bias) · mul by dense_linear.h, a panel of rows at a time: decompress(dense, begin) writes the dense
 // rows of W from begin on, as many as `dense` [rows, k] has. One panel is made and used again: it stays in the cache.

@@ -49,11 +49,6 @@ const BitmapLinearTable& bitmap_linear_table(Isa isa, double density) {
   return pick(isa, kBitmapLinearSerial, kBitmapLinearAvx2, kBitmapLinearAvx512);
 }
 
-bool expands_and_widens(Isa isa, Stored stored, double density) {
-  if (isa != Isa::avx512) return true;
-  return !(has_vbmi2() && density < kLookUpDensity) && !(has_avx512_bf16() && stored == Stored::bf16);
-}
-
 const BitmapConvertTable& bitmap_convert_table(Isa isa) {
   static const bool vbmi2 = has_vbmi2();
   if (isa == Isa::avx512 && vbmi2) return kBitmapConvertAvx512Vbmi2;
@@ -77,7 +72,6 @@ const NmMaskTable& nm_mask_table(Isa isa) { return pick(isa, kNmMaskSerial, kNmM
 const DistillKlTable& distill_kl_table(Isa) { return kDistillKlSerial; }
 const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSerial; }
 const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
-bool expands_and_widens(Isa, Stored, double) { return true; }
 const BitmapConvertTable& bitmap_convert_table(Isa) { return kBitmapConvertSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }

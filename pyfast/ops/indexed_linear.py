@@ -36,8 +36,8 @@ def indexed_linear(
 
 
 define(
-    "indexed_linear(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor rows, Tensor? bias, int n, int panel, "
-    "int block, int activation, Tensor? mul) -> Tensor"
+    "indexed_linear(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor rows, Tensor? bias, int n, "
+    "int panel, int block, int activation, Tensor? mul) -> Tensor"
 )
 define(
     "bitmap_to_indexed(Tensor values, Tensor bitmaps, Tensor offsets, Tensor? scales, int n, int k, int panel, "

@@ -19,7 +19,7 @@ from :func:`built_in`.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pyfast.sparse.layouts import block_columns
@@ -210,17 +210,15 @@ def break_even(
     tokens: int,
     dtype: str,
     threads: int,
-    few_tokens: Callable[[float], int],
+    few_tokens: int,
 ) -> float | None:
     """The smallest sparsity, in steps of 1 %, from which on the best sparse kernel for a bitmap weight is expected to
-    be as fast as the best dense one; None where not even 99 % is enough. ``few_tokens`` goes by the density."""
+    be as fast as the best dense one; None where not even 99 % is enough."""
     n, k = shape
     found = None
     for percent in range(99, -1, -1):
         stored = round((1 - percent / 100) * n * k)
-        expected = predict(
-            constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens(stored / (n * k)))
-        )
+        expected = predict(constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens))
         dense = min(ms for kernel, ms in expected.items() if kernel in ("dense", "packed"))
         if min(expected["direct"], expected["indexed"]) > dense:
             break
@@ -255,14 +253,14 @@ _CYCLES = {
         32,
     ),
     "avx512": _Cycles(  # expands, whatever is stored
-        ((0.4, 0.4, 0.4, 0.4), (0.5, 0.5, 0.5, 0.5), (0.8, 0.8, 0.8, 0.8)),
+        ((0.2, 0.2, 0.2, 0.2), (0.28, 0.28, 0.28, 0.28), (0.4, 0.4, 0.4, 0.4)),
         (0.15, 0.25, 0.4),
         0.5,
         (0.9, 1.1, 1.4, 2.2, 4.0),
         64,
     ),
     "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
-        ((0.1, 0.15, 0.35, 0.35), (0.15, 0.2, 0.5, 0.5), (0.25, 0.3, 0.8, 0.8)),
+        ((0.11, 0.12, 0.16, 0.16), (0.13, 0.14, 0.22, 0.22), (0.2, 0.22, 0.28, 0.28)),
         (0.15, 0.25, 0.4),
         0.5,
         (0.9, 1.1, 1.4, 2.2, 4.0),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -101,9 +100,7 @@ def break_even(
             raise ValueError(f"{argument}: got {value}, accepted: 1 or more")
     threads = threads or torch.get_num_threads()
     constants = calibration.constants(threads, _isa())
-    return cost_model.break_even(
-        constants, shape, tokens, name, threads, partial(_native.CPU.few_tokens, "bitmap", name)
-    )
+    return cost_model.break_even(constants, shape, tokens, name, threads, _native.CPU.few_tokens())
 
 
 def choose(weight: SparseWeight, tokens: int) -> str:
@@ -126,7 +123,7 @@ def work_of(weight: SparseWeight, tokens: int) -> Work:
     cpu = _native.CPU
     few = 0
     if cpu is not None and weight.dtype in _DTYPES:
-        few = cpu.few_tokens(weight.format, dtype, stored / max(n * k, 1))
+        few = cpu.few_tokens()
     return Work(weight.format, n, k, stored, dtype, tokens, torch.get_num_threads(), few)
 
 
