@@ -29,24 +29,36 @@ struct Columns {
   [[gnu::always_inline]] inline Columns(const float* p, int64_t stride) : x(p), stride(stride) {}
 };
 
-template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
-  Vec s[tokens];
+// Sixteen registers hold no second row beside the first: all is done at the end.
+template <class T>
+struct Row {
+  const T* w;
+  uint64_t word;
+
+  [[gnu::always_inline]] inline Row(const T* w, uint64_t word) : w(w), word(word) {}
+
+  [[gnu::always_inline]] inline void spread() {}
+
+  template <int tokens>
+  [[gnu::always_inline]] inline void add(const Columns<T, tokens>& c, Vec* sum) const {
+    const T* next = w;
+    Vec s[tokens];
 #pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) s[t] = sum[t];
+    for (int t = 0; t < tokens; ++t) s[t] = sum[t];
 #pragma GCC unroll 8
-  for (int i = 0; i < kSteps; ++i) {
-    const uint64_t offset = table_offset(word, i);
-    const char* row = reinterpret_cast<const char*>(kExpandTable.lane) + offset;
-    const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(row));
-    const Vec e = {_mm256_castsi256_ps(spread(_mm256_castps_si256(load(w).v), index))};
+    for (int i = 0; i < kSteps; ++i) {
+      const uint64_t offset = table_offset(word, i);
+      const char* row = reinterpret_cast<const char*>(kExpandTable.lane) + offset;
+      const __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i*>(row));
+      const Vec e = {_mm256_castsi256_ps(pyfast::spread(_mm256_castps_si256(load(next).v), index))};
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) s[t] = fma(e, load(c.x + t * c.stride + 8 * i), s[t]);
-    w += __builtin_popcountll(offset);
+      for (int t = 0; t < tokens; ++t) s[t] = fma(e, load(c.x + t * c.stride + 8 * i), s[t]);
+      next += __builtin_popcountll(offset);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) sum[t] = s[t];
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) sum[t] = s[t];
-}
+};
 
 }  // namespace
 }  // namespace pyfast

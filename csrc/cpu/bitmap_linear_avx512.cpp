@@ -28,25 +28,31 @@ struct Columns {
 //   word      ··· 0 1 1 0 1 │ 16 bits a step
 //   w         a b c ···          ──(expand)──►   · c b · a   ──► FMA with the 16 activations of the step
 //
-// No step waits for the one before, each counts for itself where its values begin, and no row for the one before: its
-// products are summed by themselves first. The loads come first of all, and by themselves: gcc would fold them into
-// the expansions, whose form with memory takes Zen 5 several times as long.
-template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
+// No step waits for the one before: each counts for itself where its values begin.
+template <class T>
+struct Row {
+  uint64_t word;
   Vec e[kSteps];
+
+  [[gnu::always_inline]] inline Row(const T* w, uint64_t word) : word(word) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kSteps; ++i) e[i] = load(w + __builtin_popcountll(word & ((uint64_t{1} << (16 * i)) - 1)));
-  asm("" : "+v"(e[0].v), "+v"(e[1].v), "+v"(e[2].v), "+v"(e[3].v));
-#pragma GCC unroll 4
-  for (int i = 0; i < kSteps; ++i) e[i] = {_mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * i)), e[i].v)};
-#pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) {
-    Vec row = e[0] * c.x[t][0];
-#pragma GCC unroll 4
-    for (int i = 1; i < kSteps; ++i) row = fma(e[i], c.x[t][i], row);
-    sum[t] = sum[t] + row;
+    for (int i = 0; i < kSteps; ++i) e[i] = load(w + __builtin_popcountll(word & ((uint64_t{1} << (16 * i)) - 1)));
+    // gcc would fold the loads into the expansions, whose form with memory takes Zen 5 several times as long.
+    asm("" : "+v"(e[0].v), "+v"(e[1].v), "+v"(e[2].v), "+v"(e[3].v));
   }
-}
+
+  [[gnu::always_inline]] inline void spread() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSteps; ++i) e[i] = {_mm512_maskz_expand_ps(static_cast<__mmask16>(word >> (16 * i)), e[i].v)};
+  }
+
+  template <int tokens>
+  [[gnu::always_inline]] inline void add(const Columns<T, tokens>& c, Vec* sum) const {
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t)  // in two chains
+      sum[t] = fma(e[0], c.x[t][0], fma(e[2], c.x[t][2], sum[t])) + fma(e[1], c.x[t][1], e[3] * c.x[t][3]);
+  }
+};
 
 }  // namespace
 }  // namespace pyfast

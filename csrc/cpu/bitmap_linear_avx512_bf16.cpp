@@ -14,7 +14,7 @@
 namespace pyfast {
 namespace {
 
-constexpr int kUsualValues = 64;
+constexpr int kUsualValues = 32;
 constexpr int kOverread = kTileColumns + 32;
 
 inline __m512bh pairs(__m512i words) { return reinterpret_cast<__m512bh>(words); }
@@ -35,17 +35,31 @@ struct Columns {
   }
 };
 
-template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
-  const uint32_t low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
-  const __m512i first = _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(w));
-  const __m512i second = _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(w + __builtin_popcount(low)));
-#pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) {
-    sum[t] = {_mm512_dpbf16_ps(sum[t].v, pairs(first), pairs(c.x[t][0]))};
-    sum[t] = {_mm512_dpbf16_ps(sum[t].v, pairs(second), pairs(c.x[t][1]))};
+template <class T>
+struct Row {
+  uint32_t low, high;
+  __m512i e[2];
+
+  [[gnu::always_inline]] inline Row(const T* w, uint64_t word)
+      : low(static_cast<uint32_t>(word)),
+        high(static_cast<uint32_t>(word >> 32)),
+        e{_mm512_loadu_si512(w), _mm512_loadu_si512(w + __builtin_popcount(low))} {
+    asm("" : "+v"(e[0]), "+v"(e[1]));  // as in bitmap_linear_avx512.cpp
   }
-}
+
+  [[gnu::always_inline]] inline void spread() {
+    e[0] = _mm512_maskz_expand_epi16(low, e[0]);
+    e[1] = _mm512_maskz_expand_epi16(high, e[1]);
+  }
+
+  template <int tokens>
+  [[gnu::always_inline]] inline void add(const Columns<T, tokens>& c, Vec* sum) const {
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) sum[t] = {_mm512_dpbf16_ps(sum[t].v, pairs(e[i]), pairs(c.x[t][i]))};
+  }
+};
 
 }  // namespace
 }  // namespace pyfast

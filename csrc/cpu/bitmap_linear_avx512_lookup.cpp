@@ -45,27 +45,46 @@ struct Columns {
   }
 };
 
-// Up to 16 stored values of a row, `left` of them, at the columns in the low bytes.
-template <class T, int tokens>
-[[gnu::always_inline]] inline void add_sixteen(const T* w, __m512i bytes, int left, const Columns<T, tokens>& c,
-                                               Vec* sum) {
-  const __m512i column = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
-  const __mmask16 upper = _mm512_test_epi32_mask(column, _mm512_set1_epi32(32));
-  const Vec value = load_first(w, static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<uint32_t>(left))));
-#pragma GCC unroll 4
-  for (int t = 0; t < tokens; ++t) sum[t] = fma(value, c.at(t, column, upper), sum[t]);
-}
+// The lanes of the first `left` of up to 16 values.
+inline __mmask16 lanes(int left) { return static_cast<__mmask16>(_bzhi_u32(0xffff, static_cast<uint32_t>(left))); }
 
-template <class T, int tokens>
-[[gnu::always_inline]] inline void add_row(const T* w, uint64_t word, const Columns<T, tokens>& c, Vec* sum) {
-  __m512i bytes = _mm512_maskz_compress_epi8(word, _mm512_load_si512(kColumnNumbers));
-  const int stored = __builtin_popcountll(word);
-  add_sixteen<T, tokens>(w, bytes, stored, c, sum);
-  for (int done = 16; __builtin_expect(done < stored, 0); done += 16) {
-    bytes = _mm512_alignr_epi64(bytes, bytes, 2);  // the next 16
-    add_sixteen<T, tokens>(w + done, bytes, stored - done, c, sum);
+template <class T>
+struct Row {
+  const T* w;
+  uint64_t word;
+  int stored;
+  __m512i columns, column;  // one byte each; the first 16 widened
+  Vec value;
+
+  [[gnu::always_inline]] inline Row(const T* w, uint64_t word)
+      : w(w),
+        word(word),
+        stored(__builtin_popcountll(word)),
+        columns(_mm512_maskz_compress_epi8(word, _mm512_load_si512(kColumnNumbers))),
+        value(load_first(w, lanes(stored))) {}
+
+  [[gnu::always_inline]] inline void spread() { column = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(columns)); }
+
+  template <int tokens>
+  [[gnu::always_inline]] inline void add(const Columns<T, tokens>& c, Vec* sum) const {
+    add_sixteen(column, value, c, sum);
+    __m512i rest = columns;
+    for (int done = 16; __builtin_expect(done < stored, 0); done += 16) {
+      rest = _mm512_alignr_epi64(rest, rest, 2);  // the next 16
+      add_sixteen(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(rest)), load_first(w + done, lanes(stored - done)), c,
+                  sum);
+    }
   }
-}
+
+ private:
+  template <int tokens>
+  [[gnu::always_inline]] static inline void add_sixteen(__m512i column, Vec value, const Columns<T, tokens>& c,
+                                                        Vec* sum) {
+    const __mmask16 upper = _mm512_test_epi32_mask(column, _mm512_set1_epi32(32));
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) sum[t] = fma(value, c.at(t, column, upper), sum[t]);
+  }
+};
 
 }  // namespace
 }  // namespace pyfast

@@ -2,10 +2,15 @@
 //
 // The ISA file that includes this defines
 //   kUsualValues   stored values of a row of a tile for which memory is asked early
-//   kOverread      values that add_row may read behind a row's first one, whether they are the row's or not
+//   kOverread      values that Row may read behind a row's first one, whether they are the row's or not
 //   template <class T, int tokens> struct Columns { Columns(const float* x, int64_t stride); }   64 of each token
-//   template <class T, int tokens> void add_row(const T* w, uint64_t word, const Columns<T, tokens>&, Vec* sum)
-// where add_row adds to sum[t] the products of one row's stored values w with token t's activations at the set bits.
+//   template <class T> struct Row {                                   the stored values w of a row, in three steps:
+//     Row(const T* w, uint64_t word);                                   loaded,
+//     void spread();                                                    brought to their places,
+//     template <int tokens> void add(const Columns<T, tokens>&, Vec* sum);   multiplied: added to sum[t] are the
+//   }                                                                   products with token t's activations at the bits
+// Two rows take every step side by side. A processor looks a few dozen vector operations ahead, about one row of them,
+// each of which waits for the one before: one row after another takes twice the time.
 #pragma once
 
 #include "bitmap_linear.h"
@@ -36,11 +41,19 @@ template <class T>
     __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead + at, 0, 3);
 }
 
+// Adds the products of two rows of a tile and moves on behind their values.
 template <class T, int tokens>
-[[gnu::always_inline]] inline void add_tile_row(const T*& w, uint64_t word, const Columns<T, tokens>& x, Vec* sum) {
+[[gnu::always_inline]] inline void add_two_rows(const T*& w, const uint64_t* words, const Columns<T, tokens>& x,
+                                                Vec (*sum)[tokens]) {
+  const T* second = w + __builtin_popcountll(words[0]);
   prefetch_values(w);
-  add_row<T, tokens>(w, word, x, sum);
-  w += __builtin_popcountll(word);
+  prefetch_values(second);
+  Row<T> a(w, words[0]), b(second, words[1]);
+  a.spread();
+  b.spread();
+  a.add(x, sum[0]);
+  b.add(x, sum[1]);
+  w = second + __builtin_popcountll(words[1]);
 }
 
 // The sums of 16 rows over all tiles. copied: the strip comes too near the end of the buffer to be read in place. (A
@@ -60,12 +73,12 @@ void bitmap_strip(const BitmapLinearArgs& a, int64_t tile_row, int64_t token) {
     if constexpr (copied) {
       TileCopy<T> buffer;
       w = buffer.of(a, tile_row * tiles + tile);
-      for (int r = 0; r < kTileRows; ++r) add_tile_row<T, tokens>(w, words[r], x, sum[r]);
+      for (int r = 0; r < kTileRows; r += 2) add_two_rows<T, tokens>(w, words + r, x, sum + r);
     } else if constexpr (tokens == 1 && Vec::width == 16) {  // unrolled, the 16 sums stay in registers
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) add_tile_row<T, tokens>(w, words[r], x, sum[r]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; r += 2) add_two_rows<T, tokens>(w, words + r, x, sum + r);
     } else {
-      for (int r = 0; r < kTileRows; ++r) add_tile_row<T, tokens>(w, words[r], x, sum[r]);
+      for (int r = 0; r < kTileRows; r += 2) add_two_rows<T, tokens>(w, words + r, x, sum + r);
     }
   }
   float total[kTileRows][tokens];  // first all sums, then the outputs: a call saves no vector register
