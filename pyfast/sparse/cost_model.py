@@ -260,7 +260,7 @@ _CYCLES = {
         64,
     ),
     "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
-        ((0.11, 0.12, 0.16, 0.16), (0.13, 0.14, 0.22, 0.22), (0.2, 0.22, 0.28, 0.28)),
+        ((0.09, 0.11, 0.14, 0.14), (0.13, 0.15, 0.19, 0.19), (0.2, 0.22, 0.26, 0.26)),
         (0.15, 0.25, 0.4),
         0.5,
         (0.9, 1.1, 1.4, 2.2, 4.0),
@@ -268,7 +268,7 @@ _CYCLES = {
     ),
 }
 # bfloat16 multiplied as it is, which processors with VBMI2 and BF16 do.
-_BF16_BITMAP_CYCLES = ((0.08, 0.08, 0.12, 0.15), (0.12, 0.12, 0.15, 0.18), (0.15, 0.15, 0.17, 0.2))
+_BF16_BITMAP_CYCLES = ((0.075,) * 4, (0.12,) * 4, (0.18,) * 4)
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
 _DENSE_EFFICIENCY = 0.85
