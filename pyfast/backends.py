@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfast import _native
+from pyfast import _changes, _native
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("avx512", "avx2", "serial")
@@ -130,10 +130,12 @@ def isa(name: str) -> Iterator[None]:
         raise ValueError(f"isa: {_native.CPU_REASON}")
     before = _native.CPU.active_isa()
     _native.CPU.set_active_isa(name)
+    _changes.rise()
     try:
         yield
     finally:
         _native.CPU.set_active_isa(before)
+        _changes.rise()
 
 
 def build_info() -> dict[str, str]:

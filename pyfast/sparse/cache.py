@@ -15,18 +15,6 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-_generation = 0
-
-
-def generation() -> int:
-    """Rises where constants may have changed: whoever remembers a choice goes by it."""
-    return _generation
-
-
-def changed() -> None:
-    """Says that constants may have changed."""
-    global _generation
-    _generation += 1
 
 
 def cache_file() -> Path | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast import _native, _products
+from pyfast import _changes, _native, _products
 from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast._version import __version__
 from pyfast.ops.bitmap_linear import bitmap_linear
@@ -87,14 +87,14 @@ def forget() -> None:
     """Lets the file be read again, and forgets what this process has measured."""
     _measured.clear()
     constants.cache_clear()
-    cache.changed()
+    _changes.rise()
 
 
 def save(found: Constants, threads: int, isa: str) -> Path | None:
     """Adds a calibration to the file, which is there whole or not at all, and uses it from now on in this process.
     None, with a warning, where it cannot be written."""
     constants.cache_clear()
-    cache.changed()
+    _changes.rise()
     _measured[threads, isa] = found
     return cache.store(device(threads, isa), library(), to_json(found))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyfast import _cuda_clock, _native
+from pyfast import _changes, _cuda_clock, _native
 from pyfast._version import __version__
 from pyfast.ops import sparse24_convert
 from pyfast.ops.bitmap_linear import bitmap_linear
@@ -66,7 +66,7 @@ def _constants(device: str) -> CudaConstants:
 def save(found: CudaConstants) -> Path | None:
     """Keeps a calibration, and uses it from now on in this process; the file, or None where it cannot be written."""
     _constants.cache_clear()
-    cache.changed()
+    _changes.rise()
     _measured[found.device] = found
     return cache.store(found.device, library(), cuda_costs.to_json(found))
 

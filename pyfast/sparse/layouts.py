@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyfast import _products
-from pyfast.ops.indexed_linear import indexed_linear
+from pyfast import _changes, _products
+from pyfast.ops import indexed_linear as _defines_the_op  # noqa: F401
 from pyfast.reference.epilogue import epilogue
 from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import SparseWeight
@@ -46,6 +46,7 @@ KINDS = (*SPARSE_KINDS, "packed", "dense")  # where two are expected to be alike
 PACKED_TOKENS = 16  # oneDNN packs for a number of rows; its blocks serve any
 NARROW_BLOCK_DENSITY = 0.15  # from here on a row stores enough in 128 columns
 
+_INDEXED = torch.ops.pyfast.indexed_linear.default
 _LOCK = threading.Lock()
 
 
@@ -71,6 +72,7 @@ def set_layouts(policy: str) -> str:
     if policy not in POLICIES:
         raise ValueError(f"policy: got {policy!r}, accepted: {', '.join(map(repr, POLICIES))}")
     before, _policy = _policy, policy
+    _changes.rise()
     return before
 
 
@@ -120,7 +122,8 @@ class IndexedLayout:
             made = ops.sparse24_to_indexed(values, tensors["metadata"], scales, k, panel, block)
         else:
             made = ops.bitmap_to_indexed(values, tensors["bitmaps"], tensors["offsets"], scales, n, k, panel, block)
-        return cls(*made, n, panel, block)
+        values, columns, starts, rows = made
+        return cls(values, columns, starts, rows, n, panel, block)
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +133,7 @@ class IndexedLayout:
     def linear(self, x: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
         """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
         layout = self.values, self.columns, self.starts, self.rows
-        return indexed_linear(x, *layout, bias, self.n, self.panel, self.block, activation, mul)
+        return _INDEXED(x, *layout, bias, self.n, self.panel, self.block, activation, mul)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ class Layouts:
         self._changed = False
         self._refused: set[str] = set()
         self.choices: dict[Any, str] = {}  # of planning.py
+        self.last: Any = None  # the call of linear.py that was served last; it may hold a layout
 
     def get(self, kind: str, weight: SparseWeight) -> Layout | None:
         """The layout of this kind, made where it is not there. None at the first call after a change, while a CUDA
@@ -224,7 +228,7 @@ class Layouts:
         with self._lock:
             held = self._held
             if held is not None and not held[0].matches(weight):
-                held, self._changed = None, True
+                held, self.last, self._changed = None, None, True
             if held is not None and kind in held[1]:
                 return held[1][kind]  # another thread was faster
             if held is None:
@@ -255,7 +259,7 @@ class Layouts:
         """Forgets every layout; ``changed`` where the values are others now."""
         with self._lock:
             if self._held is not None:
-                self._held, self._changed = None, changed
+                self._held, self.last, self._changed = None, None, changed
 
     def held(self) -> dict[str, int]:
         """The kinds that are in memory, with their bytes."""

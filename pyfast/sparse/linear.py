@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pyfast import _native, backends
+from pyfast import _changes, _native, backends
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.reference.epilogue import ACTIVATIONS, epilogue
@@ -24,6 +25,8 @@ _NUMBERS: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(
 _WEIGHTS = (Sparse24Weight, BitmapWeight)
 _BITMAP = torch.ops.pyfast.bitmap_linear.default
 _SPARSE24 = torch.ops.pyfast.sparse24_linear.default
+# The autograd of a custom op is Python, called whether a gradient is wanted or not.
+_BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 _LOCK = threading.Lock()
 _HAS_KERNELS = {"cpu": _native.CPU is not None, "cuda": _native.CUDA is not None}
 
@@ -59,6 +62,10 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, named in the message.
     """
+    if mul is None and backend is None and not torch.compiler.is_compiling():
+        last: _Call | None = getattr(getattr(weight, "_layouts", None), "last", None)
+        if last is not None and last.is_like(x, weight, bias, activation):
+            return last.again(x)
     _check(x, weight, bias, activation, mul)
     n, k = weight.shape
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # numel() would make traced sizes constants
@@ -67,8 +74,66 @@ def sparse_linear(
     if torch.is_grad_enabled() and _wants_gradient(x, weight.values, bias, mul):
         y = epilogue(_direct(rows, weight, bias, 0, None, backend), number, gate)
     else:
-        y = _inferred(rows, weight, bias, number, gate, backend)
+        y = _inferred(x, rows, weight, bias, activation, gate, backend)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+
+
+Product = Callable[[Tensor, Tensor | None, int, Tensor | None], Tensor]  # rows, bias, activation, mul
+
+
+class _Call:
+    """A product on the CPU without gradients, as it was served: asked again, the same is done without looking at
+    everything once more. Between two layers of a model the weights sweep the caches, and every Python object that is
+    looked at comes from memory."""
+
+    __slots__ = (
+        "activation",
+        "bias",
+        "changes",
+        "dtype",
+        "number",
+        "out",
+        "product",
+        "rows",
+        "shape",
+        "stamp",
+        "threads",
+    )
+
+    def __init__(self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, product: Product):
+        n, k = weight.shape
+        self.shape, self.rows, self.out = x.shape, (math.prod(x.shape[:-1]), k), (*x.shape[:-1], n)
+        self.dtype, self.bias, self.activation, self.number = x.dtype, bias, activation, _NUMBERS[activation]
+        self.product = product
+        self.threads, self.changes = torch.get_num_threads(), _changes.number
+        self.stamp = [(name, t, t._version, t.data_ptr()) for name, t in weight.tensors().items()]
+
+    def is_like(self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None) -> bool:
+        """Whether this call differs in the values of x alone, and nothing has changed since."""
+        if (
+            type(x) is not Tensor
+            or x.shape != self.shape
+            or x.dtype is not self.dtype
+            or not x.is_cpu
+            or bias is not self.bias
+            or activation != self.activation
+            or torch.is_grad_enabled()
+            or self.changes != _changes.number
+            or self.threads != torch.get_num_threads()
+            or is_in_torch_dispatch_mode()
+        ):
+            return False
+        tensors = weight.__dict__
+        for name, tensor, version, address in self.stamp:
+            if tensors[name] is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
+
+    def again(self, x: Tensor) -> Tensor:
+        """The product with another x."""
+        if x.dim() == 2:
+            return self.product(x, self.bias, self.number, None)
+        return self.product(x.reshape(self.rows), self.bias, self.number, None).view(self.out)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -76,15 +141,34 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _inferred(
-    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None, backend: str | None
+    x: Tensor,
+    rows: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    mul: Tensor | None,
+    backend: str | None,
 ) -> Tensor:
     """The product without gradients: by the layout of the plan, where the weight can keep one."""
-    if backend is None and not torch.compiler.is_compiling() and _ordinary(rows, weight):
-        kernel = choose(weight, rows.shape[0])
-        if kernel != "direct" and (layout := layouts.of(weight).get(kernel, weight)) is not None:
-            return layout.linear(rows, bias, activation, mul)
-        return _native_direct(rows, weight, bias, activation, mul)
-    return _direct(rows, weight, bias, activation, mul, backend)
+    number = _NUMBERS[activation]
+    if backend is not None or torch.compiler.is_compiling() or not _ordinary(rows, weight):
+        return _direct(rows, weight, bias, number, mul, backend)
+    held, kernel = layouts.of(weight), choose(weight, rows.shape[0])
+    layout = None if kernel == "direct" else held.get(kernel, weight)
+    product: Product = _native_direct(weight) if layout is None else layout.linear
+    if (kernel == "direct" or layout is not None) and _can_be_remembered(x, weight):
+        held.last = _Call(x, weight, bias, activation, product)
+    return product(rows, bias, number, mul)
+
+
+def _can_be_remembered(x: Tensor, weight: SparseWeight) -> bool:
+    """Whether changes would be seen: tensors made in inference mode have no version."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not any(tensor.is_inference() for tensor in weight.tensors().values())
+    )
 
 
 def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:
@@ -113,15 +197,25 @@ def _direct(
     return bitmap_linear(rows, *tensors, bias, n, activation, mul, backend)
 
 
-def _native_direct(
-    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None
-) -> Tensor:
-    """The same by the kernels of the device, known to serve: the shortest way for one token."""
+def _native_direct(weight: SparseWeight) -> Product:
+    """The same by the kernels of the device, known to serve and without gradients: the shortest way for one token. It
+    does not hold the weight, in which it may be kept."""
+    n = weight.shape[0]
     if isinstance(weight, Sparse24Weight):
-        return _SPARSE24(rows, weight.values, weight.metadata, weight.scales, bias, activation, mul)
-    assert isinstance(weight, BitmapWeight)
-    tensors = weight.values, weight.bitmaps, weight.offsets, weight.scales
-    return _BITMAP(rows, *tensors, bias, weight.shape[0], activation, mul)
+        two_four = weight.values, weight.metadata, weight.scales
+
+        def product(rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
+            with _BelowAutograd():
+                return _SPARSE24(rows, *two_four, bias, activation, mul)
+    else:
+        assert isinstance(weight, BitmapWeight)
+        bitmap = weight.values, weight.bitmaps, weight.offsets, weight.scales
+
+        def product(rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
+            with _BelowAutograd():
+                return _BITMAP(rows, *bitmap, bias, n, activation, mul)
+
+    return product
 
 
 def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pyfast import _native, backends
-from pyfast.sparse import cache, calibration, cost_model, cuda_calibration, cuda_costs, cusparselt, layouts
+from pyfast import _changes, _native, backends
+from pyfast.sparse import calibration, cost_model, cuda_calibration, cuda_costs, cusparselt, layouts
 from pyfast.sparse.cost_model import Work
 from pyfast.sparse.formats import SparseWeight
 
@@ -105,7 +105,7 @@ def break_even(
 
 def choose(weight: SparseWeight, tokens: int) -> str:
     """The kernel of :func:`plan`, remembered by the weight: what a forward pass asks."""
-    key = tokens, torch.get_num_threads(), _isa(), layouts.policy(), cache.generation()
+    key = tokens, torch.get_num_threads(), _changes.number
     choices = layouts.of(weight).choices
     kernel = choices.get(key)
     if kernel is None:

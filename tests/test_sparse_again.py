@@ -1,0 +1,212 @@
+"""A product that is asked for again is served without looking at everything once more: whatever may have changed since
+must be seen all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative_error
+from sparse_cases import DTYPES, weight_24, weight_unstructured
+
+from pyfast import BitmapWeight, Sparse24Weight, backends, sparse, sparse_linear
+
+N, K = 96, 192
+pytestmark = pytest.mark.skipif(not backends.isas_supported(), reason="no native kernels")
+
+
+def weight(format="bitmap", dtype=torch.float32, sparsity=0.9):
+    if format == "2:4":
+        return Sparse24Weight.from_dense(weight_24(N, K, dtype))
+    return BitmapWeight.from_dense(weight_unstructured(N, K, sparsity, dtype))
+
+
+def last(container):
+    return container._layouts.last
+
+
+def remembered(container, x, bias=None, activation=None):
+    """Whether this call would be served as the one before."""
+    call = last(container)
+    with torch.no_grad():
+        return call is not None and call.is_like(x, container, bias, activation)
+
+
+def true(x, container, bias=None):
+    y = x.double() @ container.to_dense().double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.fixture(params=["direct", "indexed"])
+def kernel(request, monkeypatch):
+    """Plans that choose this kernel."""
+    monkeypatch.setattr("pyfast.sparse.linear.choose", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", ["bitmap", "2:4"])
+@pytest.mark.parametrize("shape", [(3, K), (2, 3, K), (K,), (1, 1, K)])
+def test_another_x_of_the_same_shape(kernel, format, dtype, shape):
+    container, bias = weight(format, dtype), torch.randn(N).to(dtype)
+    with torch.no_grad():
+        for i in range(3):
+            x = torch.randn(shape).to(dtype)
+            assert i == 0 or remembered(container, x, bias, "relu")
+            y = sparse_linear(x, container, bias, activation="relu")
+            expected = true(x, container, bias).relu()
+            assert y.shape == expected.shape and y.dtype == dtype
+            assert relative_error(y, expected) < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+def test_int8(kernel):
+    container = weight().quantize()
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(2, K)
+            assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
+        assert remembered(container, x)
+        half = sparse_linear(x.half(), container)  # the values say nothing of x's dtype
+    assert half.dtype == torch.float16
+
+
+def test_x_that_is_not_contiguous(kernel):
+    container = weight()
+    with torch.no_grad():
+        sparse_linear(torch.randn(4, K), container)
+        wide = torch.randn(K, 4).T
+        assert remembered(container, wide)
+        assert relative_error(sparse_linear(wide, container), true(wide, container)) < 1e-5
+        wide = torch.randn(2, K, 3).transpose(1, 2)
+        for _ in range(2):
+            assert relative_error(sparse_linear(wide, container), true(wide, container)) < 1e-5
+
+
+def test_what_is_different_is_not_the_same_call(kernel):
+    container, bias, x = weight(), torch.randn(N), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container, bias)
+    assert remembered(container, x, bias) and remembered(container, torch.randn(3, K), bias)
+    for other in (
+        (torch.randn(2, K), bias),
+        (torch.randn(1, 3, K), bias),
+        (x.double(), bias),
+        (x, None),
+        (x, bias.clone()),
+        (x, bias, "silu"),
+        (torch.nn.Parameter(x), bias),
+        (x.to("meta"), bias),
+        ("x", bias),
+    ):
+        assert not remembered(container, *other)
+    assert not last(container).is_like(x, container, bias, None)  # gradients are on
+
+
+def test_bad_input_is_refused_after_a_good_call(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+        with pytest.raises(ValueError, match="x"):
+            sparse_linear(torch.randn(3, K + 1), container)
+        with pytest.raises(TypeError, match="x"):
+            sparse_linear(x.double(), container)
+        with pytest.raises(ValueError, match="bias"):
+            sparse_linear(x, container, torch.randn(N + 1))
+        with pytest.raises(ValueError, match="activation"):
+            sparse_linear(x, container, activation="tanh")
+        with pytest.raises(TypeError, match="weight"):
+            sparse_linear(x, torch.randn(N, K))
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "replaced", "pattern"])
+def test_changes_of_the_weight_are_seen(kernel, change):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        for _ in range(2):
+            sparse_linear(x, container)
+        if change == "in place":
+            container.values.mul_(2)
+        elif change == "data":
+            container.values.data = container.values * 2
+        elif change == "replaced":
+            container.values = container.values * 2
+        else:
+            other = weight()
+            container.values, container.bitmaps, container.offsets = other.values, other.bitmaps, other.offsets
+        assert not remembered(container, x)
+        for _ in range(3):
+            assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
+
+
+def test_gradients_come_after_calls_without(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+    leaf = x.clone().requires_grad_()
+    sparse_linear(leaf, container).sum().backward()
+    assert relative_error(leaf.grad, container.to_dense().sum(0).expand(3, K)) < 1e-5
+    container.values.requires_grad_()
+    sparse_linear(x, container).sum().backward()
+    assert container.values.grad is not None and container.values.grad.shape == container.values.shape
+
+
+def test_an_optimizer_step_ends_it(kernel):
+    container = weight()
+    values = container.values = torch.nn.Parameter(container.values)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+    optimizer = torch.optim.SGD([values], lr=1.0)
+    values.grad = torch.ones_like(values)
+    optimizer.step()
+    assert not remembered(container, x)
+
+
+def test_what_choices_depend_on(kernel):
+    """The ISA, the number of threads, the policy of layouts."""
+    container, x = weight(), torch.randn(3, K)
+
+    def serve():
+        with torch.no_grad():
+            sparse_linear(x, container)
+        assert remembered(container, x)
+
+    serve()
+    with backends.isa("serial"):
+        assert not remembered(container, x)
+        serve()
+    assert not remembered(container, x)
+    serve()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    assert not remembered(container, x)
+    torch.set_num_threads(before)
+    serve()
+    policy = sparse.set_layouts("none")
+    assert not remembered(container, x)
+    sparse.set_layouts(policy)
+
+
+def test_dropped_layouts_are_not_kept_alive(monkeypatch):
+    monkeypatch.setattr("pyfast.sparse.linear.choose", lambda *_: "indexed")
+    container = weight()
+    with torch.no_grad():
+        sparse_linear(torch.randn(3, K), container)
+    assert last(container) is not None
+    sparse.drop_layouts(container)
+    assert last(container) is None
+
+
+def test_tensors_of_inference_mode_are_not_remembered(kernel):
+    with torch.inference_mode():
+        container, x = weight(), torch.randn(3, K)
+        for _ in range(2):
+            assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
+    assert last(container) is None
+
+
+def test_compiled_after_a_call(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        y = sparse_linear(x, container)
+        compiled = torch.compile(lambda x: sparse_linear(x, container), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), y)
