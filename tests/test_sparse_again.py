@@ -11,7 +11,6 @@ from sparse_cases import DTYPES, weight_24, weight_unstructured
 from pyfast import BitmapWeight, Sparse24Weight, backends, sparse, sparse_linear
 
 N, K = 96, 192
-pytestmark = pytest.mark.skipif(not backends.isas_supported(), reason="no native kernels")
 
 
 def weight(format="bitmap", dtype=torch.float32, sparsity=0.9):

@@ -37,7 +37,7 @@ struct Row {
   [[gnu::always_inline]] inline Row(const T* w, uint64_t word) : word(word) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSteps; ++i) e[i] = load(w + __builtin_popcountll(word & ((uint64_t{1} << (16 * i)) - 1)));
-    // gcc would fold the loads into the expansions, whose form with memory takes Zen 5 several times as long.
+    // gcc would fold the loads into the expansions, which then wait for their masks: slower on Zen 5 by far.
     asm("" : "+v"(e[0].v), "+v"(e[1].v), "+v"(e[2].v), "+v"(e[3].v));
   }
 

@@ -51,14 +51,12 @@ inline __mmask16 lanes(int left) { return static_cast<__mmask16>(_bzhi_u32(0xfff
 template <class T>
 struct Row {
   const T* w;
-  uint64_t word;
   int stored;
   __m512i columns, column;  // one byte each; the first 16 widened
   Vec value;
 
   [[gnu::always_inline]] inline Row(const T* w, uint64_t word)
       : w(w),
-        word(word),
         stored(__builtin_popcountll(word)),
         columns(_mm512_maskz_compress_epi8(word, _mm512_load_si512(kColumnNumbers))),
         value(load_first(w, lanes(stored))) {}

@@ -49,8 +49,9 @@ inline Tensor rows_contiguous(const Tensor& t) {
 // body(begin, end, worker) over [0, count) on all threads, in chunks: each thread takes those of a share of its own,
 // one after another, then what is left of the others'. A thread that the system holds up delays the call by one chunk,
 // not by its whole share; and from call to call a thread writes the same part of an output, whose lines are in its own
-// cache. About 16 chunks a thread, none smaller than `least`; one chunk, and no threads, where count is no larger.
-// worker, from 0 to max_workers() - 1, is never that of another chunk that runs at the same time: scratch goes by it.
+// cache. About 16 chunks a thread, none smaller than `least` but at the ends of shares; no more threads than there are
+// such chunks, and none but the caller where there is one. worker, from 0 to max_workers() - 1, is never that of
+// another chunk that runs at the same time: scratch goes by it.
 //
 // Waking a thread takes 5 to 10 us. `least` should stand for about as much work of one thread: two such chunks are then
 // done no later by two threads than by one, and anything smaller stays with the caller.
@@ -58,8 +59,8 @@ inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_nu
 
 template <class Body>
 void parallel_workers(int64_t count, int64_t least, const Body& body) {
-  const int64_t workers = max_workers();
-  if (count <= least || workers == 1) {
+  const int64_t workers = std::min(max_workers(), (count + least - 1) / least);
+  if (workers <= 1) {
     body(0, count, 0);
     return;
   }

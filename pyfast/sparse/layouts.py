@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyfast import _changes, _products
-from pyfast.ops import indexed_linear as _defines_the_op  # noqa: F401
+from pyfast.ops.indexed_linear import indexed_linear
 from pyfast.reference.epilogue import epilogue
 from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import SparseWeight
@@ -46,7 +46,6 @@ KINDS = (*SPARSE_KINDS, "packed", "dense")  # where two are expected to be alike
 PACKED_TOKENS = 16  # oneDNN packs for a number of rows; its blocks serve any
 NARROW_BLOCK_DENSITY = 0.15  # from here on a row stores enough in 128 columns
 
-_INDEXED = torch.ops.pyfast.indexed_linear.default
 _LOCK = threading.Lock()
 
 
@@ -133,7 +132,7 @@ class IndexedLayout:
     def linear(self, x: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
         """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
         layout = self.values, self.columns, self.starts, self.rows
-        return _INDEXED(x, *layout, bias, self.n, self.panel, self.block, activation, mul)
+        return indexed_linear(x, *layout, bias, self.n, self.panel, self.block, activation, mul)
 
 
 @dataclass(frozen=True)
