@@ -1,6 +1,6 @@
 """The generated tables of docs/kernels.md on what a CPU kernel does in more than one way: rows of the KL that lie near
-each other or apart, one token by a weight's bitmap or by its lists, conversions by instruction set, and dense products
-by MKL or by oneDNN.
+each other or apart, one token by a weight's bitmap or by its lists, what a row and a stored value cost from the cache,
+conversions by instruction set, and dense products by MKL or by oneDNN.
 
     python benchmarks/ways.py [--json benchmarks/results/<device>/ways.json] [--write docs/kernels.md]
 """
@@ -26,6 +26,10 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 THREADS = 2
 TOKENS = (1, 16, 128, 512)
 CONVERTED = (512, 2048)
+WARM = (512, 128, 1024)  # rows of the larger and of the smaller weight, columns: both fit a cache
+BITMAP_TOKENS = (1, 2, 4)
+LIST_TOKENS = (1, 8, 16, 32, 64)
+LIST_SPARSITIES = (0.5, 0.8, 0.95)
 
 
 def losses() -> list[dict[str, Any]]:
@@ -83,6 +87,64 @@ def one_token() -> list[dict[str, Any]]:
     return found
 
 
+def _warm_ns(call: Callable[[int], Callable[[], object]]) -> float:
+    """Nanoseconds on one core that the rows take which the larger weight has more; the call itself drops out."""
+    large, small, _ = WARM
+    timings = interleave({"large": call(large), "small": call(small)}, budget_s=0.2)
+    return 1e6 * (timings["large"].ms - timings["small"].ms)
+
+
+def by_bitmap_warm() -> list[dict[str, Any]]:
+    """Nanoseconds of one core for 64 columns of a row, of which half are stored, by the bitmap."""
+    found = []
+    large, small, k = WARM
+    for name in ("float32", "bfloat16", "float16", "int8"):
+        plain = torch.float32 if name == "int8" else getattr(torch, name)
+        weights = {}
+        for n in (large, small):
+            weight = BitmapWeight.from_dense(torch.randn(n, k).to(plain), mask=torch.rand(n, k) < 0.5)
+            weights[n] = weight.quantize() if name == "int8" else weight
+        for tokens in BITMAP_TOKENS:
+            x = torch.randn(tokens, k).to(plain)
+
+            def call(n: int, weights: dict[int, BitmapWeight] = weights, x: torch.Tensor = x) -> Callable[[], object]:
+                w = weights[n]
+                tables = (w.values, w.bitmaps, w.offsets, w.scales)
+                return lambda: torch.ops.pyfast.bitmap_linear(x, *tables, None, n, 0, None)
+
+            for isa in backends.isas_supported():
+                if isa == "serial":
+                    continue
+                with backends.isa(isa):
+                    ns = _warm_ns(call) / ((large - small) * k / 64)
+                found.append({"dtype": name, "tokens": tokens, "isa": isa, "ns": ns})
+    return found
+
+
+def by_lists_warm() -> list[dict[str, Any]]:
+    """Nanoseconds of one core for a stored value of float32, by the indexed layout, outputs included."""
+    found = []
+    large, small, k = WARM
+    for sparsity in LIST_SPARSITIES:
+        masks = {n: torch.rand(n, k) >= sparsity for n in (large, small)}
+        layouts = {
+            n: IndexedLayout.of(BitmapWeight.from_dense(torch.randn(n, k), mask=mask)) for n, mask in masks.items()
+        }
+        more = int(masks[large].sum() - masks[small].sum())
+        for tokens in LIST_TOKENS:
+            x = torch.randn(tokens, k)
+
+            def call(n: int, layouts: dict[int, IndexedLayout] = layouts, x: torch.Tensor = x) -> Callable[[], object]:
+                return lambda: layouts[n].linear(x, None, 0, None)
+
+            for isa in backends.isas_supported():
+                if isa == "serial":
+                    continue
+                with backends.isa(isa):
+                    found.append({"sparsity": sparsity, "tokens": tokens, "isa": isa, "ns": _warm_ns(call) / more})
+    return found
+
+
 def conversions() -> list[dict[str, Any]]:
     """Billions of elements a second that half-stored weights are converted at, by ISA. Small ones: memory that comes
     fresh from the system would take longer than the conversion."""
@@ -131,7 +193,19 @@ def measure() -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     with torch.inference_mode():
         found = {"losses": losses(), "one_token": one_token(), "conversions": conversions(), "products": products()}
+        torch.set_num_threads(1)
+        found |= {"by_bitmap_warm": by_bitmap_warm(), "by_lists_warm": by_lists_warm()}
         return {"device": cpu_name(), "threads": THREADS, **found}
+
+
+def _by_isa(rows: list[dict[str, Any]], kind: Callable[[dict[str, Any]], str], form: str) -> list[str]:
+    """A table of times, a line for each kind and ISA, a column for each number of tokens."""
+    tokens = list(dict.fromkeys(r["tokens"] for r in rows))
+    cells: dict[str, list[str]] = {}
+    for r in rows:
+        cells.setdefault(f"{kind(r)}, {r['isa']}", []).append(form.format(r["ns"]))
+    head = ["| tokens | " + " | ".join(map(str, tokens)) + " |", "| --- |" + " ---: |" * len(tokens)]
+    return head + [f"| {name} | " + " | ".join(shown) + " |" for name, shown in cells.items()]
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -154,6 +228,14 @@ def text(figures: dict[str, Any]) -> str:
             here = [r for r in figures["one_token"] if (r["n"], r["k"], r["isa"]) == (n, k, isa)]
             shown = [f"{r['bitmap_us']:.0f} / {r['lists_us']:.0f}" for r in here]
             lines.append(f"| {n}x{k}, {isa} | " + " | ".join(shown) + " |")
+    lines += [
+        "",
+        "One core, weights in the cache, ns of a row of 64 columns by the bitmap, 50 % stored, by tokens:",
+        "",
+    ]
+    lines += _by_isa(figures["by_bitmap_warm"], lambda r: r["dtype"], "{:.1f}")
+    lines += ["", "One core, weights in the cache, float32, ns of a stored value by lists, by tokens and sparsity:", ""]
+    lines += _by_isa(figures["by_lists_warm"], lambda r: f"{r['sparsity']:.0%}".replace("%", " %"), "{:.2f}")
     isas = list(dict.fromkeys(r["isa"] for r in figures["conversions"]))
     size = "x".join(map(str, CONVERTED))
     lines += ["", f"Conversions of a {size} weight that stores one half, 10⁹ elements a second:", ""]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import relative_error
 from sparse_cases import DTYPES, weight_24, weight_unstructured
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfast import BitmapWeight, Sparse24Weight, backends, sparse, sparse_linear
 
@@ -201,6 +202,24 @@ def test_tensors_of_inference_mode_are_not_remembered(kernel):
         for _ in range(2):
             assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
     assert last(container) is None
+
+
+def test_who_watches_the_operators_sees_the_weight_as_it_is_stored(kernel):
+    """Under a dispatch mode, such as one that counts or fakes, no layout serves: it knows nothing of layouts."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    container, x, seen = weight(), torch.randn(3, K), []
+    with torch.no_grad():
+        sparse_linear(x, container)
+        assert remembered(container, x)
+        with Watch():
+            sparse_linear(x, container)
+            assert not last(container).is_like(x, container, None, None)
+    assert torch.ops.pyfast.bitmap_linear.default in seen
 
 
 def test_compiled_after_a_call(kernel):

@@ -12,9 +12,9 @@
 //
 // Quads lie in the order of panel, block, length: a thread that walks a panel reads values and columns as two streams.
 // Neighbours are of about one length, so that hardly anything is filled up (· above), and the end of a quad is a
-// branch that is guessed right: rows one after another, each with a length of its own, cost a wrong guess each, as long
-// as ten of its entries take. The layout is derived from a weight's container for this machine, kept in memory, and
-// never saved: 5 bytes an entry.
+// branch that is guessed right: rows one after another, each with a length of its own, cost a wrong guess each, about
+// as much as a short row's multiplications. The layout is derived from a weight's container for this machine, kept in
+// memory, and never saved: 5 bytes an entry.
 //
 // The tokens lie side by side in registers. For a tile of up to 64 tokens the activations are transposed once, and the
 // part of a block, [block, tile] floats, stays in L1 or L2 while a panel's rows pass by:

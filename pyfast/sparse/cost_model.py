@@ -228,7 +228,8 @@ def break_even(
 
 @dataclass(frozen=True)
 class _Cycles:
-    """Cycles of one thread. Heuristics from the instructions of each kernel, not from any one processor."""
+    """Cycles of one thread: heuristics from the instructions of each kernel, those of AVX2 and AVX-512 brought near to
+    what a Zen 5 takes (docs/kernels.md has the tables)."""
 
     bitmap: tuple[Row, ...]  # a position, as Rates.bitmap
     sparse24: Row
