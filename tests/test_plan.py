@@ -14,7 +14,7 @@ from conftest import relative_error
 from sparse_cases import weight_24, weight_unstructured
 
 import pyfast
-from pyfast import BitmapWeight, Sparse24Weight, backends, sparse
+from pyfast import BitmapWeight, Sparse24Weight, _changes, backends, sparse
 from pyfast.sparse import calibration, cost_model, layouts, planning
 from pyfast.sparse.cost_model import Work, built_in, predict
 
@@ -224,9 +224,17 @@ def test_the_choice_is_remembered_and_follows_threads_isa_and_calibration(monkey
     assert len(asked) == 1
     with backends.isa("serial"):
         planning.choose(weight, 4)
-    calibration.forget()
+        assert len(asked) == 2
     planning.choose(weight, 4)
     assert len(asked) == 3
+    calibration.forget()
+    planning.choose(weight, 4)
+    assert len(asked) == 4
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    planning.choose(weight, 4)
+    torch.set_num_threads(threads)
+    assert len(asked) == 5
     for tokens in range(1, 2000):
         planning.choose(weight, tokens)
     assert len(layouts.of(weight).choices) <= 512
@@ -265,8 +273,9 @@ def steady(call):
 
 
 def test_calibration_is_kept_and_used(cache):
-    told = []
+    told, before = [], _changes.number
     found = calibration.calibrate(measure=steady, say=told.append, shape=(64, 128))
+    assert _changes.number > before  # choices that are remembered are asked for again
     assert found.source == "calibrated" and len(told) == 5
     assert set(found.rates) == {"float32", "bfloat16", "float16"}
     assert found.of("float32").dense == pytest.approx((1e9 / (64 * 128),) * len(cost_model.DENSE_TOKENS))
