@@ -6,7 +6,8 @@ Backends
     triton      Triton kernels
     reference   plain torch: the definition of the op, on any device, in any floating dtype
 
-A public function takes ``backend=None`` (the first that accepts) or one of these names (it must accept).
+A public function takes ``backend=None`` (the first that accepts) or one of these names (it must accept). Inside
+forward-mode AD (``torch.func.jvp``, ``torch.autograd.forward_ad``) that is the reference: the kernels give no tangents.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from pyfast import _changes, _native
 
@@ -66,12 +68,19 @@ _WITHOUT_ISA = {
 _CONVERTS_INT8 = ("sparse24_convert", "bitmap_convert", "bitmask_convert")
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents now, which torch drops silently at an op that has only a backward."""
+    return forward_ad._current_level >= 0
+
+
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot serve ``op`` for tensors on ``device`` (a device type) of ``dtype``; None if it can."""
     if backend not in PRIORITY[op]:
         return f"{op} has no {backend} kernel"
     if backend == "reference":
         return None
+    if in_forward_mode():
+        return f"the {backend} kernel has no forward-mode derivative"
     if backend == "native" and dtype == torch.int8 and op in _CONVERTS_INT8:
         dtype = torch.float32
     if dtype not in FAST_DTYPES:

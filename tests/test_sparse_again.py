@@ -3,6 +3,10 @@ must be seen all the same."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import relative_error
@@ -24,11 +28,12 @@ def last(container):
     return container._layouts.last
 
 
-def remembered(container, x, bias=None, activation=None):
+def remembered(container, x, bias=None, activation=None, mul=None):
     """Whether this call would be served as the one before."""
     call = last(container)
     with torch.no_grad():
-        return call is not None and call.is_like(x, container, bias, activation)
+        like = call is not None and call.is_like(x, container, bias, activation, mul)
+        return like and call.again(x, mul) is not None
 
 
 def true(x, container, bias=None):
@@ -98,7 +103,7 @@ def test_what_is_different_is_not_the_same_call(kernel):
         ("x", bias),
     ):
         assert not remembered(container, *other)
-    assert not last(container).is_like(x, container, bias, None)  # gradients are on
+    assert not last(container).is_like(x, container, bias, None, None)  # gradients are on
 
 
 def test_bad_input_is_refused_after_a_good_call(kernel):
@@ -132,7 +137,8 @@ def test_changes_of_the_weight_are_seen(kernel, change):
         else:
             other = weight()
             container.values, container.bitmaps, container.offsets = other.values, other.bitmaps, other.offsets
-        assert not remembered(container, x)
+        # What is read as it is stored is read as it is now.
+        assert remembered(container, x) == (kernel == "direct" and change == "in place")
         for i in range(3):
             assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
             if i == 0 and kernel == "indexed":
@@ -151,7 +157,7 @@ def test_gradients_come_after_calls_without(kernel):
     assert container.values.grad is not None and container.values.grad.shape == container.values.shape
 
 
-def test_an_optimizer_step_ends_it(kernel):
+def test_an_optimizer_step_is_seen(kernel):
     container = weight()
     values = container.values = torch.nn.Parameter(container.values)
     x = torch.randn(3, K)
@@ -160,7 +166,9 @@ def test_an_optimizer_step_ends_it(kernel):
     optimizer = torch.optim.SGD([values], lr=1.0)
     values.grad = torch.ones_like(values)
     optimizer.step()
-    assert not remembered(container, x)
+    assert remembered(container, x) == (kernel == "direct")
+    with torch.no_grad():
+        assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
 
 
 def test_what_choices_depend_on(kernel):
@@ -220,7 +228,7 @@ def test_who_watches_the_operators_sees_the_weight_as_it_is_stored(kernel):
         assert remembered(container, x)
         with Watch():
             sparse_linear(x, container)
-            assert not last(container).is_like(x, container, None, None)
+            assert not last(container).is_like(x, container, None, None, None)
     assert torch.ops.pyfast.bitmap_linear.default in seen
 
 
@@ -230,3 +238,132 @@ def test_compiled_after_a_call(kernel):
         y = sparse_linear(x, container)
         compiled = torch.compile(lambda x: sparse_linear(x, container), fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, K), (2, 3, K), (K,)])
+def test_with_the_other_branch_of_a_gated_mlp(kernel, dtype, shape):
+    container = weight("bitmap", dtype)
+    with torch.no_grad():
+        for i in range(4):
+            x, mul = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], N).to(dtype)
+            if i == 3 and mul.dim() > 1:  # not contiguous: it is looked at as an operator does
+                mul = torch.randn(*shape[:-1], 2 * N).to(dtype)[..., ::2]
+            assert i == 0 or remembered(container, x, None, "silu", mul)
+            assert i == 0 or not remembered(container, x, None, "silu")
+            y = sparse_linear(x, container, activation="silu", mul=mul)
+            expected = torch.nn.functional.silu(true(x, container)) * mul.double()
+            assert relative_error(y, expected) < {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        for other in (mul.double(), mul[..., 1:], mul.to("meta"), torch.nn.Parameter(mul)):
+            assert not remembered(container, x, None, "silu", other)
+        with pytest.raises(ValueError, match="mul"):
+            sparse_linear(x, container, activation="silu", mul=mul[..., 1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_is_read_as_it_is_now(kernel, dtype):
+    container, bias, x = weight("bitmap", dtype), torch.randn(N).to(dtype), torch.randn(3, K).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    with torch.no_grad():
+        sparse_linear(x, container, bias)
+        bias.mul_(-3)
+        assert remembered(container, x, bias)
+        assert relative_error(sparse_linear(x, container, bias), true(x, container, bias)) < tolerance
+        bias.data = bias * 5
+        assert not remembered(container, x, bias)
+        assert relative_error(sparse_linear(x, container, bias), true(x, container, bias)) < tolerance
+        spread = torch.randn(2 * N).to(dtype)[::2]  # the kernels read a copy: it must not be kept
+        for _ in range(3):
+            assert relative_error(sparse_linear(x, container, spread), true(x, container, spread)) < tolerance
+            spread.add_(1)
+
+
+def test_profilers_see_the_operator(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+        assert remembered(container, x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            sparse_linear(x, container)
+    op = "pyfast::bitmap_linear" if kernel == "direct" else "pyfast::indexed_linear"
+    assert op in [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_hold_the_operator(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+        assert remembered(container, x)
+        traced = torch.jit.trace(lambda x: sparse_linear(x, container), torch.randn(3, K))
+        assert relative_error(traced(x), true(x, container)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_tensors_that_torch_func_wraps(kernel):
+    container = weight()
+    with torch.no_grad():
+        for x in (torch.randn(5, 3, K), torch.randn(5, 3, K)):
+            sparse_linear(x[0], container)
+            assert remembered(container, x[0])
+            y = torch.func.vmap(lambda x: sparse_linear(x, container))(x)
+            assert relative_error(y, true(x, container)) < 1e-5
+
+
+@pytest.mark.parametrize("n, k", [(1, K), (N, 1), (1, 1)])
+def test_lazy_negatives(kernel, n, k):
+    """x that is contiguous, of a real dtype, and to be negated by whoever reads it."""
+    container = BitmapWeight.from_dense(torch.randn(n, k), mask=torch.ones(n, k, dtype=torch.bool))
+    with torch.no_grad():
+        for rows in (1, 3):
+            sparse_linear(torch.randn(rows, k), container)
+            x = torch.randn(rows, k, dtype=torch.complex64).conj().imag
+            assert x.is_neg()
+            assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
+
+
+def test_the_output_is_where_x_is_whatever_the_default_device(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+        with torch.device("meta"):
+            y = sparse_linear(x, container)
+    assert relative_error(y, true(x, container)) < 1e-5
+
+
+def test_threads_share_what_was_remembered(kernel):
+    container = weight()
+    inputs = [torch.randn(3, K) for _ in range(64)]
+
+    def serve(x):
+        with torch.no_grad():
+            return sparse_linear(x, container)
+
+    serve(inputs[0])
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(serve, inputs))
+    for x, y in zip(inputs, outputs, strict=True):
+        assert relative_error(y, true(x, container)) < 1e-5
+
+
+def test_what_is_remembered_is_let_go_with_the_weight(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+    assert remembered(container, x)
+    values = weakref.ref(container.values)
+    del container
+    gc.collect()
+    assert values() is None
+
+
+def test_the_native_object_takes_three_addresses(kernel):
+    container, x = weight(), torch.randn(3, K)
+    with torch.no_grad():
+        sparse_linear(x, container)
+    served = last(container).served
+    for wrong in ((), (0, 0), (0, 0, "y")):
+        with pytest.raises(TypeError):
+            served.run(*wrong)
+    with pytest.raises(TypeError):
+        type(served)()

@@ -6,6 +6,38 @@
 namespace pyfast {
 namespace {
 
+class BitmapProduct final : public LinearProduct {
+ public:
+  BitmapProduct(const Tensor& x, const Tensor& values, const Tensor& bitmaps, const Tensor& offsets, int64_t n,
+                const LinearOptions& options)
+      : LinearProduct(x, n, options) {
+    const double elements = static_cast<double>(std::max<int64_t>(1, n * k_));
+    const double density = static_cast<double>(values.size(0)) / elements;
+    kernel_ = bitmap_linear_table(active_isa(), density).linear[static_cast<int>(stored_as(values))];
+    args_.values = keep(values);
+    args_.bitmaps = static_cast<const uint64_t*>(keep(bitmaps));
+    args_.offsets = static_cast<const int64_t*>(keep(offsets));
+    args_.tokens = tokens_;
+    args_.k = args_.x_stride = (k_ + kTileColumns - 1) / kTileColumns * kTileColumns;
+    args_.nnz = values.size(0);
+  }
+
+ protected:
+  void multiply_rows(const void* x, int64_t stride, const Epilogue& epilogue) const override {
+    std::optional<Scratch> copy;
+    BitmapLinearArgs args = args_;
+    args.x = widen_activations(x, stride, args.k, copy);
+    args.out = epilogue;
+    // About 10 positions a nanosecond at one token; each further token adds less than half of that time.
+    parallel_chunks((n_ + kTileRows - 1) / kTileRows, 1 + 65536 / ((args.k + 1) * kTileRows * (1 + tokens_ / 2)),
+                    [&](int64_t begin, int64_t end) { kernel_(args, begin, end); });
+  }
+
+ private:
+  BitmapLinearArgs args_{};
+  BitmapLinearKernel kernel_;
+};
+
 Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmaps, const Tensor& offsets,
                      const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t n,
                      int64_t activation, const std::optional<Tensor>& mul) {
@@ -23,28 +55,11 @@ Tensor bitmap_linear(const Tensor& x, const Tensor& values, const Tensor& bitmap
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values: must be contiguous and flat");
   STD_TORCH_CHECK(offsets.const_data_ptr<int64_t>()[tiles * tile_rows] == values.size(0),
                   "values: must have as many elements as offsets say");
-  const double density = static_cast<double>(values.size(0)) / static_cast<double>(std::max<int64_t>(1, n * k));
   if (tokens > few_tokens() && stored != Stored::i8)
     return linear_by_panels(x, n, options, [&](Tensor& dense, int64_t begin) {
       bitmap_decompress_rows(values, bitmaps, offsets, n, dense, begin);
     });
-  LinearOutput output(x, n, options);
-  if (tokens == 0 || n == 0) return output.y;
-  const Tensor wide = widen_activations(x, tiles * kTileColumns);
-  BitmapLinearArgs args{};
-  args.x = wide.const_data_ptr<float>();
-  args.values = values.const_data_ptr();
-  args.bitmaps = reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>());
-  args.offsets = offsets.const_data_ptr<int64_t>();
-  args.tokens = tokens;
-  args.k = args.x_stride = tiles * kTileColumns;
-  args.nnz = values.size(0);
-  args.out = output.epilogue;
-  const BitmapLinearKernel kernel = bitmap_linear_table(active_isa(), density).linear[static_cast<int>(stored)];
-  // About 10 positions a nanosecond at one token; each further token adds less than half of that time.
-  parallel_chunks(tile_rows, 1 + 65536 / ((args.k + 1) * kTileRows * (1 + tokens / 2)),
-                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  return output.y;
+  return LinearProduct::serve(std::make_unique<BitmapProduct>(x, values, bitmaps, offsets, n, options), x, mul);
 }
 
 }  // namespace

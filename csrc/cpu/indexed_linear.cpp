@@ -49,8 +49,70 @@ void write_panel(const Epilogue& e, const float* sums, float* turned, int64_t fi
   for (int64_t t = 0; t < tile.count; ++t) kernel(e, turned + t * stride, first_row, tile.token + t, rows);
 }
 
-IndexedLinearArgs check_layout(const Tensor& values, const Tensor& columns, const Tensor& starts, const Tensor& rows,
-                               int64_t n, int64_t k, int64_t panel, int64_t block) {
+class IndexedProduct final : public LinearProduct {
+ public:
+  IndexedProduct(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& starts, const Tensor& rows,
+                 int64_t n, int64_t panel, int64_t block, const LinearOptions& options)
+      : LinearProduct(x, n, options),
+        args_{static_cast<const float*>(keep(values)),
+              static_cast<const uint8_t*>(keep(columns)),
+              static_cast<const int32_t*>(keep(starts)),
+              static_cast<const uint8_t*>(keep(rows)),
+              panel,
+              block,
+              (k_ + block - 1) / block},
+        panels_((n + panel - 1) / panel),
+        entries_(kQuad * values.size(0)) {}
+
+ protected:
+  void multiply_rows(const void* x, int64_t stride, const Epilogue& epilogue) const override {
+    const int64_t height = args_.blocks * (args_.block + 1), widest = kTokenTiles[tile_for(tokens_)];
+    const int64_t padded_tokens = (tokens_ + widest - 1) / widest * widest;
+    const int64_t own_floats = (2 * args_.panel + kApart) * widest;
+    const Scratch turned(padded_tokens * height), sums(max_workers() * own_floats);
+    const std::vector<Tile> tiles = cut_tokens(tokens_, height, turned.get());
+    turn(x, stride, tiles, widest);
+    const IndexedLinearTable& table = indexed_linear_table(active_isa());
+    // Panels, not rows, are handed out, each to whoever is free: a panel full of values costs one thread no more than
+    // its own time. Registers are filled whether or not their tokens are there: about 30 products a nanosecond; or 2 of
+    // a single token.
+    const int64_t work = entries_ / panels_ * std::max<int64_t>(padded_tokens, 16);
+    parallel_workers(panels_, 1 + 262144 / (work + 1), [&](int64_t begin, int64_t end, int64_t worker) {
+      float* own = sums.get() + worker * own_floats;
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first_row = p * args_.panel, count = std::min(args_.panel, n_ - first_row);
+        for (const Tile& tile : tiles) {
+          table.panel[tile.which](args_, p, tile.x, own);
+          write_panel(epilogue, own, own + args_.panel * widest, first_row, count, tile);
+        }
+      }
+    });
+  }
+
+ private:
+  // x to the tiles, a block of columns at a time, each with its row of zeros.
+  void turn(const void* x, int64_t stride, const std::vector<Tile>& tiles, int64_t widest) const {
+    const TransposeKernel kernel = transpose_table(active_isa()).of[static_cast<int>(dtype_)];
+    const auto* rows_of_x = static_cast<const char*>(x);
+    const int64_t itemsize = dtype_ == Dtype::f32 ? 4 : 2, block = args_.block;
+    const auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile& tile = tiles[i / args_.blocks];
+        const int64_t b = i % args_.blocks, width = tile.width(), here = std::min(block, k_ - b * block);
+        float* out = tile.x + b * (block + 1) * width;
+        kernel(rows_of_x + (tile.token * stride + b * block) * itemsize, stride, tile.count, here, out, width, width);
+        std::fill(out + here * width, out + (block + 1) * width, 0.0f);
+      }
+    };
+    parallel_chunks(static_cast<int64_t>(tiles.size()) * args_.blocks, 1 + 32768 / (block * widest), body);
+  }
+
+  IndexedLinearArgs args_;
+  int64_t panels_, entries_;
+};
+
+void check_layout(const Tensor& values, const Tensor& columns, const Tensor& starts, const Tensor& rows, int64_t n,
+                  int64_t k, int64_t panel, int64_t block) {
   STD_TORCH_CHECK(panel > 0 && panel <= kMostPanel && panel % kQuad == 0 && block > 0 && block <= kMostBlock,
                   "panel, block: accepted: a multiple of 4 up to 256; 1 to 192");
   const int64_t panels = (n + panel - 1) / panel, blocks = (k + block - 1) / block;
@@ -67,15 +129,8 @@ IndexedLinearArgs check_layout(const Tensor& values, const Tensor& columns, cons
   STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Byte && rows.dim() == 2 && rows.is_contiguous() &&
                       rows.size(0) == quads && rows.size(1) == kQuad,
                   "rows: must be contiguous uint8 [panels * blocks * panel / 4, 4]");
-  const IndexedLinearArgs args{values.const_data_ptr<float>(),
-                               columns.const_data_ptr<uint8_t>(),
-                               starts.const_data_ptr<int32_t>(),
-                               rows.const_data_ptr<uint8_t>(),
-                               panel,
-                               block,
-                               blocks};
-  STD_TORCH_CHECK(args.starts[quads] == values.size(0), "values: must have as many steps as starts say");
-  return args;
+  STD_TORCH_CHECK(starts.const_data_ptr<int32_t>()[quads] == values.size(0),
+                  "values: must have as many steps as starts say");
 }
 
 Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& starts,
@@ -83,48 +138,9 @@ Tensor indexed_linear(const Tensor& x, const Tensor& values, const Tensor& colum
                       int64_t activation, const std::optional<Tensor>& mul) {
   const LinearOptions options{std::nullopt, bias, activation, mul};
   check_linear(x, static_cast<Stored>(dtype_of(x, "x")), n, options);
-  const int64_t tokens = x.size(0), k = x.size(1);
-  const IndexedLinearArgs args = check_layout(values, columns, starts, rows, n, k, panel, block);
-  LinearOutput output(x, n, options);
-  if (tokens == 0 || n == 0) return output.y;
-
-  const Tensor from = rows_contiguous(x);
-  const int64_t height = args.blocks * (block + 1), panels = (n + panel - 1) / panel;
-  const int widest = kTokenTiles[tile_for(tokens)];
-  Tensor turned = torch::stable::new_empty(x, {(tokens + widest - 1) / widest * widest, height}, ScalarType::Float);
-  Tensor scratch = torch::stable::new_empty(x, {max_workers(), (2 * panel + kApart) * widest}, ScalarType::Float);
-  const std::vector<Tile> tiles = cut_tokens(tokens, height, turned.mutable_data_ptr<float>());
-  const TransposeKernel turn = transpose_table(active_isa()).of[static_cast<int>(dtype_of(x, "x"))];
-  const auto* rows_of_x = static_cast<const char*>(from.const_data_ptr());
-  const int64_t itemsize = static_cast<int64_t>(x.element_size()), stride = from.stride(0);
-  parallel_chunks(
-      static_cast<int64_t>(tiles.size()) * args.blocks, 1 + 32768 / (block * widest), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const Tile& tile = tiles[i / args.blocks];
-          const int64_t b = i % args.blocks, width = tile.width(), here = std::min(block, k - b * block);
-          float* out = tile.x + b * (block + 1) * width;
-          turn(rows_of_x + (tile.token * stride + b * block) * itemsize, stride, tile.count, here, out, width, width);
-          std::fill(out + here * width, out + (block + 1) * width, 0.0f);
-        }
-      });
-
-  const IndexedLinearTable& table = indexed_linear_table(active_isa());
-  float* sums = scratch.mutable_data_ptr<float>();
-  // Panels, not rows, are handed out, each to whoever is free: a panel full of values costs one thread no more than its
-  // own time. Registers are filled whether or not their tokens are there: about 30 products a nanosecond; or 2 of a
-  // single token.
-  const int64_t work = kQuad * values.size(0) / panels * std::max<int64_t>((tokens + widest - 1) / widest * widest, 16);
-  parallel_workers(panels, 1 + 262144 / (work + 1), [&](int64_t begin, int64_t end, int64_t worker) {
-    float* own = sums + worker * (2 * panel + kApart) * widest;
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first_row = p * panel, count = std::min(panel, n - first_row);
-      for (const Tile& tile : tiles) {
-        table.panel[tile.which](args, p, tile.x, own);
-        write_panel(output.epilogue, own, own + panel * widest, first_row, count, tile);
-      }
-    }
-  });
-  return output.y;
+  check_layout(values, columns, starts, rows, n, x.size(1), panel, block);
+  return LinearProduct::serve(
+      std::make_unique<IndexedProduct>(x, values, columns, starts, rows, n, panel, block, options), x, mul);
 }
 
 }  // namespace

@@ -6,6 +6,34 @@
 namespace pyfast {
 namespace {
 
+class Sparse24Product final : public LinearProduct {
+ public:
+  Sparse24Product(const Tensor& x, const Tensor& values, const Tensor& metadata, const LinearOptions& options)
+      : LinearProduct(x, values.size(0), options),
+        kernel_(sparse24_linear_table(active_isa()).linear[static_cast<int>(stored_as(values))]) {
+    args_.values = keep(values);
+    args_.metadata = static_cast<const uint16_t*>(keep(metadata));
+    args_.tokens = tokens_;
+    args_.k = args_.x_stride = 2 * values.size(1);
+  }
+
+ protected:
+  void multiply_rows(const void* x, int64_t stride, const Epilogue& epilogue) const override {
+    std::optional<Scratch> copy;
+    Sparse24LinearArgs args = args_;
+    args.x = widen_activations(x, stride, args.k, copy);
+    args.out = epilogue;
+    // Four rows a step: hand out multiples of four, so that only the last chunk sees a remainder. Up to 20 positions a
+    // nanosecond at one token.
+    parallel_chunks((n_ + 3) / 4, 1 + 32768 / ((args.k + 1) * (1 + tokens_ / 2)),
+                    [&](int64_t begin, int64_t end) { kernel_(args, 4 * begin, std::min(4 * end, n_)); });
+  }
+
+ private:
+  Sparse24LinearArgs args_{};
+  Sparse24LinearKernel kernel_;
+};
+
 Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& metadata,
                        const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t activation,
                        const std::optional<Tensor>& mul) {
@@ -22,22 +50,7 @@ Tensor sparse24_linear(const Tensor& x, const Tensor& values, const Tensor& meta
   if (tokens > few_tokens() && stored != Stored::i8)
     return linear_by_panels(
         x, n, options, [&](Tensor& dense, int64_t begin) { sparse24_decompress_rows(values, metadata, dense, begin); });
-  LinearOutput output(x, n, options);
-  if (tokens == 0 || n == 0) return output.y;
-  const Tensor wide = widen_activations(x, k_padded);
-  Sparse24LinearArgs args{};
-  args.x = wide.const_data_ptr<float>();
-  args.values = values.const_data_ptr();
-  args.metadata = static_cast<const uint16_t*>(metadata.const_data_ptr());
-  args.tokens = tokens;
-  args.k = args.x_stride = k_padded;
-  args.out = output.epilogue;
-  const Sparse24LinearKernel kernel = sparse24_linear_table(active_isa()).linear[static_cast<int>(stored)];
-  // Four rows a step: hand out multiples of four, so that only the last chunk sees a remainder. Up to 20 positions a
-  // nanosecond at one token.
-  parallel_chunks((n + 3) / 4, 1 + 32768 / ((k_padded + 1) * (1 + tokens / 2)),
-                  [&](int64_t begin, int64_t end) { kernel(args, 4 * begin, std::min(4 * end, n)); });
-  return output.y;
+  return LinearProduct::serve(std::make_unique<Sparse24Product>(x, values, metadata, options), x, mul);
 }
 
 }  // namespace

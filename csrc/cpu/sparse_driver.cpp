@@ -5,34 +5,6 @@
 
 namespace pyfast {
 
-Tensor widen_activations(const Tensor& x, int64_t k_padded) {
-  const int64_t tokens = x.size(0), k = x.size(1);
-  if (x.scalar_type() == ScalarType::Float && k == k_padded && (tokens <= 1 || x.stride(0) == k) &&
-      (k <= 1 || x.stride(1) == 1))
-    return x;
-  const Tensor from = rows_contiguous(x);
-  Tensor wide = torch::stable::new_empty(x, {tokens, k_padded}, ScalarType::Float);
-  float* out = wide.mutable_data_ptr<float>();
-  const auto copy = [&](const auto* in) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t i = 0; i < k; ++i) out[t * k_padded + i] = widen(in[t * from.stride(0) + i]);
-      for (int64_t i = k; i < k_padded; ++i) out[t * k_padded + i] = 0.0f;
-    }
-  };
-  switch (dtype_of(x, "x")) {
-    case Dtype::f32:
-      copy(static_cast<const float*>(from.const_data_ptr()));
-      break;
-    case Dtype::bf16:
-      copy(static_cast<const bf16*>(from.const_data_ptr()));
-      break;
-    case Dtype::f16:
-      copy(static_cast<const f16*>(from.const_data_ptr()));
-      break;
-  }
-  return wide;
-}
-
 Stored stored_as(const Tensor& values) {
   if (values.scalar_type() == ScalarType::Char) return Stored::i8;
   return static_cast<Stored>(dtype_of(values, "values"));
@@ -62,27 +34,80 @@ void check_linear(const Tensor& x, Stored stored, int64_t n, const LinearOptions
   }
 }
 
-LinearOutput::LinearOutput(const Tensor& x, int64_t n, const LinearOptions& options)
-    : y(torch::stable::new_empty(x, {x.size(0), n})) {
-  epilogue.n = n;
-  epilogue.y = y.mutable_data_ptr();
-  epilogue.y_stride = n;
-  epilogue.dtype = dtype_of(x, "x");
-  epilogue.activation = static_cast<Activation>(options.activation);
-  if (options.bias.has_value()) {
-    Tensor row = torch::stable::view(torch::stable::contiguous(*options.bias), {1, n});
-    bias_ = widen_activations(row, n);
-    epilogue.bias = bias_->const_data_ptr<float>();
+Scratch::Scratch(int64_t floats) {
+  constexpr size_t kLine = 64;
+  const size_t bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
+  memory_.reset(static_cast<float*>(std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine)));
+  STD_TORCH_CHECK(memory_ != nullptr, "out of memory: ", bytes, " bytes");
+}
+
+namespace {
+
+// rows [count, k], `stride` elements apart, to float32 [count, k_padded] with zeros behind.
+void widen_rows(Dtype dtype, const void* rows, int64_t stride, int64_t count, int64_t k, int64_t k_padded, float* out) {
+  const auto copy = [&](const auto* in) {
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t i = 0; i < k; ++i) out[t * k_padded + i] = widen(in[t * stride + i]);
+      for (int64_t i = k; i < k_padded; ++i) out[t * k_padded + i] = 0.0f;
+    }
+  };
+  switch (dtype) {
+    case Dtype::f32:
+      return copy(static_cast<const float*>(rows));
+    case Dtype::bf16:
+      return copy(static_cast<const bf16*>(rows));
+    case Dtype::f16:
+      return copy(static_cast<const f16*>(rows));
   }
-  if (options.scales.has_value()) {
-    scales_ = torch::stable::contiguous(*options.scales);
-    epilogue.scales = scales_->const_data_ptr<float>();
+}
+
+}  // namespace
+
+LinearProduct::LinearProduct(const Tensor& x, int64_t n, const LinearOptions& options)
+    : tokens_(x.size(0)), n_(n), k_(x.size(1)), dtype_(dtype_of(x, "x")) {
+  epilogue_.n = epilogue_.y_stride = n;
+  epilogue_.dtype = dtype_;
+  epilogue_.activation = static_cast<Activation>(options.activation);
+  const auto contiguous = [&](const Tensor& t) {
+    live_ = live_ && t.is_contiguous();
+    return keep(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  };
+  if (options.bias.has_value()) bias_ = contiguous(*options.bias);
+  if (options.scales.has_value()) epilogue_.scales = static_cast<const float*>(contiguous(*options.scales));
+}
+
+Tensor LinearProduct::serve(std::unique_ptr<LinearProduct> product, const Tensor& x, const std::optional<Tensor>& mul) {
+  Tensor y = torch::stable::new_empty(x, {product->tokens_, product->n_});
+  if (product->tokens_ == 0 || product->n_ == 0) return y;
+  const Tensor rows = rows_contiguous(x);
+  const std::optional<Tensor> factors = mul.has_value() ? std::optional<Tensor>(rows_contiguous(*mul)) : std::nullopt;
+  product->multiply(rows.const_data_ptr(), rows.stride(0), factors.has_value() ? factors->const_data_ptr() : nullptr,
+                    factors.has_value() ? factors->stride(0) : 0, y.mutable_data_ptr());
+  if (recording() && product->live_) set_recorded(std::move(product));
+  return y;
+}
+
+void LinearProduct::multiply(const void* x, int64_t stride, const void* mul, int64_t mul_stride, void* y) const {
+  Epilogue e = epilogue_;
+  e.mul = mul;
+  e.mul_stride = mul_stride;
+  e.y = y;
+  std::optional<Scratch> wide_bias;
+  if (bias_ != nullptr && dtype_ == Dtype::f32) {
+    e.bias = static_cast<const float*>(bias_);
+  } else if (bias_ != nullptr) {
+    e.bias = wide_bias.emplace(n_).get();
+    widen_rows(dtype_, bias_, n_, 1, n_, n_, wide_bias->get());
   }
-  if (options.mul.has_value()) {
-    mul_ = rows_contiguous(*options.mul);
-    epilogue.mul = mul_->const_data_ptr();
-    epilogue.mul_stride = mul_->stride(0);
-  }
+  multiply_rows(x, stride, e);
+}
+
+const float* LinearProduct::widen_activations(const void* x, int64_t stride, int64_t k_padded,
+                                              std::optional<Scratch>& copy) const {
+  if (dtype_ == Dtype::f32 && k_ == k_padded && (tokens_ <= 1 || stride == k_)) return static_cast<const float*>(x);
+  copy.emplace(tokens_ * k_padded);
+  widen_rows(dtype_, x, stride, tokens_, k_, k_padded, copy->get());
+  return copy->get();
 }
 
 int64_t few_tokens() {

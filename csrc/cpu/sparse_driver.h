@@ -1,13 +1,17 @@
 // What the sparse linear ops share on the CPU: checks, activations widened to float32 and padded with zeros, what
-// happens to a sum (epilogue.h), and the way to the dense library where that is the faster one.
+// happens to a sum (epilogue.h), products that are asked for again (served.h), and the way to the dense library where
+// that is the faster one.
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <functional>
+#include <memory>
 #include <optional>
 
 #include "epilogue.h"
 #include "isa.h"
+#include "served.h"
 #include "torch_glue.h"
 
 namespace pyfast {
@@ -34,19 +38,47 @@ struct LinearOptions {
 // x [tokens, k] against a weight of n rows whose values are stored so.
 void check_linear(const Tensor& x, Stored stored, int64_t n, const LinearOptions& options);
 
-// A fresh y [tokens, n] and the epilogue that fills it; keeps alive what the epilogue points to.
-struct LinearOutput {
-  LinearOutput(const Tensor& x, int64_t n, const LinearOptions& options);
-
-  Tensor y;
-  Epilogue epilogue{};
+// Floats of one call, aligned to a cache line, uninitialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats);
+  float* get() const { return memory_.get(); }
 
  private:
-  std::optional<Tensor> bias_, scales_, mul_;
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float, Free> memory_;
 };
 
-// Activations as the kernels for few tokens read them: [tokens, k_padded] float32, contiguous.
-Tensor widen_activations(const Tensor& x, int64_t k_padded);
+// The product of an op's arguments, checked, but for x and mul.
+class LinearProduct : public Served {
+ public:
+  LinearProduct(const Tensor& x, int64_t n, const LinearOptions& options);
+
+  // A fresh y [tokens, n]; where this thread records, the product is kept for further x.
+  static Tensor serve(std::unique_ptr<LinearProduct> product, const Tensor& x, const std::optional<Tensor>& mul);
+
+  void run(const void* x, const void* mul, void* y) const final { multiply(x, k_, mul, n_, y); }
+
+ protected:
+  // The epilogue's y of x [tokens, k], whose rows lie `stride` elements apart.
+  virtual void multiply_rows(const void* x, int64_t stride, const Epilogue& epilogue) const = 0;
+
+  // Activations as the kernels for few tokens read them, [tokens, k_padded] float32, contiguous: x itself where it is
+  // that, else a copy in the scratch.
+  const float* widen_activations(const void* x, int64_t stride, int64_t k_padded, std::optional<Scratch>& copy) const;
+
+  int64_t tokens_, n_, k_;
+  Dtype dtype_;
+
+ private:
+  void multiply(const void* x, int64_t stride, const void* mul, int64_t mul_stride, void* y) const;
+
+  Epilogue epilogue_{};
+  const void* bias_ = nullptr;
+  bool live_ = true;  // no copies of the bias or the scales, which would keep what they are now
+};
 
 // Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured).
 int64_t few_tokens();

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pyfast import _changes, _native, backends
@@ -27,6 +28,13 @@ _BITMAP = torch.ops.pyfast.bitmap_linear.default
 _SPARSE24 = torch.ops.pyfast.sparse24_linear.default
 # The autograd of a custom op is Python, called whether a gradient is wanted or not.
 _BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+# Looked up once: a call must not depend on where the caches have left the names of torch.
+_empty_like = torch.empty_like
+_is_compiled = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_profiled = torch.autograd._profiler_enabled
+_is_traced = torch._C._get_tracing_state
+_modes = torch._C._len_torch_dispatch_stack
 _LOCK = threading.Lock()
 _HAS_KERNELS = {"cpu": _native.CPU is not None, "cuda": _native.CUDA is not None}
 
@@ -62,10 +70,12 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, named in the message.
     """
-    if mul is None and backend is None and not torch.compiler.is_compiling():
+    if backend is None and not _is_compiled():
         last: _Call | None = getattr(getattr(weight, "_layouts", None), "last", None)
-        if last is not None and last.is_like(x, weight, bias, activation):
-            return last.again(x)
+        if last is not None and last.is_like(x, weight, bias, activation, mul):
+            y = last.again(x, mul)
+            if y is not None:
+                return y
     _check(x, weight, bias, activation, mul)
     n, k = weight.shape
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # numel() would make traced sizes constants
@@ -74,7 +84,7 @@ def sparse_linear(
     if torch.is_grad_enabled() and _wants_gradient(x, weight.values, bias, mul):
         y = epilogue(_direct(rows, weight, bias, 0, None, backend), number, gate)
     else:
-        y = _inferred(x, rows, weight, bias, activation, gate, backend)
+        y = _inferred(x, rows, weight, bias, activation, mul, gate, backend)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
 
 
@@ -83,33 +93,54 @@ Product = Callable[[Tensor, Tensor | None, int, Tensor | None], Tensor]  # rows,
 
 class _Call:
     """A product on the CPU without gradients, as it was served: asked again, the same is done without looking at
-    everything once more. Between two layers of a model the weights sweep the caches, and every Python object that is
-    looked at comes from memory."""
+    everything once more, and by ``served`` without the dispatcher. Between two layers of a model the weights sweep the
+    caches, and every Python object and every function that is looked at comes from memory."""
 
     __slots__ = (
         "activation",
         "bias",
         "changes",
         "dtype",
+        "gated",
+        "like",
         "number",
-        "out",
         "product",
         "rows",
+        "same",
+        "served",
         "shape",
-        "stamp",
         "threads",
+        "unchanged",
     )
 
-    def __init__(self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, product: Product):
+    def __init__(
+        self,
+        x: Tensor,
+        weight: SparseWeight,
+        bias: Tensor | None,
+        activation: str | None,
+        mul: Tensor | None,
+        product: Product,
+        served: Any,
+        derived: bool,
+    ):
         n, k = weight.shape
-        self.shape, self.rows, self.out = x.shape, (math.prod(x.shape[:-1]), k), (*x.shape[:-1], n)
+        self.shape, self.rows = x.shape, (math.prod(x.shape[:-1]), k)
+        self.like = x.new_empty(1).expand(*x.shape[:-1], n)  # torch.empty_like takes half the time of torch.empty
         self.dtype, self.bias, self.activation, self.number = x.dtype, bias, activation, _NUMBERS[activation]
-        self.product = product
+        self.gated, self.product = mul is not None, product
+        # Of one column a tensor may be contiguous and yet a lazy negative, as z.conj().imag is: not to be read as it is.
+        self.served = served if n > 1 and k > 1 else None
         self.threads, self.changes = torch.get_num_threads(), _changes.number
-        self.stamp = [(name, t, t._version, t.data_ptr()) for name, t in weight.tensors().items()]
+        tensors = weight.tensors()
+        self.same = tuple(tensors.items())
+        # What reads the container's tensors sees what they hold. A layout holds what they were.
+        self.unchanged = tuple((t, t._version, t.data_ptr()) for t in tensors.values()) if derived else ()
 
-    def is_like(self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None) -> bool:
-        """Whether this call differs in the values of x alone, and nothing has changed since."""
+    def is_like(
+        self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None
+    ) -> bool:
+        """Whether this call differs in the values of x and mul alone, and nothing has changed since."""
         if (
             type(x) is not Tensor
             or x.shape != self.shape
@@ -117,23 +148,40 @@ class _Call:
             or not x.is_cpu
             or bias is not self.bias
             or activation != self.activation
-            or torch.is_grad_enabled()
+            or (mul is not None) != self.gated
             or self.changes != _changes.number
-            or self.threads != torch.get_num_threads()
-            or is_in_torch_dispatch_mode()
+            or _is_grad_enabled()
+            or forward_ad._current_level >= 0
+            or _modes() > 0
         ):
             return False
         tensors = weight.__dict__
-        for name, tensor, version, address in self.stamp:
-            if tensors[name] is not tensor or tensor._version != version or tensor.data_ptr() != address:
+        for name, tensor in self.same:
+            if tensors[name] is not tensor:
                 return False
-        return True
+        for tensor, version, address in self.unchanged:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return mul is None or (
+            type(mul) is Tensor and mul.shape == self.like.shape and mul.dtype is self.dtype and mul.is_cpu
+        )
 
-    def again(self, x: Tensor) -> Tensor:
-        """The product with another x."""
-        if x.dim() == 2:
-            return self.product(x, self.bias, self.number, None)
-        return self.product(x.reshape(self.rows), self.bias, self.number, None).view(self.out)
+    def again(self, x: Tensor, mul: Tensor | None) -> Tensor | None:
+        """The product with another x; None where it must be looked at after all."""
+        plain = x.is_contiguous() and (mul is None or mul.is_contiguous())
+        if self.served is not None and plain and not _is_profiled() and not _is_traced():
+            try:
+                address, gate = x.data_ptr(), 0 if mul is None else mul.data_ptr()
+            except RuntimeError:
+                pass  # torch.func's wrappers have no memory of their own
+            else:
+                y = _empty_like(self.like)
+                return y if self.served.run(address, gate, y.data_ptr()) else None
+        if self.threads != torch.get_num_threads():
+            return None
+        rows = x if x.dim() == 2 else x.reshape(self.rows)
+        factors = mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], -1)
+        return self.product(rows, self.bias, self.number, factors).view(self.like.shape)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -147,18 +195,26 @@ def _inferred(
     bias: Tensor | None,
     activation: str | None,
     mul: Tensor | None,
+    gate: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """The product without gradients: by the layout of the plan, where the weight can keep one."""
+    """The product without gradients: by the layout of the plan, where the weight can keep one. ``rows`` and ``gate``
+    are x and mul in two dimensions."""
     number = _NUMBERS[activation]
     if backend is not None or torch.compiler.is_compiling() or not _ordinary(rows, weight):
-        return _direct(rows, weight, bias, number, mul, backend)
+        return _direct(rows, weight, bias, number, gate, backend)
     held, kernel = layouts.of(weight), choose(weight, rows.shape[0])
     layout = None if kernel == "direct" else held.get(kernel, weight)
     product: Product = _native_direct(weight) if layout is None else layout.linear
     if (kernel == "direct" or layout is not None) and _can_be_remembered(x, weight):
-        held.last = _Call(x, weight, bias, activation, product)
-    return product(rows, bias, number, mul)
+        _native.CPU.record()
+        try:
+            y = product(rows, bias, number, gate)
+        finally:
+            served = _native.CPU.recorded()
+        held.last = _Call(x, weight, bias, activation, mul, product, served, layout is not None)
+        return y
+    return product(rows, bias, number, gate)
 
 
 def _can_be_remembered(x: Tensor, weight: SparseWeight) -> bool:
@@ -166,17 +222,19 @@ def _can_be_remembered(x: Tensor, weight: SparseWeight) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
+        and _native.CPU is not None
         and not torch.is_grad_enabled()
         and not any(tensor.is_inference() for tensor in weight.tensors().values())
     )
 
 
 def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:
-    """Whether layouts can be had: tensors on a device with kernels, no subclasses, and nobody who watches the
-    operators."""
+    """Whether layouts can be had: tensors on a device with kernels, no subclasses, no tangents, and nobody who watches
+    the operators."""
     values = weight.values
     return (
-        _HAS_KERNELS.get(values.device.type, False)
+        not backends.in_forward_mode()
+        and _HAS_KERNELS.get(values.device.type, False)
         and rows.dtype in backends.FAST_DTYPES
         and rows.shape[0] > 0
         and type(rows) is Tensor
@@ -335,8 +393,8 @@ class SparseLinear(nn.Module):
         if isinstance(kept, Sparse24Weight):
             return kept if kept.metadata is buffers["metadata"] and kept.scales is buffers["scales"] else None
         assert isinstance(kept, BitmapWeight)
-        names = ("bitmaps", "offsets", "scales")
-        return kept if all(getattr(kept, name) is buffers[name] for name in names) else None
+        same = kept.bitmaps is buffers["bitmaps"] and kept.offsets is buffers["offsets"]
+        return kept if same and kept.scales is buffers["scales"] else None
 
     def _container(self, values: Any, buffers: dict[str, Any]) -> SparseWeight:
         shape = (self.out_features, self.in_features)
