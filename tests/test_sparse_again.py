@@ -308,6 +308,9 @@ def test_tensors_that_torch_func_wraps(kernel):
             assert remembered(container, x[0])
             y = torch.func.vmap(lambda x: sparse_linear(x, container))(x)
             assert relative_error(y, true(x, container)) < 1e-5
+        rows, biases = x[0], torch.randn(5, N)
+        y = torch.func.vmap(lambda b: sparse_linear(rows, container, b) + sparse_linear(rows, container, b))(biases)
+        assert relative_error(y, 2 * true(rows, container, biases[:, None])) < 1e-5
 
 
 @pytest.mark.parametrize("n, k", [(1, K), (N, 1), (1, 1)])

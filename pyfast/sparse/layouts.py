@@ -215,7 +215,7 @@ class Layouts:
         self._changed = False
         self._refused: set[str] = set()
         self.choices: dict[Any, str] = {}  # of planning.py
-        self.last: Any = None  # the call of linear.py that was served last; it may hold a layout
+        self.last: Any = None  # the Remembered call of linear.py; it may hold a layout
 
     def get(self, kind: str, weight: SparseWeight) -> Layout | None:
         """The layout of this kind, made where it is not there. None at the first call after a change, while a CUDA

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from pyfast import _changes, _native, backends
+from pyfast import _native, backends
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.reference.epilogue import ACTIVATIONS, epilogue
@@ -21,6 +20,7 @@ from pyfast.sparse import layouts
 from pyfast.sparse.formats import DTYPES, BitmapWeight, Sparse24Weight, SparseWeight, format_class
 from pyfast.sparse.masks import magnitude_mask
 from pyfast.sparse.planning import choose, plan
+from pyfast.sparse.remembered import Product, Remembered
 
 _NUMBERS: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS) if i > 0}}
 _WEIGHTS = (Sparse24Weight, BitmapWeight)
@@ -28,13 +28,8 @@ _BITMAP = torch.ops.pyfast.bitmap_linear.default
 _SPARSE24 = torch.ops.pyfast.sparse24_linear.default
 # The autograd of a custom op is Python, called whether a gradient is wanted or not.
 _BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
-# Looked up once: a call must not depend on where the caches have left the names of torch.
-_empty_like = torch.empty_like
 _is_compiled = torch.compiler.is_dynamo_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_profiled = torch.autograd._profiler_enabled
-_is_traced = torch._C._get_tracing_state
-_modes = torch._C._len_torch_dispatch_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _LOCK = threading.Lock()
 _HAS_KERNELS = {"cpu": _native.CPU is not None, "cuda": _native.CUDA is not None}
 
@@ -71,7 +66,7 @@ def sparse_linear(
         TypeError, ValueError: a wrong type, dtype, shape or device, named in the message.
     """
     if backend is None and not _is_compiled():
-        last: _Call | None = getattr(getattr(weight, "_layouts", None), "last", None)
+        last: Remembered | None = getattr(getattr(weight, "_layouts", None), "last", None)
         if last is not None and last.is_like(x, weight, bias, activation, mul):
             y = last.again(x, mul)
             if y is not None:
@@ -86,102 +81,6 @@ def sparse_linear(
     else:
         y = _inferred(x, rows, weight, bias, activation, mul, gate, backend)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
-
-
-Product = Callable[[Tensor, Tensor | None, int, Tensor | None], Tensor]  # rows, bias, activation, mul
-
-
-class _Call:
-    """A product on the CPU without gradients, as it was served: asked again, the same is done without looking at
-    everything once more, and by ``served`` without the dispatcher. Between two layers of a model the weights sweep the
-    caches, and every Python object and every function that is looked at comes from memory."""
-
-    __slots__ = (
-        "activation",
-        "bias",
-        "changes",
-        "dtype",
-        "gated",
-        "like",
-        "number",
-        "product",
-        "rows",
-        "same",
-        "served",
-        "shape",
-        "threads",
-        "unchanged",
-    )
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: SparseWeight,
-        bias: Tensor | None,
-        activation: str | None,
-        mul: Tensor | None,
-        product: Product,
-        served: Any,
-        derived: bool,
-    ):
-        n, k = weight.shape
-        self.shape, self.rows = x.shape, (math.prod(x.shape[:-1]), k)
-        self.like = x.new_empty(1).expand(*x.shape[:-1], n)  # torch.empty_like takes half the time of torch.empty
-        self.dtype, self.bias, self.activation, self.number = x.dtype, bias, activation, _NUMBERS[activation]
-        self.gated, self.product = mul is not None, product
-        # Of one column a tensor may be contiguous and yet a lazy negative, as z.conj().imag is: not to be read as it is.
-        self.served = served if n > 1 and k > 1 else None
-        self.threads, self.changes = torch.get_num_threads(), _changes.number
-        tensors = weight.tensors()
-        self.same = tuple(tensors.items())
-        # What reads the container's tensors sees what they hold. A layout holds what they were.
-        self.unchanged = tuple((t, t._version, t.data_ptr()) for t in tensors.values()) if derived else ()
-
-    def is_like(
-        self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None
-    ) -> bool:
-        """Whether this call differs in the values of x and mul alone, and nothing has changed since."""
-        if (
-            type(x) is not Tensor
-            or x.shape != self.shape
-            or x.dtype is not self.dtype
-            or not x.is_cpu
-            or bias is not self.bias
-            or activation != self.activation
-            or (mul is not None) != self.gated
-            or self.changes != _changes.number
-            or _is_grad_enabled()
-            or forward_ad._current_level >= 0
-            or _modes() > 0
-        ):
-            return False
-        tensors = weight.__dict__
-        for name, tensor in self.same:
-            if tensors[name] is not tensor:
-                return False
-        for tensor, version, address in self.unchanged:
-            if tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return mul is None or (
-            type(mul) is Tensor and mul.shape == self.like.shape and mul.dtype is self.dtype and mul.is_cpu
-        )
-
-    def again(self, x: Tensor, mul: Tensor | None) -> Tensor | None:
-        """The product with another x; None where it must be looked at after all."""
-        plain = x.is_contiguous() and (mul is None or mul.is_contiguous())
-        if self.served is not None and plain and not _is_profiled() and not _is_traced():
-            try:
-                address, gate = x.data_ptr(), 0 if mul is None else mul.data_ptr()
-            except RuntimeError:
-                pass  # torch.func's wrappers have no memory of their own
-            else:
-                y = _empty_like(self.like)
-                return y if self.served.run(address, gate, y.data_ptr()) else None
-        if self.threads != torch.get_num_threads():
-            return None
-        rows = x if x.dim() == 2 else x.reshape(self.rows)
-        factors = mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], -1)
-        return self.product(rows, self.bias, self.number, factors).view(self.like.shape)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -206,25 +105,28 @@ def _inferred(
     held, kernel = layouts.of(weight), choose(weight, rows.shape[0])
     layout = None if kernel == "direct" else held.get(kernel, weight)
     product: Product = _native_direct(weight) if layout is None else layout.linear
-    if (kernel == "direct" or layout is not None) and _can_be_remembered(x, weight):
-        _native.CPU.record()
-        try:
-            y = product(rows, bias, number, gate)
-        finally:
-            served = _native.CPU.recorded()
-        held.last = _Call(x, weight, bias, activation, mul, product, served, layout is not None)
-        return y
-    return product(rows, bias, number, gate)
+    cpu = _native.CPU
+    if cpu is None or (layout is None and kernel != "direct") or not _can_be_remembered(x, weight, bias, mul):
+        return product(rows, bias, number, gate)
+    cpu.record()
+    try:
+        y = product(rows, bias, number, gate)
+    finally:
+        served = cpu.recorded()
+    held.last = Remembered(x, weight, bias, activation, number, mul, product, served, layout is not None)
+    return y
 
 
-def _can_be_remembered(x: Tensor, weight: SparseWeight) -> bool:
-    """Whether changes would be seen: tensors made in inference mode have no version."""
+def _can_be_remembered(x: Tensor, weight: SparseWeight, bias: Tensor | None, mul: Tensor | None) -> bool:
+    """Whether changes would be seen (tensors made in inference mode have no version), and the operator gets these very
+    tensors: no subclasses, nothing that torch.func wraps."""
+    tensors = weight.tensors().values()
+    given = [tensor for tensor in (x, bias, mul, *tensors) if tensor is not None]
     return (
-        type(x) is Tensor
-        and x.is_cpu
-        and _native.CPU is not None
+        x.is_cpu
         and not torch.is_grad_enabled()
-        and not any(tensor.is_inference() for tensor in weight.tensors().values())
+        and all(type(tensor) in (Tensor, nn.Parameter) and not _is_wrapped(tensor) for tensor in given)
+        and not any(tensor.is_inference() for tensor in tensors)
     )
 
 
