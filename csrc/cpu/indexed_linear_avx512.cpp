@@ -17,7 +17,7 @@ void as_avx2(const IndexedLinearArgs& a, int64_t panel, const float* x, float* s
 }  // namespace
 
 const IndexedLinearTable kIndexedLinearAvx512 = {
-    {as_avx2<0>, as_avx2<1>, indexed_panel<16, 4>, indexed_panel<32, 4>, indexed_panel<64, 4>},
+    {as_avx2<0>, as_avx2<1>, indexed_panel<16, 4, 2>, indexed_panel<32, 4>, indexed_panel<64, 4>},
 };
 
 }  // namespace pyfast

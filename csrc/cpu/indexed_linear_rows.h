@@ -1,6 +1,9 @@
 // The algorithm of indexed_linear over Vec. See indexed_linear.h.
 #pragma once
 
+#include <bit>
+#include <cstring>
+
 #include "indexed_linear.h"
 
 namespace pyfast {
@@ -20,10 +23,22 @@ struct Quads {
         count(a.panel / kQuad) {}
 };
 
-inline void prefetch_step(const float* w, const uint8_t* column) {
+inline void prefetch_steps(const float* w, const uint8_t* columns) {
   __builtin_prefetch(reinterpret_cast<const char*>(w) + kAhead, 0, 3);
-  __builtin_prefetch(column + kAhead / 4, 0, 3);
+  __builtin_prefetch(columns + kAhead / 4, 0, 3);
 }
+
+// The columns of one or two steps by one load: loads are what an entry has most of.
+template <int steps>
+struct Columns {
+  uint64_t word = 0;
+
+  explicit Columns(const uint8_t* columns) {
+    static_assert(std::endian::native == std::endian::little);
+    std::memcpy(&word, columns, steps * kQuad);
+  }
+  int64_t at(int step, int row) const { return (word >> (8 * (kQuad * step + row))) & 0xff; }
+};
 
 // Of one token. sum_steps: the sums of a quad's rows over its steps.
 using SumSteps = void (*)(const float* values, const uint8_t* columns, int64_t steps, const float* x, float* sum);
@@ -43,8 +58,9 @@ void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, f
 }
 
 // tile: tokens side by side; side: rows of a quad that are summed at once, as many as registers hold the sums of: they
-// take side · tile / width registers.
-template <int tile, int side>
+// take chains · side · tile / width registers. chains, 1 or 2: sums of a row, to which its steps are added in turn: an
+// FMA waits for the one before it of its chain, and fewer than eight chains at once leave units idle.
+template <int tile, int side, int chains = 1>
 void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
   constexpr int vectors = tile / Vec::width;
   for (int64_t i = 0; i < a.panel * tile; i += Vec::width) store(sums + i, broadcast(0.0f));
@@ -52,40 +68,55 @@ void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, fl
     const Quads quads(a, panel, block);
     const float* xb = x + block * (a.block + 1) * tile;
     for (int64_t q = 0; q < quads.count; ++q) {
+      const int64_t first = kQuad * int64_t{quads.starts[q]}, end = kQuad * int64_t{quads.starts[q + 1]};
       for (int part = 0; part < kQuad; part += side) {
-        const float* w = a.values + kQuad * int64_t{quads.starts[q]} + part;
-        const float* end = a.values + kQuad * int64_t{quads.starts[q + 1]} + part;
-        const uint8_t* column = a.columns + kQuad * int64_t{quads.starts[q]} + part;
         float* out[side];
-        Vec sum[side][vectors];
+        Vec sum[chains][side][vectors];
 #pragma GCC unroll 4
         for (int i = 0; i < side; ++i) {
           out[i] = sums + int64_t{quads.rows[kQuad * q + part + i]} * tile;
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) sum[i][v] = load(out[i] + v * Vec::width);
-        }
-        for (; w < end; w += kQuad, column += kQuad) {
-          prefetch_step(w, column);
-          const auto add = [&](int i, Vec value) __attribute__((always_inline)) {
-            const float* at = xb + int64_t{column[i]} * tile;
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) sum[i][v] = fma(value, load(at + v * Vec::width), sum[i][v]);
-          };
-          if constexpr (side == kQuad) {
-            const Four four(w);
-            add(0, four.one<0>());
-            add(1, four.one<1>());
-            add(2, four.one<2>());
-            add(3, four.one<3>());
-          } else {
-#pragma GCC unroll 2
-            for (int i = 0; i < side; ++i) add(i, broadcast(w[i]));
+          for (int v = 0; v < vectors; ++v) {
+            sum[0][i][v] = load(out[i] + v * Vec::width);
+            if constexpr (chains == 2) sum[1][i][v] = broadcast(0.0f);
           }
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < side; ++i)
+        // The entries w of the rows in one step, at these columns.
+        const auto add_step = [&](Vec(&to)[side][vectors], const float* w, const auto& columns, int step)
+                                  __attribute__((always_inline)) {
+                                    const auto add_entry = [&](int i, Vec value) __attribute__((always_inline)) {
+                                      const float* at = xb + columns.at(step, part + i) * tile;
 #pragma GCC unroll 8
-          for (int v = 0; v < vectors; ++v) store(out[i] + v * Vec::width, sum[i][v]);
+                                      for (int v = 0; v < vectors; ++v)
+                                        to[i][v] = fma(value, load(at + v * Vec::width), to[i][v]);
+                                    };
+                                    if constexpr (side == kQuad) {
+                                      const Four four(w);
+                                      add_entry(0, four.one<0>());
+                                      add_entry(1, four.one<1>());
+                                      add_entry(2, four.one<2>());
+                                      add_entry(3, four.one<3>());
+                                    } else {
+#pragma GCC unroll 2
+                                      for (int i = 0; i < side; ++i) add_entry(i, broadcast(w[part + i]));
+                                    }
+                                  };
+        int64_t at = first;
+        for (; at + kQuad < end; at += 2 * kQuad) {
+          prefetch_steps(a.values + at, a.columns + at);
+          const Columns<2> columns(a.columns + at);
+          add_step(sum[0], a.values + at, columns, 0);
+          add_step(sum[chains - 1], a.values + at + kQuad, columns, 1);
+        }
+        if (at < end) add_step(sum[0], a.values + at, Columns<1>(a.columns + at), 0);
+#pragma GCC unroll 4
+        for (int i = 0; i < side; ++i) {
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) {
+            if constexpr (chains == 2) sum[0][i][v] = sum[0][i][v] + sum[1][i][v];
+            store(out[i] + v * Vec::width, sum[0][i][v]);
+          }
+        }
       }
     }
   }
