@@ -139,12 +139,12 @@ def isa(name: str) -> Iterator[None]:
         raise ValueError(f"isa: {_native.CPU_REASON}")
     before = _native.CPU.active_isa()
     _native.CPU.set_active_isa(name)
-    _changes.rise()
+    place = _changes.set_isa(1 + ISAS.index(name))
     try:
         yield
     finally:
         _native.CPU.set_active_isa(before)
-        _changes.rise()
+        _changes.set_isa(place)
 
 
 def build_info() -> dict[str, str]:

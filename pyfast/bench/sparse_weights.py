@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -108,12 +108,18 @@ class Sparse:
             return None
         return with_isa(self.variant.isa, lambda: plan(self.ring.items[0], tokens))()
 
-    def prepare(self, tokens: int) -> None:
-        """Makes the layouts of all copies, as :func:`pyfast.sparse.prepare` does for a model."""
-        found = self.plan(tokens)
-        if found is not None and found.kernel != "direct":
-            for weight in self.ring.items:
+    def prepare(self, x: torch.Tensor) -> None:
+        """Makes the layouts of all copies, as :func:`pyfast.sparse.prepare` does for a model, and on a CPU calls each
+        once: a layer in use has been called with x of this shape before, and remembers what served it."""
+        found = self.plan(x.shape[0])
+        if found is None:
+            return
+        linear = with_isa(self.variant.isa, lambda: self.linear()(x))
+        for weight in self.ring.items:
+            if found.kernel != "direct":
                 layouts.of(weight).get(found.kernel, weight)
+            if x.device.type == "cpu":
+                linear()
 
     def linear(self) -> Callable[[torch.Tensor], torch.Tensor]:
         ring = self.ring
@@ -148,9 +154,6 @@ def weights_of(shape: tuple[int, int], variants: tuple[Variant, ...], device: st
     llc_bytes, note = _affordable_cache(len(variants) + 5) if device == "cpu" else (l2_bytes(), "")
     built: dict[str, Sparse] = {}
     for v in variants:
-        if v.isa is not None:
-            built[v.name] = replace(built[replace(v, isa=None).name], variant=v)
-            continue
         pruned = prune(dense, v.format, v.sparsity).to(DTYPES[v.dtype])
         weight = build(pruned, v.format)
         nbytes = weight_bytes(weight)

@@ -1,11 +1,11 @@
 """Suite ``sparse``: sparse weights beside the best dense linear, and the rate of conversion.
 
 The task is ``x @ W.T`` with x ``[tokens, K]`` and W ``[N, K]``; pyfast's is ``sparse_linear`` with the kernel of its
-plan, whose layout is made before the clock starts. Weights are cold: each implementation rotates over copies of its
-weight until they exceed four times the last-level cache. On a GPU one CUDA graph holds calls to all copies, so that
-launches from Python are no part of the time. All implementations of a shape and number of tokens are timed in turn,
-dense ones of every dtype among them; the fastest dense one is the baseline of them all. The floor is the time to read
-the weight (as that format stores it) and x and to write y, at the bandwidth of reading.
+plan, whose layout is made, and each copy called once, before the clock starts. Weights are cold: each implementation
+rotates over copies of its weight until they exceed four times the last-level cache. On a GPU one CUDA graph holds calls
+to all copies, so that launches from Python are no part of the time. All implementations of a shape and number of tokens
+are timed in turn, dense ones of every dtype among them; the fastest dense one is the baseline of them all. The floor is
+the time to read the weight (as that format stores it) and x and to write y, at the bandwidth of reading.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class SparseCase:
             impls[baseline.name] = _bind(linear, x[dtype])
         for variant in self.timed:
             sparse = weights.sparse[variant.name]
-            sparse.prepare(self.tokens)
+            sparse.prepare(x[variant.dtype])
             impls[variant.name] = with_isa(variant.isa, _bind(sparse.linear(), x[variant.dtype]))
         if self.device != "cpu":
             impls = {name: _captured(run, self.calls) for name, run in impls.items()}
