@@ -76,7 +76,13 @@ PYFAST_INLINE void add_block(const IndexedLinearArgs& a, const Quads& quads, con
   }
 }
 
+// Quads of so few steps are done before the activations are in registers.
+constexpr int64_t kFewSteps = 6;
+
 void indexed_one_token(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
+  const int64_t quads = a.blocks * (a.panel / kQuad);
+  const int32_t* starts = a.starts + panel * quads;
+  if (starts[quads] - starts[0] < kFewSteps * quads) return kIndexedLinearAvx2.panel[0](a, panel, x, sums);
   std::fill(sums, sums + a.panel, 0.0f);
   for (int64_t block = 0; block < a.blocks; ++block) {
     const Quads quads(a, panel, block);

@@ -234,7 +234,8 @@ class _Cycles:
     bitmap: tuple[Row, ...]  # a position, as Rates.bitmap
     sparse24: Row
     decompress: float
-    entry: Row
+    entry: Row  # of the indexed layout, as Constants.entry
+    list_start: Row
     flops: int  # a cycle, of a good dense library
 
 
@@ -244,27 +245,31 @@ _CYCLES = {
         (2.0, 2.5, 4.0),
         4.0,
         (1.5, 8.0, 16.0, 32.0, 64.0),
+        (4.0, 24.0, 48.0, 96.0, 192.0),
         32,
     ),
     "avx2": _Cycles(
         ((0.35, 0.35, 0.4, 0.4), (0.5, 0.5, 0.6, 0.6), (0.9, 0.9, 1.0, 1.0)),
         (0.4, 0.5, 0.8),
         0.6,
-        (0.9, 1.1, 1.6, 3.1, 6.0),
+        (0.9, 0.9, 1.5, 3.0, 5.7),
+        (2.5, 4.5, 8.0, 18.0, 33.0),
         32,
     ),
     "avx512": _Cycles(  # expands, whatever is stored
         ((0.2, 0.2, 0.2, 0.2), (0.28, 0.28, 0.28, 0.28), (0.4, 0.4, 0.4, 0.4)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.9, 1.1, 1.4, 2.2, 4.0),
+        (0.45, 0.9, 1.1, 1.7, 3.1),
+        (4.0, 4.5, 6.0, 10.0, 22.0),
         64,
     ),
     "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
         ((0.09, 0.11, 0.14, 0.14), (0.13, 0.15, 0.19, 0.19), (0.2, 0.22, 0.26, 0.26)),
         (0.15, 0.25, 0.4),
         0.5,
-        (0.9, 1.1, 1.4, 2.2, 4.0),
+        (0.45, 0.9, 1.1, 1.7, 3.1),
+        (4.0, 4.5, 6.0, 10.0, 22.0),
         64,
     ),
 }
@@ -273,7 +278,6 @@ _BF16_BITMAP_CYCLES = ((0.075,) * 4, (0.12,) * 4, (0.18,) * 4)
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
 _DENSE_EFFICIENCY = 0.85
-_LIST_ENTRIES = 3.0  # entries that loading and storing the sums of a list takes as long as
 _TURN_CYCLES = 1.0  # of an activation or an output of the indexed kernel
 _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
 _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
@@ -314,7 +318,7 @@ def built_in(
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
         call_us=10.0,
         entry=tuple(ps * c for c in cycles.entry),
-        list_start=tuple(ps * _LIST_ENTRIES * c for c in cycles.entry),
+        list_start=tuple(ps * c for c in cycles.list_start),
         turn=ps * _TURN_CYCLES,
         rates={"float32": plain, "bfloat16": of_bfloat16, "float16": rates(_FLOAT16_DENSE, False)},
     )
