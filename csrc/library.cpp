@@ -79,6 +79,8 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyObject* release_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfast::release_memory()); }
 
+PyObject* kept_memory(PyObject*, PyObject*) { return PyLong_FromLongLong(pyfast::kept_memory()); }
+
 PyObject* has_vbmi2(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::has_vbmi2()); }
 
 PyObject* has_avx512_bf16(PyObject*, PyObject*) { return PyBool_FromLong(pyfast::has_avx512_bf16()); }
@@ -184,7 +186,8 @@ PyMethodDef methods[] = {
     {"few_tokens", few_tokens, METH_NOARGS, "Tokens up to which a product reads a weight as it is stored."},
     {"record", record, METH_NOARGS, "Keeps what serves the next sparse product of this thread, for recorded()."},
     {"recorded", recorded, METH_NOARGS, "What served it, a Served, or None; ends the recording."},
-    {"release_memory", release_memory, METH_NOARGS, "Frees the output kept for reuse; returns its bytes."},
+    {"kept_memory", kept_memory, METH_NOARGS, "Bytes of large memory kept for reuse."},
+    {"release_memory", release_memory, METH_NOARGS, "Frees them; returns how many there were."},
     {nullptr, nullptr, 0, nullptr},
 };
 

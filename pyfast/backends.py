@@ -159,8 +159,8 @@ def build_info() -> dict[str, str]:
 
 
 def release_memory() -> int:
-    """Gives back the memory of the last large gradient, which is kept for the next call (one block, at most of the
-    size of the logits; docs/kernels.md says why). Returns its bytes."""
+    """Gives back the memory of large gradients and logits, which is kept for the next step (never more than was in use
+    at once; docs/decisions.md says why). Returns its bytes."""
     return 0 if _native.CPU is None else _native.CPU.release_memory()
 
 

@@ -10,8 +10,8 @@
               grad_hidden = gradient · head,   grad_head += gradientᵀ · hidden,   grad_bias += Σ gradient
 
 ``loss_of`` is distill_kl, or where the words are sharded the collectives around shard_distill (``pyfast/parallel.py``).
-Three blocks of [n, V] are alive at a time. The two of the logits are reused by every chunk, and the kernel's gradient
-gets its memory again from what it kept (csrc/cpu/reuse.h) or from the caching allocator.
+Three blocks of [n, V] are alive at a time. The two of the logits are reused by every chunk. On a CPU their memory, that
+of the kernel's gradient and that of the head's are kept from step to step (csrc/cpu/reuse.h).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyfast import _products
 from pyfast.ops import _arguments as arguments
-from pyfast.ops._memory import memory_at_hand
+from pyfast.ops._memory import memory_at_hand, reusable_empty
 
 # Tokens above which the products gain little: every chunk reads both heads, and reads and writes the head's gradient.
 EFFICIENT_TOKENS = {"cpu": 208, "cuda": 1024}
@@ -199,11 +199,13 @@ class Inputs(NamedTuple):
         return torch.promote_types(self.student_dtype, self.teacher_dtype)
 
 
-def gradients(call: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    call: Inputs, empty: Callable[[Tensor, int, int], Tensor] = Tensor.new_empty
+) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the gradients that are wanted, empty for the others; zeroed for hidden states and bias."""
     of_hidden, of_head, of_bias = call.wanted
     grad_hidden = call.student_hidden.new_zeros(call.student_hidden.shape if of_hidden else (0,))
-    grad_head = call.row_scale.new_empty(call.student_head.shape if of_head else (0,))
+    grad_head = empty(call.row_scale, *call.student_head.shape) if of_head else call.row_scale.new_empty(0)
     grad_bias = call.row_scale.new_zeros(call.student_head.shape[:1] if of_bias else (0,))
     return grad_hidden, grad_head, grad_bias
 
@@ -216,7 +218,7 @@ def in_chunks(
     of_hidden, of_head, of_bias = call.wanted
     words, row_scale, ce_scale = call.words, call.row_scale, call.ce_scale
     rows = torch.zeros_like(row_scale)
-    grad_hidden, grad_head, grad_bias = gradients(call)
+    grad_hidden, grad_head, grad_bias = gradients(call, reusable_empty)
     logits_dtype = call.logits_dtype
     counted = row_scale != 0 if ce_scale is None else (row_scale != 0) | (ce_scale != 0)
     chunks = _chunks(counted, call.chunk_size or tokens_a_chunk(words, logits_dtype, row_scale.device))
@@ -260,7 +262,7 @@ class _Product:
     def __getitem__(self, chunk: slice | Tensor) -> Tensor:
         hidden = self.hidden[chunk]
         if self.logits is None:
-            self.logits = hidden.new_empty(hidden.shape[0], self.head.shape[0])
+            self.logits = reusable_empty(hidden, hidden.shape[0], self.head.shape[0])
         out = self.logits[: hidden.shape[0]]
         return linear_out(out, hidden, self.head, self.bias)
 
