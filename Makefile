@@ -33,7 +33,7 @@ format: $(VENV)/.built
 # The package of build/sanitize, found before the installed one, is this checkout's Python with modules of its own. The
 # interpreter is not sanitized: the runtime is loaded ahead of it, and what Python itself keeps is no leak of ours.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := host sparse_linear sparse_int8 indexed_linear sparse_formats bitmap_convert epilogue nm_mask distill_kl distill_kl_apart divergences topk_distill
+SANITIZED_TESTS := host sparse_linear sparse_again sparse_int8 indexed_linear sparse_formats bitmap_convert epilogue nm_mask distill_kl distill_kl_apart divergences topk_distill
 
 sanitize: $(VENV)/.built
 	mkdir -p $(SANITIZED)/pyfast

@@ -2,8 +2,6 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")
 
-#include <algorithm>
-
 #include "vec_avx512.h"
 #include "../inline.h"
 #include "indexed_linear_rows.h"
@@ -26,8 +24,9 @@ struct Block {
 
   Block(const float* from, int64_t columns) {
     for (int i = 0; i < 2 * pairs; ++i) {
-      const int64_t here = std::clamp<int64_t>(columns - 16 * i, 0, 16);
-      x[i] = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << here) - 1), from + 16 * i);
+      const int64_t here = columns - 16 * i;
+      const __mmask16 there = static_cast<__mmask16>(here >= 16 ? 0xffff : here > 0 ? (1 << here) - 1 : 0);
+      x[i] = _mm512_maskz_loadu_ps(there, from + 16 * i);
     }
   }
 
@@ -83,7 +82,7 @@ void indexed_one_token(const IndexedLinearArgs& a, int64_t panel, const float* x
   const int64_t quads = a.blocks * (a.panel / kQuad);
   const int32_t* starts = a.starts + panel * quads;
   if (starts[quads] - starts[0] < kFewSteps * quads) return kIndexedLinearAvx2.panel[0](a, panel, x, sums);
-  std::fill(sums, sums + a.panel, 0.0f);
+  for (int64_t r = 0; r < a.panel; ++r) sums[r] = 0.0f;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const Quads quads(a, panel, block);
     const float* from = x + block * (a.block + 1);

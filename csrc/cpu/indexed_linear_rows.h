@@ -1,9 +1,6 @@
 // The algorithm of indexed_linear over Vec. See indexed_linear.h.
 #pragma once
 
-#include <bit>
-#include <cstring>
-
 #include "indexed_linear.h"
 
 namespace pyfast {
@@ -34,8 +31,8 @@ struct Columns {
   uint64_t word = 0;
 
   explicit Columns(const uint8_t* columns) {
-    static_assert(std::endian::native == std::endian::little);
-    std::memcpy(&word, columns, steps * kQuad);
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+    __builtin_memcpy(&word, columns, steps * kQuad);
   }
   int64_t at(int step, int row) const { return (word >> (8 * (kQuad * step + row))) & 0xff; }
 };
