@@ -7,7 +7,7 @@ import torch
 from linear_cases import SLACK, Case, check
 
 import pyfast
-from pyfast import backends
+from pyfast import _native, backends
 from pyfast.bench.hardware import peak_growth_bytes
 from pyfast.ops import _linear_chunks, _memory
 
@@ -93,6 +93,12 @@ def test_logits_never_exist_in_full():
     assert whole is not None and whole > 3 * logits  # what the bound above is worth
 
 
+def test_what_is_kept_is_at_hand(monkeypatch):
+    before = _memory.memory_at_hand(torch.device("cpu"))
+    monkeypatch.setattr(_native.CPU, "kept_memory", lambda: 1 << 50)
+    assert before is not None and before < 1 << 50 <= _memory.memory_at_hand(torch.device("cpu"))
+
+
 def test_chunks_fit_the_memory_at_hand(monkeypatch):
     device, row = torch.device("cpu"), 151936 * 4
     size = _linear_chunks.tokens_a_chunk
@@ -113,9 +119,9 @@ def test_chunks_fit_the_memory_at_hand(monkeypatch):
 
 
 def test_memory_at_hand_of_the_cpu(monkeypatch, tmp_path):
-    assert 1 << 20 < _memory.memory_at_hand(torch.device("cpu")) < 1 << 50
+    assert 1 << 20 < _memory._memory.memory_at_hand(torch.device("cpu")) < 1 << 50
     monkeypatch.setattr(_memory.Path, "read_text", lambda self: "no such line")
-    assert _memory.memory_at_hand(torch.device("cpu")) == 4 << 30
+    assert _memory._memory.memory_at_hand(torch.device("cpu")) == 4 << 30
 
 
 H, W, HT, WT = torch.randn(3, 8), torch.randn(10, 8), torch.randn(3, 6), torch.randn(10, 6)

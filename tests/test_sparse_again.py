@@ -186,9 +186,11 @@ def test_what_choices_depend_on(kernel):
         serve()
     assert not remembered(container, x)
     serve()
+    turned = torch.randn(K, 3).T  # goes by the operator
+    assert remembered(container, turned)
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
-    assert not remembered(container, x)
+    assert not remembered(container, x) and not remembered(container, turned)
     torch.set_num_threads(before)
     serve()
     policy = sparse.set_layouts("none")
@@ -323,6 +325,10 @@ def test_lazy_negatives(kernel, n, k):
             x = torch.randn(rows, k, dtype=torch.complex64).conj().imag
             assert x.is_neg()
             assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
+            x, mul = torch.randn(rows, k), torch.randn(rows, n)
+            sparse_linear(x, container, mul=mul)
+            mul = torch.randn(rows, n, dtype=torch.complex64).conj().imag
+            assert relative_error(sparse_linear(x, container, mul=mul), true(x, container) * mul.double()) < 1e-5
 
 
 def test_the_output_is_where_x_is_whatever_the_default_device(kernel):
@@ -332,6 +338,22 @@ def test_the_output_is_where_x_is_whatever_the_default_device(kernel):
         with torch.device("meta"):
             y = sparse_linear(x, container)
     assert relative_error(y, true(x, container)) < 1e-5
+
+
+@pytest.mark.parametrize("which", ["bias", "mul"])
+def test_subclasses_are_not_remembered(which):
+    class Other(torch.Tensor):
+        pass
+
+    container, x, bias, mul = weight(), torch.randn(3, K), torch.randn(N), torch.randn(3, N)
+    if which == "bias":
+        bias = bias.as_subclass(Other)
+    else:
+        mul = mul.as_subclass(Other)
+    with torch.no_grad():
+        y = sparse_linear(x, container, bias, mul=mul)
+    assert last(container) is None
+    assert relative_error(y.as_subclass(torch.Tensor), true(x, container, bias) * mul.double()) < 1e-5
 
 
 def test_threads_share_what_was_remembered(kernel):
