@@ -274,6 +274,9 @@ def test_a_bias_is_read_as_it_is_now(kernel, dtype):
         bias.data = bias * 5
         assert not remembered(container, x, bias)
         assert relative_error(sparse_linear(x, container, bias), true(x, container, bias)) < tolerance
+        bias.resize_(N - 1)  # where it lies
+        with pytest.raises(ValueError, match="bias"):
+            sparse_linear(x, container, bias)
         spread = torch.randn(2 * N).to(dtype)[::2]  # the kernels read a copy: it must not be kept
         for _ in range(3):
             assert relative_error(sparse_linear(x, container, spread), true(x, container, spread)) < tolerance
