@@ -38,11 +38,9 @@ class SignalCase(ABC):
     beside: ClassVar[Mapping[str, str]] = {}
     # Ratios of times that go into the metrics, by name, with the implementation that is compared with.
     ratios: ClassVar[Mapping[str, str]] = {"speedup_vs_compile": "torch.compile"}
-    # Seconds for all implementations together, rounds at the least, and whether each is called once before the call
-    # that is examined: what takes seconds is not.
+    # Seconds for all implementations together, and rounds at the least.
     budget_s: ClassVar[float] = 2.0
     min_rounds: ClassVar[int] = 5
-    warmed: ClassVar[bool] = True
     # Whether the arithmetic is that of matrix products in the case's dtype, and not of float32.
     by_products: ClassVar[bool] = False
 
@@ -173,8 +171,7 @@ def measure(case: SignalCase, options: Options, floors: Floors) -> list[Result]:
     absent: list[str] = []
 
     def examined(name: str) -> None:
-        if case.warmed:
-            tasks[name]()
+        tasks[name]()  # what is set up once
         checked[name] = case.examine(tasks[name], None if name in case.beside else truth)
 
     def leave_out(line: str) -> None:

@@ -37,8 +37,7 @@ class LinearCase(SignalCase):
     beside: ClassVar[Mapping[str, str]] = {PRODUCTS: "no loss: the four products, in memory that is there already"}
     ratios: ClassVar[Mapping[str, str]] = {"speedup_vs_products": PRODUCTS}
     budget_s: ClassVar[float] = 0.0  # the rounds at the least: one call takes seconds
-    min_rounds: ClassVar[int] = 1
-    warmed: ClassVar[bool] = False
+    min_rounds: ClassVar[int] = 3
     by_products: ClassVar[bool] = True
 
     rows: int
