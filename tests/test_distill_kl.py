@@ -376,6 +376,11 @@ def test_the_memory_of_gradients_is_kept_and_reused():
     assert backends.release_memory() < page
     del grad
     assert 0.75 * one <= backends.release_memory() < 0.75 * one + page  # in use when the most was counted anew
+    grad = of_rows(48)
+    del grad
+    grad = of_rows(64)  # what is kept is too small
+    del grad
+    assert one <= backends.release_memory() < one + page
 
 
 def test_offsets_are_64_bit(tmp_path):
