@@ -79,9 +79,9 @@ PYFAST_INLINE void add_block(const IndexedLinearArgs& a, const Quads& quads, con
 constexpr int64_t kFewSteps = 6;
 
 void indexed_one_token(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
-  const int64_t quads = a.blocks * (a.panel / kQuad);
-  const int32_t* starts = a.starts + panel * quads;
-  if (starts[quads] - starts[0] < kFewSteps * quads) return kIndexedLinearAvx2.panel[0](a, panel, x, sums);
+  const int64_t all = a.blocks * (a.panel / kQuad);
+  const int32_t* starts = a.starts + panel * all;
+  if (starts[all] - starts[0] < kFewSteps * all) return kIndexedLinearAvx2.panel[0](a, panel, x, sums);
   for (int64_t r = 0; r < a.panel; ++r) sums[r] = 0.0f;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const Quads quads(a, panel, block);

@@ -1,6 +1,7 @@
 // The algorithm of indexed_linear over Vec. See indexed_linear.h.
 #pragma once
 
+#include "../inline.h"
 #include "indexed_linear.h"
 
 namespace pyfast {
@@ -54,6 +55,27 @@ void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, f
   }
 }
 
+// One step of the rows [part, part + side) of a quad: its entries w, at its columns, to the rows' sums.
+template <int tile, int side, int steps>
+PYFAST_INLINE void add_step(Vec (&sum)[side][tile / Vec::width], const float* w, const Columns<steps>& columns,
+                            int step, int part, const float* x) {
+  const auto add_entry = [&](int i, Vec value) __attribute__((always_inline)) {
+    const float* at = x + columns.at(step, part + i) * tile;
+#pragma GCC unroll 8
+    for (int v = 0; v < tile / Vec::width; ++v) sum[i][v] = fma(value, load(at + v * Vec::width), sum[i][v]);
+  };
+  if constexpr (side == kQuad) {
+    const Four four(w);
+    add_entry(0, four.one<0>());
+    add_entry(1, four.one<1>());
+    add_entry(2, four.one<2>());
+    add_entry(3, four.one<3>());
+  } else {
+#pragma GCC unroll 2
+    for (int i = 0; i < side; ++i) add_entry(i, broadcast(w[part + i]));
+  }
+}
+
 // tile: tokens side by side; side: rows of a quad that are summed at once, as many as registers hold the sums of: they
 // take chains · side · tile / width registers. chains, 1 or 2: sums of a row, to which its steps are added in turn: an
 // FMA waits for the one before it of its chain, and fewer than eight chains at once leave units idle.
@@ -78,34 +100,14 @@ void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, fl
             if constexpr (chains == 2) sum[1][i][v] = broadcast(0.0f);
           }
         }
-        // The entries w of the rows in one step, at these columns.
-        const auto add_step = [&](Vec(&to)[side][vectors], const float* w, const auto& columns, int step)
-                                  __attribute__((always_inline)) {
-                                    const auto add_entry = [&](int i, Vec value) __attribute__((always_inline)) {
-                                      const float* at = xb + columns.at(step, part + i) * tile;
-#pragma GCC unroll 8
-                                      for (int v = 0; v < vectors; ++v)
-                                        to[i][v] = fma(value, load(at + v * Vec::width), to[i][v]);
-                                    };
-                                    if constexpr (side == kQuad) {
-                                      const Four four(w);
-                                      add_entry(0, four.one<0>());
-                                      add_entry(1, four.one<1>());
-                                      add_entry(2, four.one<2>());
-                                      add_entry(3, four.one<3>());
-                                    } else {
-#pragma GCC unroll 2
-                                      for (int i = 0; i < side; ++i) add_entry(i, broadcast(w[part + i]));
-                                    }
-                                  };
         int64_t at = first;
         for (; at + kQuad < end; at += 2 * kQuad) {
           prefetch_steps(a.values + at, a.columns + at);
           const Columns<2> columns(a.columns + at);
-          add_step(sum[0], a.values + at, columns, 0);
-          add_step(sum[chains - 1], a.values + at + kQuad, columns, 1);
+          add_step<tile, side>(sum[0], a.values + at, columns, 0, part, xb);
+          add_step<tile, side>(sum[chains - 1], a.values + at + kQuad, columns, 1, part, xb);
         }
-        if (at < end) add_step(sum[0], a.values + at, Columns<1>(a.columns + at), 0);
+        if (at < end) add_step<tile, side>(sum[0], a.values + at, Columns<1>(a.columns + at), 0, part, xb);
 #pragma GCC unroll 4
         for (int i = 0; i < side; ++i) {
 #pragma GCC unroll 8

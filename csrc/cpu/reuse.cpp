@@ -20,26 +20,22 @@ class Pool {
  public:
   Block take(uint64_t bytes) {
     const std::lock_guard lock(mutex_);
-    in_use_ += bytes;
     for (auto block = kept_.begin(); block != kept_.end(); ++block) {
       if (block->bytes < bytes || block->bytes > bytes + bytes / 4) continue;
       const Block found = *block;
       kept_.erase(block);
       kept_bytes_ -= found.bytes;
-      in_use_ += found.bytes - bytes;
-      most_ = std::max(most_, in_use_);
-      return found;
+      return use(found);
     }
-    most_ = std::max(most_, in_use_);
-    shrink();
+    const uint64_t will_be = in_use_ + bytes;
+    free_until(std::max(most_, will_be) - will_be);
     Block fresh{std::aligned_alloc(kPage, bytes), bytes};
     if (fresh.data == nullptr && !kept_.empty()) {
       free_until(0);
       fresh.data = std::aligned_alloc(kPage, bytes);
     }
-    if (fresh.data != nullptr) return fresh;
-    in_use_ -= bytes;
-    throw std::bad_alloc();
+    if (fresh.data == nullptr) throw std::bad_alloc();
+    return use(fresh);
   }
 
   void give_back(Block block) {
@@ -47,7 +43,6 @@ class Pool {
     in_use_ -= block.bytes;
     kept_bytes_ += block.bytes;
     kept_.push_back(block);
-    shrink();
   }
 
   int64_t kept_bytes() {
@@ -64,7 +59,11 @@ class Pool {
   }
 
  private:
-  void shrink() { free_until(most_ - in_use_); }
+  Block use(Block block) {
+    in_use_ += block.bytes;
+    most_ = std::max(most_, in_use_);
+    return block;
+  }
 
   // No more than `bytes` stay.
   void free_until(uint64_t bytes) {

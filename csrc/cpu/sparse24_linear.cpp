@@ -6,31 +6,24 @@
 namespace pyfast {
 namespace {
 
-class Sparse24Product final : public LinearProduct {
+class Sparse24Product final : public StoredProduct<Sparse24LinearArgs> {
  public:
   Sparse24Product(const Tensor& x, const Tensor& values, const Tensor& metadata, const LinearOptions& options)
-      : LinearProduct(x, values.size(0), options),
+      : StoredProduct(x, values.size(0), 2 * values.size(1), options),
         kernel_(sparse24_linear_table(active_isa()).linear[static_cast<int>(stored_as(values))]) {
     args_.values = keep(values);
     args_.metadata = static_cast<const uint16_t*>(keep(metadata));
-    args_.tokens = tokens_;
-    args_.k = args_.x_stride = 2 * values.size(1);
   }
 
  protected:
-  void multiply_rows(const void* x, int64_t stride, const Epilogue& epilogue) const override {
-    std::optional<Scratch> copy;
-    Sparse24LinearArgs args = args_;
-    args.x = widen_activations(x, stride, args.k, copy);
-    args.out = epilogue;
-    // Four rows a step: hand out multiples of four, so that only the last chunk sees a remainder. Up to 20 positions a
-    // nanosecond at one token.
+  // Four rows a step: hand out multiples of four, so that only the last chunk sees a remainder. Up to 20 positions a
+  // nanosecond at one token.
+  void multiply_all(const Sparse24LinearArgs& args) const override {
     parallel_chunks((n_ + 3) / 4, 1 + 32768 / ((args.k + 1) * (1 + tokens_ / 2)),
                     [&](int64_t begin, int64_t end) { kernel_(args, 4 * begin, std::min(4 * end, n_)); });
   }
 
  private:
-  Sparse24LinearArgs args_{};
   Sparse24LinearKernel kernel_;
 };
 

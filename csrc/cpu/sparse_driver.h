@@ -80,6 +80,30 @@ class LinearProduct : public Served {
   bool live_ = true;  // no copies of the bias or the scales, which would keep what they are now
 };
 
+// A product that reads the weight as it is stored, by a kernel for few tokens. Args: what that kernel takes.
+template <class Args>
+class StoredProduct : public LinearProduct {
+ public:
+  StoredProduct(const Tensor& x, int64_t n, int64_t k_padded, const LinearOptions& options)
+      : LinearProduct(x, n, options) {
+    args_.tokens = tokens_;
+    args_.k = args_.x_stride = k_padded;
+  }
+
+ protected:
+  virtual void multiply_all(const Args& args) const = 0;
+
+  void multiply_rows(const void* x, int64_t stride, const Epilogue& epilogue) const final {
+    std::optional<Scratch> copy;
+    Args args = args_;
+    args.x = widen_activations(x, stride, args.k, copy);
+    args.out = epilogue;
+    multiply_all(args);
+  }
+
+  Args args_{};
+};
+
 // Above so many tokens, decompressing a panel and calling the dense library beats the kernels for few (measured).
 int64_t few_tokens();
 
