@@ -70,7 +70,7 @@ _CONVERTS_INT8 = ("sparse24_convert", "bitmap_convert", "bitmask_convert")
 
 def in_forward_mode() -> bool:
     """Whether tensors may carry tangents now, which torch drops silently at an op that has only a backward."""
-    return forward_ad._current_level >= 0
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:

@@ -4,6 +4,7 @@ must be seen all the same."""
 from __future__ import annotations
 
 import gc
+import importlib
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from sparse_cases import DTYPES, weight_24, weight_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfast import BitmapWeight, Sparse24Weight, backends, sparse, sparse_linear
+from pyfast.sparse import remembered as remembered_module
 
 N, K = 96, 192
 
@@ -395,3 +397,28 @@ def test_the_native_object_takes_three_addresses(kernel):
             served.run(*wrong)
     with pytest.raises(TypeError):
         type(served)()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.autograd._profiler_enabled",
+        "torch._C._get_tracing_state",
+        "torch._C._len_torch_dispatch_stack",
+        "torch._C._functorch.is_functorch_wrapped_tensor",
+        "torch.autograd.forward_ad._current_level",
+    ],
+)
+def test_without_what_torch_does_not_promise_nothing_is_remembered(kernel, monkeypatch, name):
+    monkeypatch.delattr(name)
+    module = importlib.reload(remembered_module)
+    try:
+        monkeypatch.setattr("pyfast.sparse.linear.can_be_remembered", module.can_be_remembered)
+        container, x = weight(), torch.randn(3, K)
+        with torch.no_grad():
+            for _ in range(2):
+                assert relative_error(sparse_linear(x, container), true(x, container)) < 1e-5
+        assert last(container) is None
+    finally:
+        monkeypatch.undo()
+        importlib.reload(remembered_module)

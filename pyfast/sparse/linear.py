@@ -20,7 +20,7 @@ from pyfast.sparse import layouts
 from pyfast.sparse.formats import DTYPES, BitmapWeight, Sparse24Weight, SparseWeight, format_class
 from pyfast.sparse.masks import magnitude_mask
 from pyfast.sparse.planning import choose, plan
-from pyfast.sparse.remembered import Product, Remembered
+from pyfast.sparse.remembered import Product, Remembered, can_be_remembered
 
 _NUMBERS: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS) if i > 0}}
 _WEIGHTS = (Sparse24Weight, BitmapWeight)
@@ -29,7 +29,6 @@ _SPARSE24 = torch.ops.pyfast.sparse24_linear.default
 # The autograd of a custom op is Python, called whether a gradient is wanted or not.
 _BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 _is_compiled = torch.compiler.is_dynamo_compiling
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _LOCK = threading.Lock()
 _HAS_KERNELS = {"cpu": _native.CPU is not None, "cuda": _native.CUDA is not None}
 
@@ -106,7 +105,7 @@ def _inferred(
     layout = None if kernel == "direct" else held.get(kernel, weight)
     product: Product = _native_direct(weight) if layout is None else layout.linear
     cpu = _native.CPU
-    if cpu is None or (layout is None and kernel != "direct") or not _can_be_remembered(x, weight, bias, mul):
+    if cpu is None or (layout is None and kernel != "direct") or not can_be_remembered(x, weight, bias, mul):
         return product(rows, bias, number, gate)
     cpu.record()
     try:
@@ -115,19 +114,6 @@ def _inferred(
         served = cpu.recorded()
     held.last = Remembered(x, weight, bias, activation, number, mul, product, served, layout is not None)
     return y
-
-
-def _can_be_remembered(x: Tensor, weight: SparseWeight, bias: Tensor | None, mul: Tensor | None) -> bool:
-    """Whether changes would be seen (tensors made in inference mode have no version), and the operator gets these very
-    tensors: no subclasses, nothing that torch.func wraps."""
-    tensors = weight.tensors().values()
-    given = [tensor for tensor in (x, bias, mul, *tensors) if tensor is not None]
-    return (
-        x.is_cpu
-        and not torch.is_grad_enabled()
-        and all(type(tensor) in (Tensor, nn.Parameter) and not _is_wrapped(tensor) for tensor in given)
-        and not any(tensor.is_inference() for tensor in tensors)
-    )
 
 
 def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyfast import _changes
@@ -25,12 +25,29 @@ from pyfast.sparse.formats import SparseWeight
 
 Product = Callable[[Tensor, Tensor | None, int, Tensor | None], Tensor]  # rows, bias, activation, mul
 
-# Looked up once: a call must not depend on where the caches have left the names of torch.
+# Looked up once: a call must not depend on where the caches have left the names of torch. Some are not public: where a
+# torch lacks one of them nothing is remembered.
 _empty_like = torch.empty_like
 _is_grad_enabled = torch.is_grad_enabled
-_is_profiled = torch.autograd._profiler_enabled
-_is_traced = torch._C._get_tracing_state
-_modes = torch._C._len_torch_dispatch_stack
+_is_profiled: Any = getattr(torch.autograd, "_profiler_enabled", None)
+_is_traced: Any = getattr(torch._C, "_get_tracing_state", None)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_is_wrapped: Any = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+_SEES = None not in (_is_profiled, _is_traced, _modes, _is_wrapped) and hasattr(forward_ad, "_current_level")
+
+
+def can_be_remembered(x: Tensor, weight: SparseWeight, bias: Tensor | None, mul: Tensor | None) -> bool:
+    """Whether changes would be seen (tensors made in inference mode have no version), and the operator gets these very
+    tensors: no subclasses, nothing that torch.func wraps."""
+    tensors = weight.tensors().values()
+    given = [tensor for tensor in (x, bias, mul, *tensors) if tensor is not None]
+    return (
+        _SEES
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and all(type(tensor) in (Tensor, nn.Parameter) and not _is_wrapped(tensor) for tensor in given)
+        and not any(tensor.is_inference() for tensor in tensors)
+    )
 
 
 class Remembered:
