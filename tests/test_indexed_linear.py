@@ -88,6 +88,39 @@ def test_an_activation_reaches_the_rows_that_store_its_column(isa, block, tokens
             assert torch.equal(y[-1, stores], dense[stores, column].sign() * bad)
 
 
+def by_hand(dense, panel, block):
+    """The layout by its definition, for any block that the product takes; conversions make some of them."""
+    n, k = dense.shape
+    values, columns, starts, rows = [], [], [0], []
+    for first_row in range(0, n, panel):
+        for first in range(0, k, block):
+            part = torch.zeros(panel, block)
+            piece = dense[first_row : first_row + panel, first : first + block]
+            part[: piece.shape[0], : piece.shape[1]] = piece
+            order = (part != 0).sum(1).argsort(descending=True, stable=True).tolist()
+            for quad in range(0, panel, 4):
+                entries = [[(float(part[r, c]), c) for c in part[r].nonzero()[:, 0].tolist()] for r in order[quad:][:4]]
+                steps = max(map(len, entries))
+                filled = [row + [(0.0, block)] * (steps - len(row)) for row in entries]
+                values += [[row[step][0] for row in filled] for step in range(steps)]
+                columns += [[row[step][1] for row in filled] for step in range(steps)]
+                starts.append(len(values))
+                rows.append(order[quad:][:4])
+    return (
+        torch.tensor(values).reshape(-1, 4),
+        torch.tensor(columns, dtype=torch.uint8).reshape(-1, 4),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(rows, dtype=torch.uint8),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+@pytest.mark.parametrize(("panel", "block"), [(4, 1), (16, 17), (12, 33), (8, 65), (20, 97), (16, 129), (16, 192)])
+def test_any_block_and_panel(isa, tokens, panel, block):
+    dense = weight_unstructured(29, 2 * block + 5, 0.4)
+    check(torch.randn(tokens, dense.shape[1]), dense, by_hand(dense, panel, block), panel, block)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", ["bitmap", "2:4"])
 def test_the_layout_holds_the_weight_bit_for_bit(format, dtype):
