@@ -216,7 +216,7 @@ MUTANTS = {
     ),
     "read of unwritten memory": (
         run_sparse,
-        "ptx::cp_async<16>(rows[lane], b + (lane < k ? lane * 8 : 0), lane < k ? 16 : 0);",
+        "ptx::cp_async<16>(rows[lane], b + (lane < k ? lane * 8 : 0), lane < k);",
         "if (lane < k) ptx::cp_async<16>(rows[lane], b + lane * 8);",
         "which nobody has written",
     ),

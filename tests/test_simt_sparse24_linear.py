@@ -163,9 +163,17 @@ MUTANTS = {
         "if (number >= whole[step] + 99)",
         "is none of 4, 8, 9, C, D, E",
     ),
-    "values past the container": ("number < value_stages ? 16 : 0", "16", "outside all memory|past"),
-    "metadata past the container": ("word < words ? 4 : 0", "word < words + 99 ? 4 : 0", "outside all memory|past"),
-    "columns of x past its end": ("number < x_stages[i] ? 16 : 0", "16", "outside all memory|past"),
+    "values past the container": (
+        "* Plan::kColumns, number < value_stages)",
+        "* Plan::kColumns)",
+        "outside all memory|past",
+    ),
+    "metadata past the container": ("word < words)", "word < words + 99)", "outside all memory|past"),
+    "columns of x past its end": (
+        "(2 * Plan::kColumns), number < x_stages[i])",
+        "(2 * Plan::kColumns))",
+        "outside all memory|past",
+    ),
     "tokens past the last": ("at < static_cast<unsigned>(args.tokens) ?", "true ?", "outside all memory|past"),
     "values before the grid before has ended": (
         "  ptx::wait_prerequisites();\n",

@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
         for (; rest > 0; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
       } else {
         PYFAST_UNROLL_NOT
-        for (; rest > 0; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from, rest < 16 ? rest : 16);
+        for (; rest >= 16; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
+        if (rest > 0) copy_last_chunk(to, from, rest);
       }
     }
   };
@@ -238,7 +239,7 @@ PYFAST_DEVICE void fetch_operand(unsigned char* to, const uint16_t* from, int64_
     const int token = i / 16, chunk = i % 16, at = column + 8 * chunk;
     const bool there = first_token + token < tokens && at < columns;
     ptx::cp_async<16>(to + token * 256 + (chunk ^ (token & 7)) * 16,
-                      from + (there ? (first_token + token) * stride + at : 0), there ? 16 : 0);
+                      from + (there ? (first_token + token) * stride + at : 0), there);
   }
 }
 

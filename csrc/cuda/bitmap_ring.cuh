@@ -30,7 +30,7 @@ struct BitmapRing {
 
   unsigned char* ring;
   const unsigned char* source;  // of the lane's chunk of the first step
-  uint32_t at, fetched, end;    // positions: of the next value, of the next step, behind the last value
+  uint32_t at, fetched, end;    // positions: of the next value, of the next step, behind the last chunk or value
 
   // The values of `tiles` tiles of a row from tile `first` on; `memory`: Bytes and the mirror, at a multiple of 16.
   PYFAST_DEVICE void open(const BitmapWeight<const uint16_t>& weight, unsigned char* memory, int64_t first, int tiles,
@@ -44,7 +44,9 @@ struct BitmapRing {
     source = reinterpret_cast<const unsigned char*>(weight.values + (from - head)) + 16 * lane;
     at = 2 * head;
     fetched = 0;
-    end = 2 * (head + static_cast<uint32_t>(to - from));
+    // Chunks are read whole but for one that the end of all values cuts.
+    const uint32_t values = head + static_cast<uint32_t>(to - from), whole = (values + 7) & ~7u;
+    end = 2 * (from - head + whole <= weight.stored ? whole : values);
   }
 
   // Where the two runs of the tile at `at` begin: shared addresses. `at` moves behind the tile.
@@ -74,8 +76,13 @@ struct BitmapRing {
     PYFAST_UNROLL
     for (int i = 0; i < Step; i += kCopy)
       if (rest >= i + 16) ptx::cp_async<16>(own + place + i, from + i);
-    if (cut > 0 && cut < 16) ptx::cp_async<16>(own + place + rest - cut, from + rest - cut, cut);
-    if (place == 0 && lane < kMirrorLanes && rest > 0) ptx::cp_async<16>(own + Bytes, from, rest < 16 ? rest : 16);
+    if (cut > 0 && cut < 16) copy_last_chunk(own + place + rest - cut, from + rest - cut, cut);
+    if (place == 0 && lane < kMirrorLanes) {
+      if (rest >= 16)
+        ptx::cp_async<16>(own + Bytes, from);
+      else if (rest > 0)
+        copy_last_chunk(own + Bytes, from, rest);
+    }
     fetched = end;
   }
 };

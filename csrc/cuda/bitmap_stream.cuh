@@ -58,7 +58,7 @@ struct BitmapStream {
   PYFAST_DEVICE void fetch_offsets(int stage) const {
     if (lane >= 4 || stage >= stages) return;
     const int64_t at = number(stage, lane / 2);
-    ptx::cp_async<8>(entry(stage) + lane, weight.offsets + (at < 0 ? 0 : at + lane % 2), at < 0 ? 0 : 8);
+    ptx::cp_async<8>(entry(stage) + lane, weight.offsets + (at < 0 ? 0 : at + lane % 2), at >= 0);
   }
 
   // What lies in a slot. `head` is the number of values in its first chunk that belong to the tile before.
@@ -88,7 +88,7 @@ struct BitmapStream {
       const int64_t at = number(stage, lane / 8);
       const unsigned char* const from = reinterpret_cast<const unsigned char*>(weight.bitmaps);
       ptx::cp_async<16>(slot + lane / 8 * slot_bytes() + lane % 8 * 16,
-                        from + (at < 0 ? 0 : at * kTileBitmapBytes + lane % 8 * 16), at < 0 ? 0 : 16);
+                        from + (at < 0 ? 0 : at * kTileBitmapBytes + lane % 8 * 16), at >= 0);
     }
     PYFAST_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -99,8 +99,11 @@ struct BitmapStream {
       const int chunks = (2 * (tile.head + tile.count) + 4 + 15) / 16;
       for (int chunk = lane; chunk < chunks; chunk += 32) {
         const int64_t left = weight.stored - first - 8 * chunk;  // values
-        const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(2 * left) : 0;
-        ptx::cp_async<16>(to + 16 * chunk, weight.values + (bytes > 0 ? first + 8 * chunk : 0), bytes);
+        const uint16_t* const from = weight.values + (first + 8 * chunk);
+        if (left >= 8)
+          ptx::cp_async<16>(to + 16 * chunk, from);
+        else
+          copy_last_chunk(to + 16 * chunk, reinterpret_cast<const unsigned char*>(from), static_cast<int>(2 * left));
       }
     }
   }

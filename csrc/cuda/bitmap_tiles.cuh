@@ -44,6 +44,14 @@ PYFAST_DEVICE uint32_t inclusive_scan(uint32_t count) {
   return ptx::add_from_below<16>(count);
 }
 
+// The chunk of 16 bytes that the end of the values cuts: its first `bytes`, and zeros behind them. Not by cp.async,
+// which reads all 16 whatever source size it is given.
+PYFAST_DEVICE void copy_last_chunk(unsigned char* to, const unsigned char* from, int bytes) {
+  PYFAST_UNROLL_NOT
+  for (int at = 0; at < 16; at += 2)
+    *reinterpret_cast<uint16_t*>(to + at) = at < bytes ? *reinterpret_cast<const uint16_t*>(from + at) : uint16_t{0};
+}
+
 #endif
 
 }  // namespace pyfast::cuda

@@ -286,11 +286,13 @@ PYFAST_DEVICE Words ld_shared(uint32_t address) {
 
 // ---- Copies into shared memory ------------------------------------------------------------------------------------
 
-// cp.async: Bytes (4, 8 or 16) from global to shared memory, both at multiples of Bytes. Only source_bytes are read,
-// the rest becomes zero. They lie there for this thread after its cp_async_wait, for others after a barrier besides.
+// cp.async: Bytes (4, 8 or 16) from global to shared memory, both at multiples of Bytes; zeros, and nothing is read,
+// where they are not `there`. They lie there for this thread after its cp_async_wait, for others after a barrier
+// besides. Part of a chunk cannot be copied: of any source size but 0 the hardware reads all Bytes.
 template <int Bytes>
-PYFAST_DEVICE void cp_async(void* shared, const void* global, int source_bytes = Bytes) {
+PYFAST_DEVICE void cp_async(void* shared, const void* global, bool there = true) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+  const int source_bytes = there ? Bytes : 0;
   if constexpr (Bytes == 16)
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :

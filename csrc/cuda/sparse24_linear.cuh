@@ -184,12 +184,12 @@ struct Sparse24Copies {
     PYFAST_UNROLL
     for (unsigned i = 0; i < kValueCopies; ++i)
       ptx::cp_async<16>(stage + value_place + i * kValueStep * Plan::kValueChunks * 16,
-                        values[i] + static_cast<uint64_t>(moved) * Plan::kColumns, number < value_stages ? 16 : 0);
+                        values[i] + static_cast<uint64_t>(moved) * Plan::kColumns, number < value_stages);
     PYFAST_UNROLL
     for (unsigned i = 0; i < kXCopies; ++i)
       if (Plan::kTokens >= kXStep || x_place < Plan::kStageBytes)
         ptx::cp_async<16>(stage + x_place + i * kXStep * Plan::kXChunks * 16,
-                          x[i] + static_cast<uint64_t>(moved) * (2 * Plan::kColumns), number < x_stages[i] ? 16 : 0);
+                          x[i] + static_cast<uint64_t>(moved) * (2 * Plan::kColumns), number < x_stages[i]);
     const unsigned char* const from = metadata + static_cast<uint64_t>(moved) * Plan::kMetadataBytes;
     unsigned char* const to = stage + metadata_place;
     if (number < metadata_stages) ptx::cp_async<Plan::kMetadataBytes>(to, from);
@@ -198,7 +198,7 @@ struct Sparse24Copies {
         (args.padded_k - static_cast<int>(blockIdx.x) * args.split_columns - number * Plan::kColumns) / 32;
     PYFAST_UNROLL_NOT
     for (int word = 0; word < Plan::kMetadataBytes / 4; ++word)
-      ptx::cp_async<4>(to + 4 * word, from + 4 * word, word < words ? 4 : 0);
+      ptx::cp_async<4>(to + 4 * word, from + 4 * word, word < words);
   }
 };
 

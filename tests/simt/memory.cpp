@@ -154,19 +154,18 @@ void touch(uintptr_t address, size_t bytes, Use use, bool aligned, Place where) 
 
 // ---- cp.async -------------------------------------------------------------------------------------------------------
 
-void copy_async(void* shared, const void* global, int bytes, int source_bytes, Where where) {
+void copy_async(void* shared, const void* global, int bytes, bool there, Where where) {
   Lane& lane = *engine.lane;
   Copy copy{reinterpret_cast<uintptr_t>(shared), lane.groups, bytes, {}};
-  if (source_bytes < 0 || source_bytes > bytes) fail(where, format("cp_async<%d> of %d bytes", bytes, source_bytes));
   const uintptr_t from = reinterpret_cast<uintptr_t>(global);
-  if (source_bytes > 0) {
+  if (there) {
     if (from % bytes != 0) fail(where, format("cp_async<%d>: the source is not a multiple of that", bytes));
     const Region* const source = find(from);
     if (source == nullptr || source->owner != nullptr)
-      fail(where, format("reads %d bytes outside all memory that is global: %s", source_bytes,
+      fail(where, format("reads %d bytes outside all memory that is global: %s", bytes,
                          source == nullptr ? nearest(from).c_str() : source->name.c_str()));
-    touch(from, source_bytes, Use::read, false, where);
-    std::memcpy(copy.content, global, source_bytes);
+    touch(from, bytes, Use::read, false, where);
+    std::memcpy(copy.content, global, bytes);
   }
   Region* const region = find(copy.to);
   if (region == nullptr || region->owner != lane.block)

@@ -15,7 +15,7 @@ __global__ void sparse_product(const uint16_t* values, const uint16_t* metadata,
   using Rows = uint16_t[kColumns][8];
   PYFAST_SHARED(Rows, rows);
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
-  ptx::cp_async<16>(rows[lane], b + (lane < k ? lane * 8 : 0), lane < k ? 16 : 0);
+  ptx::cp_async<16>(rows[lane], b + (lane < k ? lane * 8 : 0), lane < k);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   ptx::syncwarp();

@@ -63,7 +63,7 @@ void load_matrices(uint32_t* words, int count, bool transposed, const void* row,
 void multiply(bool bfloat16, float* d, const uint32_t* a, const uint32_t* b, const float* c, Where where);
 void multiply_sparse(bool bfloat16, int selector, float* d, const uint32_t* a, const uint32_t* b, const float* c,
                      uint32_t metadata, Where where);
-void copy_async(void* shared, const void* global, int bytes, int source_bytes, Where where);
+void copy_async(void* shared, const void* global, int bytes, bool there, Where where);
 void copy_commit();
 void copy_wait(unsigned pending);
 void load(void* to, const void* from, size_t bytes, Where where);  // a vector load: all bytes, aligned

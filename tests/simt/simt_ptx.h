@@ -142,10 +142,9 @@ PYFAST_DEVICE Words ld_shared(uint32_t address, Where where = Where::current()) 
 }
 
 template <int Bytes>
-PYFAST_DEVICE void cp_async(void* shared, const void* global, int source_bytes = Bytes,
-                            Where where = Where::current()) {
+PYFAST_DEVICE void cp_async(void* shared, const void* global, bool there = true, Where where = Where::current()) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
-  simt::copy_async(shared, global, Bytes, source_bytes, where);
+  simt::copy_async(shared, global, Bytes, there, where);
 }
 PYFAST_DEVICE void cp_async_commit() { simt::copy_commit(); }
 template <int Pending>
