@@ -30,7 +30,7 @@ class Captured:
     """Calls in one CUDA graph, one after the other; a call replays them and gives what the last one gave.
 
     They run once before the capture, on a stream of their own, which also compiles what compiles at its first call.
-    Their outputs stay in memory as long as the graph.
+    Their outputs stay in memory as long as the graph, as does what the calls hold: a replay reads it where it lay.
     """
 
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
@@ -44,6 +44,7 @@ class Captured:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = [call() for call in calls]
+        self._calls = calls
 
     def __call__(self) -> Any:
         self._graph.replay()
