@@ -23,14 +23,16 @@ No atomics: a program owns what it writes, so results repeat bit by bit. Queries
 log-sums of both and Σ pull) are all that moves; causal programs stop at the diagonal. Products for forward_kl: 5 tiles
 in attention_rows (scores twice, grad_q) and 3 in attention_keys; two more for the others.
 
-How accurately: scores and sums are float32; float32 queries and keys are multiplied in float32, not in
-tf32. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will be). With
-float16 that product is two of tf32, whose exponents hold what float16 would lose below 6e-8: of the slope's first 11
-bits, and of what is left.
+How accurately: scores and sums are float32. Products of float32 are three of tf32, of both parts of each number but for
+the two small ones: as accurate as float32 (3.5e-7 of loss and gradients on an H100) in a fifth of the time, although
+terms spill then. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will
+be). With float16 that product is two of tf32, whose exponents hold what float16 would lose below 6e-8: of the slope's
+first 11 bits, and of what is left.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -62,14 +64,15 @@ def _load(base, stride, places, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _exponents(a, b, rate, seen):
     """rate · a·bᵀ, -inf where not ``seen``."""
-    return tl.where(seen, tl.dot(a, tl.trans(b), input_precision="ieee") * rate, -_INF)  # says nothing of 16-bit inputs
+    scores = tl.dot(a, tl.trans(b), input_precision="tf32x3")  # says nothing of 16-bit inputs
+    return tl.where(seen, scores * rate, -_INF)
 
 
 @triton.jit
 def _add_product(slope, x, total):
     """total + slope · x, in a precision that fits the dtype of x; see the head of the file."""
     if x.dtype == tl.float32:
-        return tl.dot(slope, x, total, input_precision="ieee")
+        return tl.dot(slope, x, total, input_precision="tf32x3")
     elif x.dtype == tl.float16:
         wide = x.to(tl.float32)  # exact in tf32, as is the upper part of the slope
         upper = (slope.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -265,19 +268,51 @@ class Plan(NamedTuple):
 
     block_q: int
     block_k: int
-    options: dict[str, int]
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Those of the launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def plan(width: int, dtype: torch.dtype) -> Plan:
-    """Layout for heads of at most ``width`` numbers: the largest tiles whose terms stay in registers (``compile.py``
-    shows them). The two products of float16 take more of those."""
-    if dtype == torch.float16 and width > 64:
-        block_q, block_k, warps = (32, 32, 8) if width <= 128 else (32, 16, 8)
-    elif dtype != torch.float32:
-        block_q, block_k, warps = (64, 32, 8) if width <= 128 else (32, 16, 4)
-    else:
-        block_q, block_k, warps = (32, 16, 4) if width <= 64 else (16, 16, 4)
-    return Plan(block_q, block_k, {"num_warps": warps, "num_stages": 2})
+#: The fastest of up to twenty on an H100 (docs/kernels-gpu.md) whose terms stay in registers, by dtype, widest head and
+#: whether the divergence is ``forward_kl``.
+_HOPPER = {
+    (torch.bfloat16, 64, True): Plan(64, 64, 4, 3),
+    (torch.bfloat16, 64, False): Plan(64, 16, 4, 3),
+    (torch.bfloat16, 128, True): Plan(64, 32, 4, 3),
+    (torch.bfloat16, 128, False): Plan(64, 16, 4, 3),
+    (torch.bfloat16, 256, True): Plan(32, 32, 4, 2),
+    (torch.float16, 64, True): Plan(64, 32, 4, 2),
+    (torch.float16, 64, False): Plan(64, 16, 4, 3),
+    (torch.float16, 128, True): Plan(32, 32, 4, 2),
+    (torch.float32, 64, True): Plan(64, 32, 4, 2),
+    (torch.float32, 128, True): Plan(32, 32, 4, 2),
+}
+
+
+def plan(width: int, dtype: torch.dtype, divergence: str, capability: int) -> Plan:
+    """Layout for heads of at most ``width`` numbers on a GPU of ``capability`` (major · 10 + minor): the fastest where
+    they were measured, else the largest tiles whose terms stay in registers (``compile.py`` shows them). The two
+    products of float16 take more of those."""
+    padded = 64 if width <= 64 else 128 if width <= 128 else 256
+    measured = _HOPPER.get((dtype, padded, divergence == "forward_kl"))
+    if measured is not None and capability == 90:
+        return measured
+    if dtype == torch.float32:
+        return Plan(32, 16, 4, 2) if padded == 64 else Plan(16, 16, 4, 2)
+    if dtype == torch.float16 and padded > 64:
+        return Plan(32, 32 if padded == 128 else 16, 8, 2)
+    return Plan(64, 32, 8, 2) if padded <= 128 else Plan(32, 16, 4, 2)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    """Compute capability, major · 10 + minor; 0 on the CPU, where Triton interprets."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
 
 
 def refusal(
@@ -347,24 +382,26 @@ def attention_distill(
     sizes = (heads, heads // key_heads, heads // k_t.shape[1], tokens, keys)
     rates = (student_rate * _LOG2_E, teacher_rate * _LOG2_E, student_rate)
     shares = (1.0 - mix, mix) if divergence == "skew_reverse_kl" else (mix, 1.0 - mix)
-    block_q, block_k, options = plan(max(width_s, width_t), q_s.dtype)
-    layout = {
+    layout = plan(max(width_s, width_t), q_s.dtype, divergence, _capability(q_s.device))
+    constants = {
         "WIDTH_S": width_s,
         "WIDTH_T": width_t,
         "PAD_S": max(16, triton.next_power_of_2(width_s)),
         "PAD_T": max(16, triton.next_power_of_2(width_t)),
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
+        "BLOCK_Q": layout.block_q,
+        "BLOCK_K": layout.block_k,
         "CAUSAL": causal,
         "DIVERGENCE": divergence,
     }
     common = (*strides, *sizes, *rates, *shares)
     results = (rows, grad_q if with_grad else None, sums_s, sums_t, means)
-    programs = batch * heads * triton.cdiv(tokens, block_q)
-    launch(attention_rows, programs, q_s, options, *inputs, *results, *common, **layout)
+    programs = batch * heads * triton.cdiv(tokens, layout.block_q)
+    launch(attention_rows, programs, q_s, layout.options, *inputs, *results, *common, **constants)
     if with_grad:
-        programs = batch * key_heads * triton.cdiv(keys, block_k)
-        launch(attention_keys, programs, q_s, options, *inputs, grad_k, sums_s, sums_t, means, *common, **layout)
+        programs = batch * key_heads * triton.cdiv(keys, layout.block_k)
+        launch(
+            attention_keys, programs, q_s, layout.options, *inputs, grad_k, sums_s, sums_t, means, *common, **constants
+        )
     return rows, grad_q, grad_k
 
 

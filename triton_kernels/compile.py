@@ -66,9 +66,10 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WIDTHS = (1024, 4096, 8192, 32000, 262144)
 
 
-def cases() -> Iterator[Case]:
-    """Every kernel for 16-bit and 32-bit logits, at each layout of its plan, aligned and not, with and without
-    gradient. ``distill_kl`` for every divergence, plain and with everything that an argument adds."""
+def cases(target: int) -> Iterator[Case]:
+    """Every kernel, as compute capability ``target`` starts it, for 16-bit and 32-bit logits, at each layout of its
+    plan, aligned and not, with and without gradient. ``distill_kl`` for every divergence, plain and with everything
+    that an argument adds."""
     for divergence in DIVERGENCES:
         for extras in (False, True):
             for width in _layouts(divergence, extras):
@@ -85,7 +86,7 @@ def cases() -> Iterator[Case]:
         for width in (64, 128, 256):
             for divergence in ("forward_kl", "mse", "jsd"):
                 for kernel in (attention_distill.attention_rows, attention_distill.attention_keys):
-                    yield _attention(kernel, dtype, width, divergence)
+                    yield _attention(kernel, dtype, width, divergence, target)
     yield _topk_student("bf16", 151936, "bucket", with_grad=False)
     yield from (_topk_student("bf16", 151936, tail) for tail in topk_distill.TAILS if tail != "bucket")
     yield from (_topk_teacher(count, tail) for count in (16, 1024) for tail in ("bucket", "sampled"))
@@ -137,12 +138,12 @@ def _scale_rows(dtype: str, in_place: bool) -> Case:
     return _case(name, scale_rows.scale_rows_kernel, scale_rows.LAUNCH, pointers, strides, (), constants, aligned=True)
 
 
-def _attention(kernel: Any, dtype: str, width: int, divergence: str) -> Case:
-    block_q, block_k, options = attention_distill.plan(width, _TYPES[dtype])
+def _attention(kernel: Any, dtype: str, width: int, divergence: str, target: int) -> Case:
+    layout = attention_distill.plan(width, _TYPES[dtype], divergence, target)
     constants: dict[str, Any] = {
         **dict.fromkeys(("WIDTH_S", "WIDTH_T", "PAD_S", "PAD_T"), width),
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
+        "BLOCK_Q": layout.block_q,
+        "BLOCK_K": layout.block_k,
         "CAUSAL": True,
         "DIVERGENCE": divergence,
     }
@@ -157,7 +158,7 @@ def _attention(kernel: Any, dtype: str, width: int, divergence: str) -> Case:
     numbers = ("rate_s", "rate_t", "slope_rate", "share_t", "share_s")
     sizes = [name for name in kernel.arg_names if name not in {*pointers, *numbers, *constants}]
     name = f"{kernel.__name__} {divergence} {dtype} width {width}"
-    return _case(name, kernel, options, pointers, sizes, numbers, constants, aligned=True)
+    return _case(name, kernel, layout.options, pointers, sizes, numbers, constants, aligned=True)
 
 
 def _case(
@@ -238,8 +239,8 @@ def main() -> None:
     parser.add_argument("--target", type=int, action="append", help="90 for compute capability 9.0; repeatable")
     targets = parser.parse_args().target or TARGETS
     print(f"{'kernel':64} {'sm':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7} {'programs':>8}")
-    for case in cases():
-        for target in targets:
+    for target in targets:
+        for case in cases(target):
             need = resources(case, target)
             print(
                 f"{need.case:64} {need.target:4} {need.warps:5} {need.registers:9} {need.stack:5} "
