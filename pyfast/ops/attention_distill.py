@@ -16,7 +16,7 @@ from torch import Tensor
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
 from pyfast.ops import _attention_blocks as blocks
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.ops.distill_kl import scaled
 from pyfast.reference.attention_distill import attention_distill as reference
 
@@ -234,4 +234,4 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return scaled(rows, factor.expand(rows.shape[0])).view(grad.shape)
 
 
-torch.library.register_autograd("pyfast::attention_distill", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("attention_distill", _backward, _setup_context)

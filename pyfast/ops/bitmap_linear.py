@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from pyfast import _products, backends
 from pyfast.ops import bitmap_convert
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.reference import bitmap_linear as reference
 from pyfast.reference.epilogue import epilogue
 from pyfast.reference.sparse24_linear import scaled
@@ -125,4 +125,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_values, None, None, None, grad_bias, None, None, None
 
 
-torch.library.register_autograd("pyfast::bitmap_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("bitmap_linear", _backward, _setup_context)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfast import _native, backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.reference import distill_kl as reference
 
 DIVERGENCES = tuple(reference.DIVERGENCES)
@@ -287,5 +287,5 @@ def _refuse_double_backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
 
 for _op in OPS:
     torch.library.register_fake(f"pyfast::{_op}", _fake, lib=LIBRARY)
-    torch.library.register_autograd(f"pyfast::{_op}", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("pyfast::scale_rows", _refuse_double_backward, lib=LIBRARY)
+    register_autograd(_op, _backward, _setup_context)
+register_autograd("scale_rows", _refuse_double_backward)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.ops._linear_chunks import Inputs, Operands, gradients, in_chunks
 from pyfast.ops.distill_kl import scaled
 from pyfast.reference import linear_distill as reference
@@ -203,4 +203,4 @@ def _row_times(scale: Tensor, factor: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, scale * factor)
 
 
-torch.library.register_autograd("pyfast::linear_distill", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("linear_distill", _backward, _setup_context)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyfast import backends
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.reference import sliced_linear as reference
 
 BLOCK_WARPS = 16  # of a block of the kernel
@@ -57,4 +57,4 @@ def _backward(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError("sliced_linear: has no gradient; pyfast.sparse_linear trains the weight that it was made from")
 
 
-torch.library.register_autograd("pyfast::sliced_linear", _backward, lib=LIBRARY)
+register_autograd("sliced_linear", _backward)

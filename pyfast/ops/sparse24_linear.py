@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from pyfast import _products, backends
 from pyfast.ops import sparse24_convert
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.reference import sparse24_linear as reference
 from pyfast.reference.epilogue import epilogue
 from pyfast.reference.sparse24_linear import scaled
@@ -99,4 +99,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_values, None, None, grad_bias, None, None
 
 
-torch.library.register_autograd("pyfast::sparse24_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("sparse24_linear", _backward, _setup_context)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfast import backends
 from pyfast.ops import _arguments as arguments
-from pyfast.ops._library import LIBRARY, define
+from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.ops.distill_kl import scaled
 from pyfast.reference import topk_distill as reference
 
@@ -226,4 +226,4 @@ def _backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | Non
     return scaled(grad, grad_rows), *(None,) * 6
 
 
-torch.library.register_autograd("pyfast::topk_distill", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("topk_distill", _backward, _setup_context)
