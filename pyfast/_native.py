@@ -37,3 +37,9 @@ if CPU is None:
         RuntimeWarning,
         stacklevel=2,
     )
+if "does not load" in CUDA_REASON:
+    warnings.warn(
+        f"pyfast: {CUDA_REASON}; Triton and plain torch serve on the GPU instead. Build it again for this torch.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

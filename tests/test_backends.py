@@ -243,6 +243,31 @@ pyfast.cli.main()
 """
 
 
+BROKEN_CUDA = """
+import sys, warnings
+import torch
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pyfast._cuda":
+            raise ImportError("undefined symbol: of another torch")
+
+torch.version.cuda = "13.0"
+sys.meta_path.insert(0, Broken())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import pyfast
+print(*(w.message for w in caught if issubclass(w.category, RuntimeWarning)), sep="\\n")
+"""
+
+
+def test_a_cuda_module_that_does_not_load_is_told() -> None:
+    done = python(BROKEN_CUDA)
+    assert done.returncode == 0, done.stderr
+    (told,) = done.stdout.splitlines()
+    assert told.startswith("pyfast: pyfast._cuda does not load: undefined symbol: of another torch; Triton")
+
+
 def test_without_the_compiled_module_the_reference_serves(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8))
     case = {
