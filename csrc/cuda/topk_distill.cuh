@@ -41,8 +41,9 @@ struct TopkSums {
   float distinct;              // words of the teacher
   float top, inside;           // their highest logit, and Σ 2^((z - top) · rate)
   float outside_top, outside;  // Σ 2^(z · rate - outside_top · rate) over all others, the product being rounded
+  float before;                // Σ of the terms of the row before it
 
-  PYFAST_DEVICE static TopkSums nothing() { return {{0.0f, 0.0f}, 0.0f, kLowestTop, 0.0f, kLowestTop, 0.0f}; }
+  PYFAST_DEVICE static TopkSums nothing() { return {{0.0f, 0.0f}, 0.0f, kLowestTop, 0.0f, kLowestTop, 0.0f, 0.0f}; }
 
   PYFAST_DEVICE void add_inside(float z, float rate) {
     const float higher = __builtin_fmaxf(top, z);
@@ -64,10 +65,15 @@ struct TopkSums {
     outside_top = outside_higher;
     PYFAST_UNROLL
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      outside += ptx::shfl_xor(outside, distance);
+      before += ptx::shfl_xor(before, distance);
+    }
+    if (!ptx::any(distinct != 0.0f || mass.hi != 0.0f)) return;  // most warps have no word of the teacher
+    PYFAST_UNROLL
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
       mass = add(mass, {ptx::shfl_xor(mass.hi, distance), ptx::shfl_xor(mass.lo, distance)});
       distinct += ptx::shfl_xor(distinct, distance);
       inside += ptx::shfl_xor(inside, distance);
-      outside += ptx::shfl_xor(outside, distance);
     }
   }
 };
@@ -90,6 +96,13 @@ PYFAST_DEVICE TopkTerm topk_term(float t, float s, float x) {
   return {t * q, t * (x + q)};
 }
 
+// A row whose terms are not joined yet, where the first thread of a group has it. No barrier of the cluster is spent on
+// them: they travel with the sums of the next row.
+struct Unfinished {
+  int64_t row;  // negative: there is none
+  float scale, rest_value;
+};
+
 // One group of blocks doing rows `begin`, `begin` + a.groups, …
 template <class T, bool kClusters>
 struct TopkDistill {
@@ -97,15 +110,18 @@ struct TopkDistill {
   const ResidentRow<T>& store;
   const TeacherWords& teacher;
   Group<kClusters>& group;
+  Unfinished& unfinished;  // in shared memory
 
   PYFAST_DEVICE void run(int64_t begin) const {
+    if (leads()) unfinished.row = -1;
+    float terms = 0.0f;  // this thread's part of the unfinished row
     bool counted = counts(begin);
     LogitsRow<T> row = row_at(begin, counted);
     store.begin(row);
     PYFAST_UNROLL_NOT
     for (int64_t i = begin; i < a.count; i += a.groups) {
       if (counted) {
-        counted = distill(i, row);
+        counted = distill(i, row, terms);
       } else {
         fill(i, T{});
         if (leads()) a.rows[i] = 0.0f;
@@ -114,6 +130,7 @@ struct TopkDistill {
         store.begin(row);
       }
     }
+    finish(join_group(group, Totals{terms, 0.0f, 0.0f}).value);
     group.sync();  // a block stays until nothing more is written into it
   }
 
@@ -124,6 +141,12 @@ struct TopkDistill {
   PYFAST_DEVICE bool counts(int64_t i) const { return i < a.count && a.row_scale[i] != 0.0f; }
   PYFAST_DEVICE bool leads() const { return threadIdx.x == 0 && group.rank() == 0; }
   PYFAST_DEVICE T* grad_of(int64_t i) const { return a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride; }
+
+  PYFAST_DEVICE void finish(float terms) const {
+    if (!leads() || unfinished.row < 0) return;
+    a.rows[unfinished.row] = unfinished.scale * (terms + unfinished.rest_value);
+    unfinished.row = -1;
+  }
 
   // Row i, or no vectors where it is not to be read.
   PYFAST_DEVICE LogitsRow<T> row_at(int64_t i, bool counted) const {
@@ -159,8 +182,9 @@ struct TopkDistill {
     bool is_empty, next_counts;
   };
 
-  // Does row i, and begins to read the next one, which takes its place. Returns whether that one counts.
-  PYFAST_DEVICE bool distill(int64_t i, LogitsRow<T>& memory) const {
+  // Does row i, and begins to read the next one, which takes its place. Returns whether that one counts. terms: of the
+  // row before, of which nothing is left, and of this one.
+  PYFAST_DEVICE bool distill(int64_t i, LogitsRow<T>& memory, float& terms) const {
     T* const grad = grad_of(i);
     // Who has which word: who writes the vector that it lies in.
     const int lead = reads() ? memory.lead : grad == nullptr ? 0 : words_past_multiple(grad);
@@ -174,6 +198,8 @@ struct TopkDistill {
     sums.mass.hi = static_cast<float>(mass);
     sums.mass.lo = static_cast<float>(mass - static_cast<double>(sums.mass.hi));
     sums.distinct = static_cast<float>(distinct);
+    sums.before = terms;
+    terms = 0.0f;
     if (reads()) store.arrived();
     teacher.each_word(listed, [&](int k) {
       const float z = reads() ? taken(store.at(store.place(teacher.word[k], lead)))
@@ -188,11 +214,12 @@ struct TopkDistill {
     sums = join_group(group, sums, a.rate);
 
     Row row{};
-    float rest_value = 0.0f, scale = 0.0f;
     if (group.leads()) {
-      scale = a.row_scale[i];
+      finish(sums.before);
+      const float scale = a.row_scale[i];
       row.next_counts = counts(i + a.groups);
-      rest_value = find_constants(row, sums, scale);
+      const float rest_value = find_constants(row, sums, scale);
+      if (leads() && !row.is_empty) unfinished = {i, scale, rest_value};
     }
     row = group.broadcast(row);
     const LogitsRow<T> next = row_at(i + a.groups, row.next_counts);
@@ -204,7 +231,7 @@ struct TopkDistill {
       return row.next_counts;
     }
 
-    Totals totals = Totals::nothing();
+    float gaps = 0.0f;
     teacher.each_word(listed, [&](int k) {
       const float z = teacher.logit[k];
       const double log_t = teacher.log_t[k] - row.log_mass;
@@ -212,15 +239,15 @@ struct TopkDistill {
       const float s = ptx::exp2_approx((z - row.top) * a.rate) * row.inverse_sum;
       const double log_s = (static_cast<double>(z) - static_cast<double>(row.top)) * a.inverse - row.log_sum;
       const TopkTerm term = topk_term(t, s, static_cast<float>(log_s - log_t));
-      totals.value += term.value;
-      totals.slope += term.gap;
+      terms += term.value;
+      gaps += term.gap;
       teacher.logit[k] = term.gap + row.nothing;
       teacher.t[k] = static_cast<double>(s);
     });
     if (is(TopkTail::ignore)) {
-      totals = join_group(group, totals);
-      const Gaps found = group.broadcast(Gaps{totals.slope, row.factor * -totals.slope});
-      totals.slope = found.gaps;
+      gaps = join_group(group, Totals{gaps, 0.0f, 0.0f}).value;
+      const Gaps found = group.broadcast(Gaps{gaps, row.factor * -gaps});
+      gaps = found.gaps;
       row.factor = found.factor;
     }
     if (!reads()) {
@@ -230,20 +257,15 @@ struct TopkDistill {
     } else {
       store.begin(next);
     }
-    if (is(TopkTail::ignore))
-      ptx::syncthreads();  // the words of the teacher come after all others
-    else
-      totals = join_group(group, totals);
-    if (grad != nullptr) {
-      const float own_scale = a.row_scale[i] * static_cast<float>(a.inverse);
-      const float gaps = is(TopkTail::ignore) ? totals.slope : 0.0f;
-      teacher.each_word(listed, [&](int k) {
-        const float slope = __builtin_fmaf(-gaps, static_cast<float>(teacher.t[k]), teacher.logit[k]);
-        grad[teacher.word[k]] = ptx::from_float<T>(slope * own_scale);
-      });
-    }
-    if (leads()) a.rows[i] = scale * (totals.value + rest_value);
     memory = next;
+    if (grad == nullptr) return row.next_counts;
+    ptx::syncthreads();  // the words of the teacher come after all others
+    const float own_scale = a.row_scale[i] * static_cast<float>(a.inverse);
+    teacher.each_word(listed, [&](int k) {
+      const float s_of_gap = is(TopkTail::ignore) ? static_cast<float>(teacher.t[k]) : 0.0f;
+      const float slope = __builtin_fmaf(-gaps, s_of_gap, teacher.logit[k]);
+      grad[teacher.word[k]] = ptx::from_float<T>(slope * own_scale);
+    });
     return row.next_counts;
   }
 
@@ -346,10 +368,12 @@ template <class T>
 __global__ void __launch_bounds__(kTopkThreads, 1) topk_distill_kernel(const TopkDistillArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);
   PYFAST_SHARED(GroupMemory, memory);
+  PYFAST_SHARED(Unfinished, unfinished);
   Group<kHasClusters> group(memory, a.cluster);
   const ResidentRow<T> store(slots, a.words, a.share, group.rank());
   const TeacherWords teacher(slots + kVectorBytes * a.share, a.places);
-  TopkDistill<T, kHasClusters>{a, store, teacher, group}.run(blockIdx.x / static_cast<unsigned>(group.size));
+  TopkDistill<T, kHasClusters>{a, store, teacher, group, unfinished}.run(blockIdx.x /
+                                                                         static_cast<unsigned>(group.size));
 }
 
 #endif

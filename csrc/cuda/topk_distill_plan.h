@@ -9,7 +9,7 @@
 namespace pyfast::cuda {
 
 inline constexpr int64_t kMostEntries = 1024;  // of a row; more would leave the row too little room
-inline constexpr int kTopkThreads = 768;       // of all blocks on a multiprocessor: 80 registers each
+inline constexpr int kTopkThreads = 1024;      // of all blocks on a multiprocessor: 64 registers each
 inline constexpr int kMarkBytes = 256;         // of TeacherWords::counts
 
 // Entries come by fours, so that ids are read four at a time.

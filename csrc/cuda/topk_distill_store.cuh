@@ -95,7 +95,8 @@ class ResidentRow {
     const Words4* const end = slots_ + count;
     const Words4* const end_next = slots_ + held(next.vectors);
     const Words4* const end_alike = slots_ + (alike < count ? alike : count);
-    const T* const from = next.words + shift;
+    const T* from = next.words + shift;
+    ptx::keep(from);  // or ptxas adds the shift in every turn
     const int turn = step() * kVectorWords<T>;
     Words4* slot = slots_ + threadIdx.x;
     int word = row.first_word(first_ + static_cast<int>(threadIdx.x));

@@ -114,19 +114,26 @@ struct TeacherWords {
   PYFAST_DEVICE void merge(int listed, bool sampled, double& mass, int& distinct) const {
     each(listed, [&](int k) {
       const int own = word[k];
-      int alike = 0;
-      PYFAST_UNROLL_NOT
-      for (int j = 0; j < listed; j += 4) {
-        const Words4 four = *reinterpret_cast<const Words4*>(word + j);
-        alike += static_cast<int>(four.x == static_cast<uint32_t>(own)) +
-                 static_cast<int>(four.y == static_cast<uint32_t>(own)) +
-                 static_cast<int>(four.z == static_cast<uint32_t>(own)) +
-                 static_cast<int>(four.w == static_cast<uint32_t>(own));
-      }
+      const int four = k & ~3;  // those that it stands among
+      bool repeats = false;
+      const auto look = [&](int from, int to) {
+        PYFAST_UNROLL_NOT
+        for (int j = from; j < to; j += 4) {
+          const Words4 others = *reinterpret_cast<const Words4*>(word + j);
+          repeats |= others.x == static_cast<uint32_t>(own);
+          repeats |= others.y == static_cast<uint32_t>(own);
+          repeats |= others.z == static_cast<uint32_t>(own);
+          repeats |= others.w == static_cast<uint32_t>(own);
+        }
+      };
+      look(0, four);
+      look(four + 4, listed);
+      PYFAST_UNROLL
+      for (int other = 1; other < 4; ++other) repeats |= word[four + (k + other) % 4] == own;
       double sum = t[k];
       mass += sum;
       bool first = true;
-      if (alike > 1) {
+      if (repeats) {
         sum = 0.0;
         PYFAST_UNROLL_NOT
         for (int j = 0; j < listed; ++j) {
@@ -135,7 +142,7 @@ struct TeacherWords {
           if (j < k) first = false;
         }
       }
-      if (sampled || alike > 1) log_t[k] = first ? __builtin_log(sum) : kNegInfDouble;
+      if (sampled || repeats) log_t[k] = first ? __builtin_log(sum) : kNegInfDouble;
       if (first) ++distinct;
     });
   }
