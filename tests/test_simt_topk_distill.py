@@ -193,7 +193,7 @@ def test_words_where_blocks_meet(library: host.Library, mode: str) -> None:
 
 
 def test_logits_far_from_each_other(library: host.Library) -> None:
-    """Words that a thread meets late and that are e^100 times those before, vectors of -inf, rows that lie far from 0."""
+    """Words that a thread meets late and that are e^100 times those before, vectors of -inf, rows far from 0."""
     for shift in (0.0, 700.0, -3000.0):
         inputs = plain(4, 1000, 20, "f32", "bucket")("cpu")
         inputs.student[0, 700:] += 100.0

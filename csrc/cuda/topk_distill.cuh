@@ -1,5 +1,47 @@
 // topk_distill on the GPU: divergence of a softmax from a teacher known by K of its words, and its gradient, a row at a
-// time. What is computed is said in csrc/cpu/topk_distill.h.
+// time, by clusters of blocks that hold it. What is computed is said in csrc/cpu/topk_distill.h.
+//
+//   ids, entries [K]  ──► list, merge: the words of this block, log t of each           while the row arrives
+//   row on chip       ──► take: their logits out of the row, -inf in their place        ──► Σ 2^… of theirs
+//                     ──► first pass: Σ 2^… of what is left, without a mask and without cancellation
+//                     ──► join_group ──► constants ──► terms of the words               (ignore: join_group once more)
+//                     ──► last pass: gradient of the words outside, written, 0 for -inf; asks for the next row
+//                     ──► __syncthreads ──► gradient of the words over it
+//
+//      block 0                          block 1                       x: a word of the teacher's, listed, taken out and
+//      [░░░░x░░░░░░░░░░░░x░░░░░░]       [░░░░░░░░░x░░░░░]             written by the block that its vector lies in, so
+//      word, t, log_t, logit [≤ K]      word, t, log_t, logit [≤ K]   that only the threads of one block write a place
+//
+// The terms of a row travel with the sums of the next one, so that a row costs one barrier of the cluster (two with
+// `ignore`, whose gradient needs Σ (s_k - t_k)). renormalise reads K logits from memory, no row, and writes zeros.
+// Which calls it takes, plan_topk_distill says: GPUs with clusters, K up to kMostEntries, and rows that 8 blocks hold
+// (900000 words of 16 bits on an H100). All others are the Triton kernel's.
+//
+// Bytes. With E those of the logits: 2E, the row read once and kept on chip, the gradient written; a value alone E.
+// renormalise: E and 0. K words cost 16 K bytes a row and K stores of a word each, which meet their lines in L2. At
+// 151936 words of 16 bits and K = 64 a row takes 8 blocks of 38 KB, five on a multiprocessor of an H100; at 128256
+// words 4 blocks of 64 KB, three.
+//
+// Instructions. At 2E, words of 16 bits and 3.0 TB/s an H100 (132 multiprocessors, 1.75 GHz) has 39 a word at the 4 a
+// cycle that it can issue, and 24 at the 2.4 that these kernels reach. The code for sm_90 issues a word of bfloat16, in
+// the loops over vectors:
+//
+//   first pass   4.5   a load, 2 to widen a pair, then FMA, MUFU.EX2 and addition of each
+//   last pass    5.9   the same with a multiplication in place of the addition, a conversion a pair, store, LDGSTS
+//
+// The first pass looks for no maximum: a thread sums below the highest logit of its first vector, and begins anew below
+// that of all its vectors where the sum then lies beyond 2^±40. The last pass has no question in its loop: vectors at
+// the ends of rows are done apart. What a row costs outside of these loops (the sums over threads above all, as in
+// distill_kl) comes on top; finding repeated ids takes three a pair of places of a block.
+//
+// Precision. Probabilities of the teacher, their sum, and x = log s - log t are computed in double, s and the sums in
+// float32 with powers of the special function unit (ex2.approx: 2^-22). What a shift is rounded by is the same in the
+// sums and in the gradient. A row whose words outside have a highest logit of 2^30 or more (over T, to base 2) gives
+// NaN.
+//
+// Resources (tests/test_cuda_build.py compares; the shared memory is the most that a launch asks for, beside 2 KB):
+//
+//   topk_distill_kernel<T>    64 registers    230400 bytes of shared memory
 #pragma once
 
 #include "../topk_tail.h"
@@ -362,8 +404,8 @@ struct TopkDistill {
   }
 };
 
-// Grid: clusters of blocks along x, each doing rows its number apart. Shared memory: a.share vectors, and what
-// TeacherWords takes of a.named.
+// Grid: clusters of blocks along x, each doing rows its number apart. Shared memory: a.share vectors, and
+// teacher_bytes() of a.named.
 template <class T>
 __global__ void __launch_bounds__(kTopkThreads, 1) topk_distill_kernel(const TopkDistillArgs<T> a) {
   PYFAST_DYNAMIC_SHARED(slots);

@@ -8,7 +8,7 @@
 //   log_t   L0   L1   -inf L2  …      logarithm of the word's sum at its first place    double
 //   logit   z0   z1   ·    z2  …      of the student; later the gradient
 //
-// Repeated ids: each place is compared with all others of the block, 2.2 instructions a pair and 32 of them at a time.
+// Repeated ids: each place is compared with all others of the block, three instructions a pair of places.
 // What there are K of is computed in double, spread over the threads.
 #pragma once
 

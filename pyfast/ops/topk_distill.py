@@ -184,8 +184,8 @@ def _check_values(ids: Tensor, entries: Tensor, counted: Tensor | None, tail: st
 
 # The op. tail: "bucket", "ignore" or "renormalise" with log-probabilities as entries, "sampled" with weights; both
 # float64 [rows, K]. rows[i] = row_scale[i] · divergence; grad is the finished gradient of rows.sum() to the student,
-# [rows, V], empty where with_grad is False. On a GPU it is topk_distill_cuda where that kernel holds such rows and so many
-# entries on chip (topk_distill_fits, which looks at shapes alone), and topk_distill_triton elsewhere.
+# [rows, V], empty where with_grad is False. On a GPU it is topk_distill_cuda where that kernel holds such rows and so
+# many entries on chip (topk_distill_fits, which looks at shapes and device alone), and topk_distill_triton elsewhere.
 OPS = ("topk_distill", "topk_distill_cuda", "topk_distill_triton")
 for _op in OPS:
     define(

@@ -45,11 +45,11 @@ void topk_distill(const T* student, const int64_t* ids, const double* entries, c
 
 }  // namespace
 
-#define TOPK_DISTILL(name, T)                                                                                        \
-  SIMT_EXPORT name(const T* student, const int64_t* ids, const double* entries, const float* row_scale, float* rows, \
-                   T* grad, int64_t count, int64_t words, int64_t named, int64_t student_stride,                     \
-                   int64_t student_offset, int64_t tail, const double* temperature, int64_t cluster, int64_t groups, \
-                   int64_t threads) {                                                                                \
-    topk_distill<T>(student, ids, entries, row_scale, rows, grad, count, words, named, student_stride,               \
-                    student_offset, tail, temperature, cluster, groups, threads);                                    \
+#define TOPK_DISTILL(name, T)                                                                                          \
+  SIMT_EXPORT name(const T* student, const int64_t* ids, const double* entries, const float* row_scale, float* rows,   \
+                   T* grad, int64_t count, int64_t words, int64_t named, int64_t student_stride,                       \
+                   int64_t student_offset, int64_t tail, const double* temperature, int64_t cluster, int64_t groups,   \
+                   int64_t threads) {                                                                                  \
+    topk_distill<T>(student, ids, entries, row_scale, rows, grad, count, words, named, student_stride, student_offset, \
+                    tail, temperature, cluster, groups, threads);                                                      \
   }
