@@ -17,6 +17,7 @@ from test_triton_topk_distill import BROKEN, CASES, MODES, Inputs, plain
 from topk_cases import truth
 
 from pyfast import _native
+from pyfast.ops import topk_distill as op
 from pyfast.reference import topk_distill as reference
 
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -308,6 +309,20 @@ def test_plan(library: host.Library, limits: tuple[int, int, int]) -> None:
             assert threads % 32 == 0 and 32 <= threads <= 1024 and shared + 2048 <= limits[0]
             most = (words * size + 2 * (16 - size)) // 16  # vectors, where the row begins within one
             assert (cluster - 1) * share < most <= cluster * share
+
+
+@pytest.mark.parametrize(
+    ("built", "fits", "served"), [(True, True, "cuda"), (True, False, "triton"), (False, True, "triton")]
+)
+def test_what_serves_on_a_gpu(monkeypatch: pytest.MonkeyPatch, built: bool, fits: bool, served: str) -> None:
+    monkeypatch.setattr(_native, "CUDA", object() if built else None)
+    monkeypatch.setattr(
+        torch.ops.pyfast, "topk_distill_fits", lambda student, named: fits and named == 5, raising=False
+    )
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(torch.ops.pyfast, f"topk_distill_{name}", lambda *_, name=name: name, raising=False)
+    inputs = plain(2, 10, 5, "f32", "bucket")("cpu")
+    assert op._on_gpu(inputs.student, inputs.ids, inputs.entries, inputs.row_scale, "bucket", 1.0, True) == served
 
 
 gpu = [
