@@ -10,6 +10,7 @@ losses and conversions are calls, the cache flushed before each. A file holds th
                   (b50 ...) and ``sliced_linear`` (s50 ...), and gradx70 beside dgradx, the dense one. Of builds whose
                   kernels all began in order, or all overlapped: ``sparse_in_order``, ``sparse_overlapping``
     kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
+    topk          us, and TB/s at 2E, of the top-k loss (bucket) and its gradient, by cuda and by triton; a copy
     conversions   us, and TB/s at what must be moved
     grad_values   us, and bytes beyond its arguments, of the gradient to the stored values of a bitmap weight
 """
@@ -31,6 +32,7 @@ SPARSITIES = (50, 70, 80, 90)
 SLICED_TOKENS = (1, 2, 4, 8)
 TOKENS = (*SLICED_TOKENS, 16, 32, 64)
 LOGITS = ((8192, 32000), (8192, 128256), (8192, 151936), (2048, 262144))
+NAMED = (64, 256)  # words of the teacher
 SECONDS = 0.25  # for all implementations of a case together
 BUILDS = ("sparse_in_order", "sparse_overlapping", "sparse")
 
@@ -126,6 +128,24 @@ def losses(rows: int, words: int, near: bool = False) -> list[dict]:
     return [{"rows": rows, "words": words, **row} for row in timed(calls, moved)]
 
 
+def topk_losses(rows: int, words: int) -> list[dict]:
+    """Rows of ``topk`` for one shape."""
+    student, teacher, scale = draw(rows, words), draw(rows, words), torch.ones(rows, device="cuda")
+    target = torch.empty_like(student)
+    found = []
+    for named in NAMED:
+        entries, ids = teacher.float().log_softmax(-1).topk(named)
+        inputs = (student, ids, entries.double(), scale, "bucket", 1.0, True)
+        calls: dict[str, Callable[[], object]] = {
+            "copy": lambda: target.copy_(teacher),
+            "cuda": lambda inputs=inputs: torch.ops.pyfast.topk_distill_cuda(*inputs),
+            "triton": lambda inputs=inputs: torch.ops.pyfast.topk_distill_triton(*inputs),
+        }
+        moved = dict.fromkeys(calls, 2 * student.nbytes)
+        found += [{"rows": rows, "words": words, "named": named, **row} for row in timed(calls, moved)]
+    return found
+
+
 def conversions(n: int, k: int) -> list[dict]:
     """Rows of ``conversions`` for one shape."""
     import pyfast
@@ -167,6 +187,7 @@ def measure(path: Path) -> None:
         "sparse": (products, SHAPES),
         "kl": (losses, LOGITS),
         "kl_near": (partial(losses, near=True), LOGITS[1:2]),
+        "topk": (topk_losses, LOGITS[1:3]),
         "conversions": (conversions, SHAPES[:2]),
         "grad_values": (gradients, SHAPES[:2]),
     }

@@ -8,6 +8,7 @@ import torch
 import pyfast
 from pyfast.ops import bitmap_convert
 from pyfast.ops.distill_kl import DIVERGENCES
+from pyfast.ops.topk_distill import TAILS
 from pyfast.sparse.sliced import SlicedLayout
 
 SHAPES = ((50, 136), (97, 1029))
@@ -59,9 +60,25 @@ def losses() -> None:
             near(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(truth, exact)[0], 2 * BFLOAT16)
 
 
+def topk_losses() -> None:
+    """Every tail, in one block and in a cluster of them; ids that repeat."""
+    for rows, words, named in ((3, 1000, 40), (2, 130001, 300)):
+        student = torch.randn(rows, words, device="cuda", dtype=torch.bfloat16)
+        entries, ids = torch.randn(rows, words, device="cuda").log_softmax(-1).topk(named)
+        ids[:, 1] = ids[:, 0]
+        for tail in (*TAILS, None):
+            leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+            weights = entries.exp() if tail is None else None
+            loss = pyfast.topk_distillation_loss(leaf, ids, entries, tail, weights=weights, backend="cuda")
+            truth = pyfast.topk_distillation_loss(exact, ids, entries, tail, weights=weights, backend="reference")
+            near(loss, truth, 1e-4)
+            near(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(truth, exact)[0], 2 * BFLOAT16)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     products()
     losses()
+    topk_losses()
     torch.cuda.synchronize()
     print("ok")

@@ -42,7 +42,7 @@ class OpRow:
 PRIORITY: dict[str, tuple[str, ...]] = {
     "distill_kl": ("native", "cuda", "triton", "reference"),
     "linear_distill": ("native", "triton", "reference"),
-    "topk_distill": ("native", "triton", "reference"),
+    "topk_distill": ("native", "cuda", "triton", "reference"),
     "attention_distill": ("native", "triton", "reference"),
     "shard_distill": ("reference",),
     "sparse24_linear": ("native", "cuda", "reference"),

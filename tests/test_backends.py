@@ -77,7 +77,8 @@ def test_select_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "CUDA_REASON", "")
     assert backends.select("distill_kl", "cuda", torch.bfloat16) == "cuda"
     assert backends.select("distill_kl", "cuda", torch.bfloat16, "triton") == "triton"
-    assert backends.select("topk_distill", "cuda", torch.bfloat16) == "triton"
+    assert backends.select("topk_distill", "cuda", torch.bfloat16) == "cuda"
+    assert backends.select("linear_distill", "cuda", torch.bfloat16) == "triton"
     assert backends.select("sparse24_linear", "cuda", torch.bfloat16) == "cuda"
     assert backends.select("distill_kl", "cuda", torch.float64) == "reference"
     monkeypatch.setattr(_native, "CUDA_REASON", "pyfast._cuda is not built")
@@ -98,7 +99,7 @@ def test_select_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         ("distill_kl", "native", torch.float64, "takes float32, bfloat16 or float16, not torch.float64"),
         ("distill_kl", "triton", torch.float32, "runs on CUDA devices, not on cpu"),
         ("distill_kl", "cuda", torch.float32, "runs on CUDA devices, not on cpu"),
-        ("topk_distill", "cuda", torch.float32, "topk_distill has no cuda kernel"),
+        ("linear_distill", "cuda", torch.float32, "linear_distill has no cuda kernel"),
         ("bitmap_linear", "cuda", torch.float32, "runs on CUDA devices, not on cpu"),
         ("bitmap_linear", "triton", torch.float32, "bitmap_linear has no triton kernel"),
         ("distill_kl", "opencl", torch.float32, "distill_kl has no opencl kernel"),

@@ -29,6 +29,7 @@ OPS = (
     "bitmap_backward",
     "sliced_linear",
     "distill_kl",
+    "topk_distill",
     "scale_rows",
 )
 TARGETS = ("80", "90", "120")

@@ -36,12 +36,9 @@
 #include "isa.h"
 #include "scalars.h"
 
+#include "../topk_tail.h"
+
 namespace pyfast {
-
-enum class TopkTail { bucket = 0, ignore = 1, renormalise = 2, sampled = 3 };
-
-inline constexpr int kTopkTailCount = 4;
-inline constexpr const char* kTopkTailNames[kTopkTailCount] = {"bucket", "ignore", "renormalise", "sampled"};
 
 struct TopkDistillArgs {
   const void* student;

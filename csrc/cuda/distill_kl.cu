@@ -11,70 +11,17 @@
 namespace pyfast::cuda {
 namespace {
 
-void check_cuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next launch would report it
-  STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
-}
-
-int attribute_of(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "distill_kl");
-  return value;
-}
-
-DeviceLimits limits_of(int device) {
-  return {attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          attribute_of(cudaDevAttrComputeCapabilityMajor, device) >= 9};
-}
-
-// As many groups of blocks as the device runs at once, and no more than there are rows: each does rows in turn.
 template <class T>
 void launch(DistillKlArgs<T> args, int device, cudaStream_t stream) {
-  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), args.is_general(), limits_of(device));
+  const DistillKlPlan plan = plan_distill_kl(args.words, sizeof(T), args.is_general(), limits_of(device, "distill_kl"));
   const bool resident = plan.cluster > 0;
   auto* const kernel = args.is_general()
                            ? (resident ? distill_kl_resident_kernel<T, true> : distill_kl_streamed_kernel<T, true>)
                            : (resident ? distill_kl_resident_kernel<T, false> : distill_kl_streamed_kernel<T, false>);
   args.share = plan.share;
   args.batch = plan.batch();
-  check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
-      "distill_kl");
-  const int cluster = resident ? plan.cluster : 1;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  int groups = 0;
-  if (cluster > 1) {
-    check_cuda(cudaOccupancyMaxActiveClusters(&groups, kernel, &config), "distill_kl");
-  } else {
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&groups, kernel, plan.threads, config.dynamicSmemBytes),
-               "distill_kl");
-    groups *= attribute_of(cudaDevAttrMultiProcessorCount, device);
-  }
-  STD_TORCH_CHECK(groups > 0, "distill_kl: this GPU has no room for ", cluster, " block(s) of ", plan.shared_bytes,
-                  " bytes");
-  args.cluster = cluster;
-  args.groups = std::min<int64_t>(groups, args.count);
-  config.gridDim = dim3(static_cast<unsigned>(args.groups) * static_cast<unsigned>(cluster));
-  check_cuda(cudaLaunchKernelEx(&config, kernel, args), "distill_kl");
-}
-
-void check_logits(const Tensor& logits, const char* name) {
-  STD_TORCH_CHECK(logits.is_cuda(), name, ": must be a CUDA tensor");
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, name, ": must have shape [rows, words] with words above 0");
-  STD_TORCH_CHECK(logits.size(1) <= 2147483647 - 64, name, ": got ", logits.size(1),
-                  " words, accepted: below 2^31 - 64");
-  (void)is_wide(logits, name);
+  launch_groups("distill_kl", kernel, args, {resident ? plan.cluster : 1, plan.threads, plan.shared_bytes}, device,
+                stream);
 }
 
 void check_inputs(const Tensor& student, const Tensor& teacher, const Tensor& row_scale,

@@ -142,7 +142,7 @@ struct DistillKl {
       if (static_cast<uint32_t>(word) < inside_span<T>(a.words))
         ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), Words4{});
       else
-        write_zeros(grad, word, a.words);
+        fill_words(grad, word, a.words, T{});
     }
   }
 
@@ -333,15 +333,8 @@ struct DistillKl {
     return value[0] + value[1];
   }
 
-  // The vector of the gradient whose first word is `word`. slot: that of its logits, which are not needed any more.
   PYFAST_DEVICE void write(T* grad, int word, uint32_t span, const Words<T>& z, Words4* slot) const {
-    const Words4 bits = narrow_vector(z);
-    if (static_cast<uint32_t>(word) < span) {
-      ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), bits);
-    } else if (grad != nullptr) {
-      *slot = bits;
-      write_words(grad, slot, word, a.words);
-    }
+    write_vector(grad, word, a.words, span, narrow_vector(z), slot);
   }
 
   // Adds the cross-entropy's gradient, and takes the softcap's slope: z is capped, dz / d(raw) = 1 - (z / cap)².
@@ -377,12 +370,6 @@ struct DistillKl {
     if (a.labels != nullptr) a.ce_rows[i] = ce;
   }
 };
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-inline constexpr bool kHasClusters = true;
-#else
-inline constexpr bool kHasClusters = false;
-#endif
 
 // Grid: clusters of blocks along x, each doing rows its number apart. Shared memory: two times a.share vectors.
 template <class T, bool kGeneral>

@@ -9,11 +9,17 @@
 #pragma once
 
 #include "common.cuh"
-#include "distill_kl_plan.h"
+#include "resident_plan.h"
 
 namespace pyfast::cuda {
 
 #if defined(PYFAST_KERNELS)
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline constexpr bool kHasClusters = true;
+#else
+inline constexpr bool kHasClusters = false;
+#endif
 
 inline constexpr int kMaxWarps = 32;
 inline constexpr int kMaxFields = 9;

@@ -87,12 +87,24 @@ PYFAST_DEVICE void write_words(T* row, const Words4* slot, int word, int words) 
     if (word + i >= 0 && word + i < words) row[word + i] = __builtin_bit_cast(T, from[i]);
 }
 
-// A vector of zeros of a row in memory, word by word.
+// The same word over a vector of a row in memory, word by word.
 template <class T>
-PYFAST_DEVICE void write_zeros(T* row, int word, int words) {
+PYFAST_DEVICE void fill_words(T* row, int word, int words, T value) {
   PYFAST_UNROLL_NOT
   for (int i = 0; i < kVectorWords<T>; ++i)
-    if (word + i >= 0 && word + i < words) row[word + i] = T{};
+    if (word + i >= 0 && word + i < words) row[word + i] = value;
+}
+
+// The vector of a gradient whose first word is `word`, as a whole below `span`; `grad` may be null. slot: one of this
+// thread that holds nothing that is needed any more.
+template <class T>
+PYFAST_DEVICE void write_vector(T* grad, int word, int words, uint32_t span, const Words4& bits, Words4* slot) {
+  if (static_cast<uint32_t>(word) < span) {
+    ptx::st_streaming(reinterpret_cast<Words4*>(grad + word), bits);
+  } else if (grad != nullptr) {
+    *slot = bits;
+    write_words(grad, slot, word, words);
+  }
 }
 
 // Slots of this block for rows of so many words: `capacity` for the student, as many for the teacher behind them.

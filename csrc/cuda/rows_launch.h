@@ -1,7 +1,10 @@
 // What the launchers of kernels on rows of logits share. Only <op>.cu files include it.
 #pragma once
 
+#include <algorithm>
+
 #include "launch.h"
+#include "resident_plan.h"
 
 namespace pyfast::cuda {
 
@@ -18,6 +21,15 @@ inline Tensor words_together(const Tensor& logits) {
   return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
 }
 
+// [rows, words] of a dtype that the kernels take.
+inline void check_logits(const Tensor& logits, const char* name) {
+  STD_TORCH_CHECK(logits.is_cuda(), name, ": must be a CUDA tensor");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, name, ": must have shape [rows, words] with words above 0");
+  STD_TORCH_CHECK(logits.size(1) <= 2147483647 - 64, name, ": got ", logits.size(1),
+                  " words, accepted: below 2^31 - 64");
+  (void)is_wide(logits, name);
+}
+
 // run(T{}) with the element type of the tensor.
 template <class Run>
 void with_element(const Tensor& tensor, const Run& run) {
@@ -27,6 +39,64 @@ void with_element(const Tensor& tensor, const Run& run) {
     run(BFloat16{});
   else
     run(Float16{});
+}
+
+// A launch that fails leaves no error behind, or the next one would report it.
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();
+  check(error, what);
+}
+
+inline int attribute_of(cudaDeviceAttr attribute, int device, const char* what) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), what);
+  return value;
+}
+
+inline DeviceLimits limits_of(int device, const char* what) {
+  return {attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, what),
+          attribute_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device, what),
+          attribute_of(cudaDevAttrComputeCapabilityMajor, device, what) >= 9};
+}
+
+struct GroupLaunch {
+  int cluster, threads;
+  int64_t shared_bytes;
+};
+
+// As many groups of blocks as the device runs at once, and no more than there are rows: each does rows in turn. Sets
+// args.cluster and args.groups.
+template <class Args>
+void launch_groups(const char* what, void (*kernel)(Args), Args args, const GroupLaunch& shape, int device,
+                   cudaStream_t stream) {
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
+      what);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.gridDim = dim3(static_cast<unsigned>(shape.cluster));
+  int groups = 0;
+  if (shape.cluster > 1) {
+    check_cuda(cudaOccupancyMaxActiveClusters(&groups, kernel, &config), what);
+  } else {
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&groups, kernel, shape.threads, config.dynamicSmemBytes),
+               what);
+    groups *= attribute_of(cudaDevAttrMultiProcessorCount, device, what);
+  }
+  STD_TORCH_CHECK(groups > 0, what, ": this GPU has no room for ", shape.cluster, " block(s) of ", shape.shared_bytes,
+                  " bytes");
+  args.cluster = shape.cluster;
+  args.groups = std::min<int64_t>(groups, args.count);
+  config.gridDim = dim3(static_cast<unsigned>(args.groups) * static_cast<unsigned>(shape.cluster));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args), what);
 }
 
 }  // namespace pyfast::cuda

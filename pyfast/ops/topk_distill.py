@@ -1,7 +1,7 @@
 """topk_distill: divergence from a teacher that is kept as K words a token, fused with its gradient.
 
 Read top to bottom: the public function, its checks, the op with its fake and autograd. Kernels:
-``csrc/cpu/topk_distill*`` and ``triton_kernels/topk_distill.py``; truth: ``pyfast/reference/topk_distill.py``.
+``csrc/{cpu,cuda}/topk_distill*`` and ``triton_kernels/topk_distill.py``; truth: ``pyfast/reference/topk_distill.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfast import backends
+from pyfast import _native, backends
 from pyfast.ops import _arguments as arguments
 from pyfast.ops._library import LIBRARY, define, register_autograd
 from pyfast.ops.distill_kl import scaled
@@ -75,7 +75,8 @@ def topk_distillation_loss(
         labels: integer ``[...]``; tokens whose label is ``ignore_index`` do not count.
         mask: boolean ``[...]``; tokens where it is False do not count. With ``labels``, both must hold.
         num_items: replaces the divisor of the mean (the count of all micro-batches in gradient accumulation).
-        backend: None for the best, or ``"native"``, ``"triton"``, ``"reference"``.
+        backend: None for the best, or ``"native"``, ``"cuda"``, ``"triton"``, ``"reference"``. Of rows that its kernel
+            does not take ``"cuda"`` hands on to Triton.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or ``[...]`` for ``reduction="none"``. Where no token counts
@@ -103,11 +104,13 @@ def topk_distillation_loss(
     ids = teacher_ids.reshape(-1, k).long()
     entries = entries.detach().reshape(-1, k).double()
     _check_values(ids, entries, weight.counted, tail, words)
-    if backends.select("topk_distill", student.device.type, student.dtype, backend) == "reference":
-        rows = reference.topk_distill(student, ids, entries, weight.row_scale, tail, temperature)
+    inputs = (student, ids, entries, weight.row_scale, tail, temperature)
+    served_by = backends.select("topk_distill", student.device.type, student.dtype, backend)
+    if served_by == "reference":
+        rows = reference.topk_distill(*inputs)
     else:
-        with_grad = torch.is_grad_enabled() and student.requires_grad
-        rows, _ = torch.ops.pyfast.topk_distill(student, ids, entries, weight.row_scale, tail, temperature, with_grad)
+        op = torch.ops.pyfast.topk_distill_triton if served_by == "triton" else torch.ops.pyfast.topk_distill
+        rows, _ = op(*inputs, torch.is_grad_enabled() and student.requires_grad)
     return rows.reshape(leading) if reduction == "none" else weight.reduced(rows.sum())
 
 
@@ -181,14 +184,17 @@ def _check_values(ids: Tensor, entries: Tensor, counted: Tensor | None, tail: st
 
 # The op. tail: "bucket", "ignore" or "renormalise" with log-probabilities as entries, "sampled" with weights; both
 # float64 [rows, K]. rows[i] = row_scale[i] · divergence; grad is the finished gradient of rows.sum() to the student,
-# [rows, V], empty where with_grad is False.
-define(
-    "topk_distill(Tensor student, Tensor ids, Tensor entries, Tensor row_scale, str tail, float temperature, "
-    "bool with_grad) -> (Tensor rows, Tensor grad)"
-)
+# [rows, V], empty where with_grad is False. On a GPU it is topk_distill_cuda where that kernel holds such rows and so
+# many entries on chip (topk_distill_fits, which looks at shapes and device alone), and topk_distill_triton elsewhere.
+OPS = ("topk_distill", "topk_distill_cuda", "topk_distill_triton")
+for _op in OPS:
+    define(
+        f"{_op}(Tensor student, Tensor ids, Tensor entries, Tensor row_scale, str tail, float temperature, "
+        "bool with_grad) -> (Tensor rows, Tensor grad)"
+    )
+define("topk_distill_fits(Tensor student, int entries) -> bool")
 
 
-@torch.library.register_fake("pyfast::topk_distill", lib=LIBRARY)
 def _fake(
     student: Tensor,
     ids: Tensor,
@@ -202,11 +208,18 @@ def _fake(
     return rows, student.new_empty(tuple(student.shape) if with_grad else (0, 0))
 
 
-@torch.library.impl(LIBRARY, "topk_distill", "CUDA")
+@torch.library.impl(LIBRARY, "topk_distill_triton", "CUDA")
 def _triton(*inputs: Any) -> tuple[Tensor, Tensor]:
     from pyfast.triton_kernels.topk_distill import topk_distill
 
     return topk_distill(*inputs)
+
+
+@torch.library.impl(LIBRARY, "topk_distill", "CUDA")
+def _on_gpu(*inputs: Any) -> tuple[Tensor, Tensor]:
+    if _native.CUDA is not None and torch.ops.pyfast.topk_distill_fits(inputs[0], inputs[1].shape[1]):
+        return torch.ops.pyfast.topk_distill_cuda(*inputs)
+    return torch.ops.pyfast.topk_distill_triton(*inputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -226,4 +239,6 @@ def _backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | Non
     return scaled(grad, grad_rows), *(None,) * 6
 
 
-register_autograd("topk_distill", _backward, _setup_context)
+for _op in OPS:
+    torch.library.register_fake(f"pyfast::{_op}", _fake, lib=LIBRARY)
+    register_autograd(_op, _backward, _setup_context)
