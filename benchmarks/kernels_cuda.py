@@ -1,6 +1,6 @@
 """Each CUDA kernel by itself on a GPU, beside cuBLAS and a copy: generated tables of docs/kernels-gpu.md.
 
-    python benchmarks/kernels_cuda.py measure FILE.json
+    python benchmarks/kernels_cuda.py measure FILE.json [--only topk kl]
     python benchmarks/kernels_cuda.py tables benchmarks/results/*/kernels.json [--write docs/kernels-gpu.md]
 
 What is timed are the kernels, not the public calls. Products are graphs over cold weights, as in the suite ``sparse``;
@@ -180,9 +180,11 @@ def timed(calls: Calls, moved: Mapping[str, int]) -> list[dict]:
     return [{"impl": impl, "us": 1e3 * t.ms, "tbs": moved[impl] / t.ms / 1e9} for impl, t in timings.items()]
 
 
-def measure(path: Path) -> None:
-    """Writes ``path`` after each list, so that a run cut short leaves what it had."""
-    found: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+def measure(path: Path, only: list[str] | None) -> None:
+    """Writes ``path`` after each list, so that a run cut short leaves what it had. ``only``: the lists to measure, while
+    the others of the file stay."""
+    found: dict = json.loads(path.read_text()) if only and path.exists() else {}
+    found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     parts: dict[str, tuple[Callable[[int, int], list[dict]], tuple[tuple[int, int], ...]]] = {
         "sparse": (products, SHAPES),
         "kl": (losses, LOGITS),
@@ -191,7 +193,8 @@ def measure(path: Path) -> None:
         "conversions": (conversions, SHAPES[:2]),
         "grad_values": (gradients, SHAPES[:2]),
     }
-    for name, (rows_of, shapes) in parts.items():
+    for name in only or parts:
+        rows_of, shapes = parts[name]
         found[name] = [row for shape in shapes for row in rows_of(*shape)]
         path.write_text(json.dumps(found, indent=0) + "\n")
 
@@ -268,10 +271,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "tables"))
     parser.add_argument("files", type=Path, nargs="+", help="JSON: the one to write, or those to make tables of")
+    parser.add_argument("--only", nargs="+", help="the lists to measure")
     parser.add_argument("--write", type=Path, help="a Markdown file whose blocks are made anew")
     given = parser.parse_args()
     if given.what == "measure":
-        measure(given.files[0])
+        measure(given.files[0], given.only)
         return
     for block, text in tables([json.loads(path.read_text()) for path in given.files]).items():
         print(text, end="\n\n")

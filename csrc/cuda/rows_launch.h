@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "launch.h"
 #include "resident_plan.h"
@@ -65,14 +68,40 @@ struct GroupLaunch {
   int64_t shared_bytes;
 };
 
+// How many groups of such blocks the device runs at once; lets the kernel have so much shared memory. The driver takes
+// longer to answer than to launch: it is asked once for each kernel, device and shape.
+template <class Args>
+int groups_at_once(const char* what, void (*kernel)(Args), const GroupLaunch& shape, int device,
+                   const cudaLaunchConfig_t& config) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Args), int, int, int, int64_t>, int> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& groups = answers[{kernel, device, shape.cluster, shape.threads, shape.shared_bytes}];
+  if (groups > 0) return groups;
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), what);
+  if (shape.shared_bytes > attributes.maxDynamicSharedSizeBytes)  // a launch of another shape may need what there was
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
+        what);
+  int found = 0;
+  if (shape.cluster > 1) {
+    check_cuda(cudaOccupancyMaxActiveClusters(&found, kernel, &config), what);
+  } else {
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, shape.threads, config.dynamicSmemBytes),
+               what);
+    found *= attribute_of(cudaDevAttrMultiProcessorCount, device, what);
+  }
+  STD_TORCH_CHECK(found > 0, what, ": this GPU has no room for ", shape.cluster, " block(s) of ", shape.shared_bytes,
+                  " bytes");
+  return groups = found;
+}
+
 // As many groups of blocks as the device runs at once, and no more than there are rows: each does rows in turn. Sets
 // args.cluster and args.groups.
 template <class Args>
 void launch_groups(const char* what, void (*kernel)(Args), Args args, const GroupLaunch& shape, int device,
                    cudaStream_t stream) {
-  check_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
-      what);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
@@ -83,16 +112,7 @@ void launch_groups(const char* what, void (*kernel)(Args), Args args, const Grou
   config.attrs = &attribute;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
   config.gridDim = dim3(static_cast<unsigned>(shape.cluster));
-  int groups = 0;
-  if (shape.cluster > 1) {
-    check_cuda(cudaOccupancyMaxActiveClusters(&groups, kernel, &config), what);
-  } else {
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&groups, kernel, shape.threads, config.dynamicSmemBytes),
-               what);
-    groups *= attribute_of(cudaDevAttrMultiProcessorCount, device, what);
-  }
-  STD_TORCH_CHECK(groups > 0, what, ": this GPU has no room for ", shape.cluster, " block(s) of ", shape.shared_bytes,
-                  " bytes");
+  const int groups = groups_at_once(what, kernel, shape, device, config);
   args.cluster = shape.cluster;
   args.groups = std::min<int64_t>(groups, args.count);
   config.gridDim = dim3(static_cast<unsigned>(args.groups) * static_cast<unsigned>(shape.cluster));
