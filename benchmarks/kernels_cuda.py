@@ -181,8 +181,8 @@ def timed(calls: Calls, moved: Mapping[str, int]) -> list[dict]:
 
 
 def measure(path: Path, only: list[str] | None) -> None:
-    """Writes ``path`` after each list, so that a run cut short leaves what it had. ``only``: the lists to measure, while
-    the others of the file stay."""
+    """Writes ``path`` after each list, so that a run cut short leaves what it had. ``only``: the lists to measure; the
+    others of the file stay."""
     found: dict = json.loads(path.read_text()) if only and path.exists() else {}
     found |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     parts: dict[str, tuple[Callable[[int, int], list[dict]], tuple[tuple[int, int], ...]]] = {
