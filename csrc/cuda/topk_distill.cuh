@@ -185,8 +185,11 @@ struct TopkDistill {
   PYFAST_DEVICE T* grad_of(int64_t i) const { return a.grad == nullptr ? nullptr : a.grad + i * a.grad_stride; }
 
   PYFAST_DEVICE void finish(float terms) const {
-    if (!leads() || unfinished.row < 0) return;
-    a.rows[unfinished.row] = unfinished.scale * (terms + unfinished.rest_value);
+    if (!leads()) return;
+    // volatile: or the whole warp reads it first and asks who it is later, which racecheck takes for a race.
+    const int64_t row = *static_cast<const volatile int64_t*>(&unfinished.row);
+    if (row < 0) return;
+    a.rows[row] = unfinished.scale * (terms + unfinished.rest_value);
     unfinished.row = -1;
   }
 

@@ -49,10 +49,18 @@ def keep_runnable(
 
 
 def time_case(
-    impls: Mapping[str, Callable[[], object]], *, budget_s: float, device: str, min_rounds: int = 5, calls: int = 1
+    impls: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    device: str,
+    min_rounds: int = 5,
+    calls: int = 1,
+    flushes: int = 1,
 ) -> dict[str, Timing]:
     """``interleave`` over the implementations of one case, which have been run already."""
-    return interleave(impls, budget_s=budget_s, min_rounds=min_rounds, device=device, warmup=0, calls=calls)
+    return interleave(
+        impls, budget_s=budget_s, min_rounds=min_rounds, device=device, warmup=0, calls=calls, flushes=flushes
+    )
 
 
 def is_pyfast(name: str) -> bool:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -64,6 +65,7 @@ def interleave(
     device: str = "cpu",
     warmup: int = 1,
     calls: int = 1,
+    flushes: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time implementations in turn (A B C A B C …), so that a drift of the machine meets them all alike.
@@ -71,9 +73,10 @@ def interleave(
     ``budget_s`` bounds the seconds of all implementations together, the warm-up left out: rounds go on
     until it is spent, never fewer than ``min_rounds``, never more than ``max_rounds``. On ``device="cuda"``
     times come from events and the second-level cache is flushed before each call; the host does not wait in
-    between. Where an implementation does its work ``calls`` times, as a CUDA graph of that many does, times are those
-    of one. What an implementation returns is dropped, inside the clock. Raises ``ImplementationError``
-    (naming the implementation) where one raises.
+    between, and what it takes to issue a call is not counted as long as ``flushes`` of the cache last. Where an
+    implementation does its work ``calls`` times, as a CUDA graph of that many does, times are those of one. What an
+    implementation returns is dropped, inside the clock. Raises ``ImplementationError`` (naming the implementation)
+    where one raises.
     """
     if not impls:
         raise ValueError("impls: at least one implementation is needed")
@@ -85,7 +88,7 @@ def interleave(
         for _ in range(warmup):
             _call(name, run)
     samples: dict[str, list[float]] = {name: [] for name in impls}
-    one_round = _cuda_round if device.startswith("cuda") else _cpu_round
+    one_round = partial(_cuda_round, flushes) if device.startswith("cuda") else _cpu_round
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -117,11 +120,11 @@ def _cpu_round(
 
 
 def _cuda_round(
-    impls: Mapping[str, Callable[[], object]], samples: dict[str, list[float]], clock: Callable[[], float]
+    flushes: int, impls: Mapping[str, Callable[[], object]], samples: dict[str, list[float]], clock: Callable[[], float]
 ) -> None:
     events = {}
     for name, run in impls.items():
-        flush_l2()
+        flush_l2(flushes)
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()

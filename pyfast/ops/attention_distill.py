@@ -90,12 +90,8 @@ def attention_distillation_loss(
     student_rate = _rate("student_scale", student_scale, q_s, temperature)
     teacher_rate = _rate("teacher_scale", teacher_scale, q_t, temperature)
     groups = math.gcd(q_s.shape[1], q_t.shape[1])
-    counted = _counted_queries(q_s, k_s, causal, mask, query_mask)
     dtype = torch.promote_types(torch.promote_types(q_s.dtype, k_s.dtype), torch.promote_types(q_t.dtype, k_t.dtype))
-    scale = counted.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    if reduction == "mean":
-        scale = scale / (scale.sum() * groups).clamp(min=1)
-    scale = scale.unsqueeze(1).expand(-1, groups, -1)
+    scale = _row_scale(q_s, k_s, causal, mask, query_mask, groups, dtype, reduction)
     served_by = backends.select("attention_distill", q_s.device.type, dtype, backend)
     inputs = (
         q_s.to(dtype),
@@ -140,6 +136,28 @@ def _check_heads(whose: str, q: Tensor, k: Tensor) -> None:
 def _rate(name: str, scale: float | None, q: Tensor, temperature: float) -> float:
     """What the product of a query and a key is multiplied by."""
     return (q.shape[3] ** -0.5 if scale is None else arguments.positive(name, scale)) / temperature
+
+
+def _row_scale(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    query_mask: Tensor | None,
+    groups: int,
+    dtype: torch.dtype,
+    reduction: str,
+) -> Tensor:
+    """The factor of each row, [B, G, T]: 0 where a query does not count."""
+    batch, tokens = q.shape[0], q.shape[2]
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    if mask is None and query_mask is None and (not causal or tokens <= k.shape[2]):  # all of them count
+        factor = 1 / max(batch * groups * tokens, 1) if reduction == "mean" else 1.0
+        return torch.full((batch, groups, tokens), factor, dtype=kept, device=q.device)
+    scale = _counted_queries(q, k, causal, mask, query_mask).to(kept)
+    if reduction == "mean":
+        scale = scale / (scale.sum() * groups).clamp(min=1)
+    return scale.unsqueeze(1).expand(-1, groups, -1)
 
 
 def _counted_queries(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, query_mask: Tensor | None) -> Tensor:

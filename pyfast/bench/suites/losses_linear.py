@@ -82,7 +82,8 @@ class LinearCase(SignalCase):
             """An empty loss, and the outputs in place of gradients."""
             s, w_s, t, w_t = (x.detach() for x in inputs)
             if not outputs:
-                outputs.extend(s.new_empty(shape) for shape in 2 * [(self.rows, self.vocab)] + [s.shape, w_s.shape])
+                outputs.extend(s.new_empty(shape) for shape in 2 * [(self.rows, self.vocab)] + [s.shape])
+                outputs.append(s.new_empty(w_s.shape, dtype=torch.float32))  # as the loss sums it
             logits_s, logits_t, grad, grad_head = outputs
             linear_out(logits_s, s, w_s)
             linear_out(logits_t, t, w_t)
