@@ -204,7 +204,12 @@ def measure(path: Path, only: list[str] | None) -> None:
 
 def tables(files: list[dict]) -> dict[str, str]:
     """Markdown by the name of its block."""
-    return {"distill-cuda": of_losses(files), "sparse24-cuda": of_sparse24(files), "sliced-cuda": of_sliced(files)}
+    return {
+        "distill-cuda": of_losses(files),
+        "topk-cuda": of_topk(files),
+        "sparse24-cuda": of_sparse24(files),
+        "sliced-cuda": of_sliced(files),
+    }
 
 
 def short_name(device: str) -> str:
@@ -241,6 +246,20 @@ def of_losses(files: list[dict]) -> str:
             ]
             lines.append([short_name(file["device"]), f"{rows} x {words}", *cells])
     return table(["GPU", "rows x words", "copy", *divergences], 2, lines)
+
+
+def of_topk(files: list[dict]) -> str:
+    """Milliseconds, and TB/s at 2E, of both kernels of the top-k loss."""
+    impls = ("copy", "cuda", "triton")
+    cases: dict[tuple, dict[str, dict]] = {}
+    for file in files:
+        for row in file.get("topk", []):
+            case = short_name(file["device"]), f"{row['rows']} x {row['words']}", str(row["named"])
+            cases.setdefault(case, {})[row["impl"]] = row
+    lines = [
+        [*case, *(f"{here[i]['us'] / 1e3:.2f} ({here[i]['tbs']:.2f})" for i in impls)] for case, here in cases.items()
+    ]
+    return table(["GPU", "rows x words", "K", *impls], 3, lines)
 
 
 def of_sparse24(files: list[dict]) -> str:

@@ -89,9 +89,18 @@ def test_constants_survive_json():
         cuda_costs.from_json(plain, "calibrated")
 
 
-def test_the_built_in_constants_are_those_of_an_h200():
-    found = cuda_costs.built_in()
-    assert found.source == "built-in" and "H200" in found.device
+@pytest.mark.parametrize(
+    ("device", "measured"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-40GB", "H100"),
+    ],
+)
+def test_the_built_in_constants_are_those_of_the_device_or_the_nearest(device: str, measured: str) -> None:
+    found = cuda_costs.built_in(device)
+    assert found.source == "built-in" and measured in found.device
     assert all(begin < 20 and 0.01 < position < 100 for begin, position in (*found.dense, *found.sparse24))
 
 

@@ -162,6 +162,13 @@ def test_the_tables_of_the_gpu_kernels_are_those_of_the_committed_figures(comman
         assert replace_block(page, block, written) == page, (
             "python benchmarks/kernels_cuda.py tables benchmarks/results/*/kernels.json --write docs/kernels-gpu.md"
         )
+    layouts = [path.with_name("attention_layouts.json") for path in GPU_FIGURES]
+    layouts = [json.loads(path.read_text(encoding="utf-8")) for path in layouts if path.exists()]
+    assert layouts
+    for block, written in commands("attention_layouts").tables(layouts).items():
+        assert replace_block(page, block, written) == page, (
+            "python benchmarks/attention_layouts.py tables benchmarks/results/*/attention_layouts.json --write …"
+        )
     profile = commands("profile_cuda").markdown(json.loads(GPU_FIGURES[-1].with_name("profile.json").read_text()))
     assert replace_block(page, "profile", profile) == page, "python benchmarks/profile_cuda.py table …"
 
@@ -171,8 +178,11 @@ def test_a_table_of_gpu_kernels_names_builds_and_gaps(commands):
     product = {"n": 4096, "k": 4096, "m": 1}
     rows = [{**product, "impl": impl, "us": us} for impl, us in (("dense", 30.0), ("2:4", 20.0), ("s90", 10.0))]
     loss = {"rows": 8192, "words": 32000, "impl": "jsd cuda", "tbs": 1.234}
-    file = {"device": "NVIDIA H100 PCIe", "sparse_in_order": rows, "sparse": rows, "kl": [loss]}
+    named = {"rows": 8192, "words": 32000, "named": 64, "tbs": 2.5}
+    topk = [{**named, "impl": impl, "us": us} for impl, us in (("copy", 400.0), ("cuda", 500.0), ("triton", 1500.0))]
+    file = {"device": "NVIDIA H100 PCIe", "sparse_in_order": rows, "sparse": rows, "kl": [loss], "topk": topk}
     found = {block: text.splitlines()[2:] for block, text in kernels.tables([file]).items()}
+    assert found["topk-cuda"] == ["| H100 | 8192 x 32000 | 64 | 0.40 (2.50) | 0.50 (2.50) | 1.50 (2.50) |"]
     assert found["sparse24-cuda"][0] == "| H100, in order | 4096 x 4096 | 1.50 | - | - | - | - |"
     assert found["sparse24-cuda"][4] == "| H100 | 4096 x 4096 | 1.50 | - | - | - | - |"
     assert found["sliced-cuda"][0] == "| H100 | 1 | 4096 x 4096 | - | - | - | 3.00 |"

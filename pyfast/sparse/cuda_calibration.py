@@ -46,7 +46,7 @@ _measured: dict[str, CudaConstants] = {}  # in this process
 
 
 def constants(index: int) -> CudaConstants:
-    """The constants of a GPU: those of its last calibration, else those of an H200."""
+    """The constants of a GPU: those of its last calibration, else the built-in ones."""
     return _constants(torch.cuda.get_device_name(index))
 
 
@@ -60,7 +60,7 @@ def _constants(device: str) -> CudaConstants:
             return cuda_costs.from_json(plain, "calibrated")
         except (KeyError, TypeError, ValueError) as error:
             cache.damaged(error)
-    return cuda_costs.built_in()
+    return cuda_costs.built_in(device)
 
 
 def save(found: CudaConstants) -> Path | None:

@@ -3,7 +3,8 @@
     time = a beginning + positions of the matrix · time of one
 
 Both depend on the kernel, the number of tokens and the density. ``pyfast calibrate --device cuda`` finds them from two
-sizes of weights, cold, in CUDA graphs; before that those of an H200 serve (``cuda_built_in.json``).
+sizes of weights, cold, in CUDA graphs; before that those of an H100 or an H200 serve
+(``cuda_built_in.json``).
 
     direct      the weight as it is stored: our kernels to 64 tokens; above, decompression and the dense product
     sliced      bitmap weights, to 8 tokens, by the layout of ``sliced.py``
@@ -162,7 +163,10 @@ def _row(values: Any, size: int) -> Row:
 
 
 @lru_cache(maxsize=1)
-def built_in() -> CudaConstants:
-    """The constants of an H200, as they were measured there."""
+def built_in(device: str) -> CudaConstants:
+    """The constants of an H100 or an H200, as they were measured there: of the one that ``device`` names, else of the
+    first."""
     text = resources.files("pyfast.sparse").joinpath("cuda_built_in.json").read_text(encoding="utf-8")
-    return from_json(json.loads(text), "built-in")
+    known = json.loads(text)
+    plain = next((one for one in known if one["device"].split()[1] in device), known[0])
+    return from_json(plain, "built-in")
