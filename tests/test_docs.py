@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pyfast import BitmapWeight, Sparse24Weight
+from pyfast.bench import readme
 from pyfast.bench.readme import replace_block
 from pyfast.sparse import magnitude_mask
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 FORMATS = ROOT / "docs" / "formats.md"
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"
 RESULTS_ZEN5 = ROOT / "benchmarks" / "results" / "amd-epyc-zen5-2-threads"
+RESULTS_H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 FENCED = re.compile(
@@ -149,6 +151,11 @@ def test_the_tables_of_the_kernels_are_those_of_the_committed_figures(commands, 
     figures = json.loads((folder / f"{block}.json").read_text(encoding="utf-8"))
     written = getattr(commands(block), text)(figures)
     assert replace_block(page, block, written) == page, f"python benchmarks/{block}.py --from … --write docs/kernels.md"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_figures():
+    files = [str(RESULTS_H100 / "cuda.json"), str(RESULTS_ZEN5 / "cpu.json")]
+    assert readme.main([str(ROOT / "README.md"), *files, "--check"]) == 0
 
 
 GPU_FIGURES = sorted((ROOT / "benchmarks" / "results").glob("nvidia-*/kernels.json"))
