@@ -47,9 +47,9 @@
 //   bitmap_linear_kernel<T, 2>      64 registers    16512 bytes of shared memory    up to 16
 //   bitmap_linear_kernel<T, 4>     128 registers    33024 bytes of shared memory    up to 32
 //   bitmap_linear_kernel<T, 8>     216 registers    34816 bytes of shared memory    up to 64
-//   bitmap_vector_kernel<T, 1>      56 registers    40064 bytes of shared memory    1 token
-//   bitmap_vector_kernel<T, 2>      56 registers    42112 bytes of shared memory    2
-//   bitmap_vector_kernel<T, 4>      64 registers    46208 bytes of shared memory    3 and 4
+//   bitmap_vector_kernel<T, 1>      40 registers    40064 bytes of shared memory    1 token
+//   bitmap_vector_kernel<T, 2>      40 registers    42112 bytes of shared memory    2
+//   bitmap_vector_kernel<T, 4>      40 registers    46208 bytes of shared memory    3 and 4
 //   reduce_splits_kernel<T>         40 registers        0 bytes of shared memory
 #pragma once
 

@@ -76,12 +76,11 @@ struct BitmapRing {
     PYFAST_UNROLL
     for (int i = 0; i < Step; i += kCopy)
       if (rest >= i + 16) ptx::cp_async<16>(own + place + i, from + i);
-    if (cut > 0 && cut < 16) copy_last_chunk(own + place + rest - cut, from + rest - cut, cut);
-    if (place == 0 && lane < kMirrorLanes) {
-      if (rest >= 16)
-        ptx::cp_async<16>(own + Bytes, from);
-      else if (rest > 0)
-        copy_last_chunk(own + Bytes, from, rest);
+    const bool mirrored = place == 0 && lane < kMirrorLanes;
+    if (mirrored && rest >= 16) ptx::cp_async<16>(own + Bytes, from);
+    if (cut > 0 && cut < 16) {
+      copy_last_chunk(own + place + rest - cut, from + rest - cut, cut);
+      if (mirrored && rest < 16) *reinterpret_cast<Words4*>(own + Bytes) = *reinterpret_cast<const Words4*>(own);
     }
     fetched = end;
   }

@@ -47,9 +47,10 @@ PYFAST_DEVICE uint32_t inclusive_scan(uint32_t count) {
 // The chunk of 16 bytes that the end of the values cuts: its first `bytes`, and zeros behind them. Not by cp.async,
 // which reads all 16 whatever source size it is given.
 PYFAST_DEVICE void copy_last_chunk(unsigned char* to, const unsigned char* from, int bytes) {
+  *reinterpret_cast<Words4*>(to) = Words4{};
   PYFAST_UNROLL_NOT
-  for (int at = 0; at < 16; at += 2)
-    *reinterpret_cast<uint16_t*>(to + at) = at < bytes ? *reinterpret_cast<const uint16_t*>(from + at) : uint16_t{0};
+  for (; bytes > 0; bytes -= 2, to += 2, from += 2)
+    *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
 }
 
 #endif
