@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 import pyfast
 from pyfast import _native, backends
+from pyfast.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("serial", "avx2", "avx512", "avx512_lookup")
@@ -242,6 +244,28 @@ assert "not built" in backends.build_info()["native"]
 sys.argv = ["pyfast", "info"]
 pyfast.cli.main()
 """
+
+
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_backward_with_and_without_the_parts_of_torch(monkeypatch: pytest.MonkeyPatch, has_parts: bool) -> None:
+    name = f"only_for_tests_{has_parts}".lower()
+    monkeypatch.setattr(_library, "_HAS_PARTS", has_parts)
+    _library.define(f"{name}(Tensor x, float factor) -> Tensor")
+    torch.library.impl(_library.LIBRARY, name, "CPU")(lambda x, factor: x * factor)
+    saved = []
+
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        saved.append((len(inputs), output.shape))
+        ctx.factor = inputs[1]
+
+    _library.register_autograd(name, lambda ctx, grad: (grad * ctx.factor, None), setup_context)
+    op = getattr(torch.ops.pyfast, name)
+    x = torch.randn(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(op(x, 2.5).sum(), x)
+    assert torch.equal(grad, torch.full((3,), 2.5)) and saved == [(2, (3,))]
+    with torch.no_grad():
+        assert not op(x, 2.5).requires_grad
+    assert torch.equal(op(x.detach(), 2.0), 2 * x.detach()) and len(saved) == 1
 
 
 BROKEN_CUDA = """

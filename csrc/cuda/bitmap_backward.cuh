@@ -27,7 +27,7 @@
 // Resources:
 //
 //   bitmap_grad_x_kernel<T, 1>         80 registers    33024 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        152 registers    34816 bytes of shared memory    up to 32; 128 from sm_90 on
+//   bitmap_grad_x_kernel<T, 4>        160 registers    34816 bytes of shared memory    up to 32; 128 from sm_90 on
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
@@ -130,14 +130,10 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
       const unsigned char* from =
           reinterpret_cast<const unsigned char*>(args.weight.values) + 2 * (begin - (begin & 7)) + 16 * lane;
       int rest = heads[tile] + sizes[tile] - 16 * lane;
-      if (stored - end >= 8) {  // the last chunk may be read whole
-        PYFAST_UNROLL_NOT
-        for (; rest > 0; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
-      } else {
-        PYFAST_UNROLL_NOT
-        for (; rest >= 16; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
-        if (rest > 0) copy_last_chunk(to, from, rest);
-      }
+      if (stored - end >= 8) rest = (rest + 15) & ~15;  // the last chunk may be read whole
+      PYFAST_UNROLL_NOT
+      for (; rest >= 16; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
+      if (rest > 0) copy_last_chunk(to, from, rest);
     }
   };
   const auto arrive = [] {

@@ -9,6 +9,10 @@ import torch
 
 LIBRARY = torch.library.Library("pyfast", "FRAGMENT")
 
+# What torch.library itself builds a backward of; not public, so that a torch may come without.
+_PARTS = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
+_HAS_PARTS = all(hasattr(torch._C, name) for name in _PARTS)
+
 
 def define(schema: str) -> None:
     """Defines an op that follows the rules of torch.compile (functional, with a fake)."""
@@ -23,6 +27,9 @@ def register_autograd(
     As ``torch.library.register_autograd`` does, which cannot know that an op has no defaults: at each call it asks the
     schema for all of its arguments, once for each of them. Of 12 that is 30 microseconds of 85 that a small loss takes.
     """
+    if not _HAS_PARTS:
+        torch.library.register_autograd(f"pyfast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        return
     op = getattr(torch.ops.pyfast, name).default
     assert not any(argument.has_default_value() or argument.kwarg_only for argument in op._schema.arguments)
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
