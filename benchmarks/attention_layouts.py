@@ -10,7 +10,6 @@ keys in a tile, warps, stages), and us of ``attention_rows`` and ``attention_key
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generated import replace_block
+from generated import measure_or_tables
 
 HEADS, TOKENS = 16, 2048
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -122,21 +121,13 @@ def _shown(row: dict, kernel: str) -> str:
     return f"{row[kernel]:.0f} ({block_q}x{block_k}, {warps} warps, {stages})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "tables"))
-    parser.add_argument("files", type=Path, nargs="+", help="JSON: the one to write, or those to make tables of")
-    parser.add_argument("--processes", type=int, default=16, help="that compile at once")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose blocks are made anew")
-    given = parser.parse_args()
-    if given.what == "measure":
-        measure(given.files[0], given.processes)
-        return
-    for block, text in tables([json.loads(path.read_text()) for path in given.files]).items():
-        print(text, end="\n\n")
-        if given.write:
-            given.write.write_text(replace_block(given.write.read_text(), block, text))
-
-
 if __name__ == "__main__":
-    main()
+    measure_or_tables(
+        __doc__.splitlines()[0],
+        lambda given: measure(given.files[0], given.processes),
+        tables,
+        name="--processes",
+        type=int,
+        default=16,
+        help="that compile at once",
+    )

@@ -1,4 +1,4 @@
-"""What the commands that write a part of docs/kernels.md share: their options, and where their figures go."""
+"""What the commands that write parts of docs/kernels*.md share: their options, and where their figures go."""
 
 from __future__ import annotations
 
@@ -30,3 +30,29 @@ def publish(block: str, description: str, measure: Callable[[], dict[str, Any]],
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.write:
         arguments.write.write_text(replace_block(arguments.write.read_text(), block, written))
+
+
+def measure_or_tables(
+    description: str,
+    measure: Callable[[argparse.Namespace], None],
+    tables: Callable[[list[dict]], dict[str, str]],
+    **option: Any,
+) -> None:
+    """The command line of one that measures on a GPU, and makes tables of the files of several.
+
+    ``measure FILE`` calls ``measure`` with the arguments; ``tables FILES`` prints the Markdown by block that ``tables``
+    gives, and writes it where ``--write`` says. ``option``: one more, its name under ``name``.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("what", choices=("measure", "tables"))
+    parser.add_argument("files", type=Path, nargs="+", help="JSON: the one to write, or those to make tables of")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose blocks are made anew")
+    parser.add_argument(option.pop("name"), **option)
+    arguments = parser.parse_args()
+    if arguments.what == "measure":
+        measure(arguments)
+        return
+    for block, text in tables([json.loads(path.read_text()) for path in arguments.files]).items():
+        print(text, end="\n\n")
+        if arguments.write:
+            arguments.write.write_text(replace_block(arguments.write.read_text(), block, text))

@@ -17,7 +17,6 @@ losses and conversions are calls, the cache flushed before each. A file holds th
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from generated import replace_block
+from generated import measure_or_tables
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (3584, 18944))
 SPARSITIES = (50, 70, 80, 90)
@@ -286,21 +285,12 @@ def of_sliced(files: list[dict]) -> str:
     return table(["GPU", "tokens", "n x k", *(f"{sparsity} %" for sparsity in SPARSITIES)], 3, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("measure", "tables"))
-    parser.add_argument("files", type=Path, nargs="+", help="JSON: the one to write, or those to make tables of")
-    parser.add_argument("--only", nargs="+", help="the lists to measure")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose blocks are made anew")
-    given = parser.parse_args()
-    if given.what == "measure":
-        measure(given.files[0], given.only)
-        return
-    for block, text in tables([json.loads(path.read_text()) for path in given.files]).items():
-        print(text, end="\n\n")
-        if given.write:
-            given.write.write_text(replace_block(given.write.read_text(), block, text))
-
-
 if __name__ == "__main__":
-    main()
+    measure_or_tables(
+        __doc__.splitlines()[0],
+        lambda given: measure(given.files[0], given.only),
+        tables,
+        name="--only",
+        nargs="+",
+        help="the lists to measure",
+    )
