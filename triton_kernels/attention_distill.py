@@ -24,8 +24,8 @@ log-sums of both and Σ pull) are all that moves; causal programs stop at the di
 in attention_rows (scores twice, grad_q) and 3 in attention_keys; two more for the others.
 
 How accurately: scores and sums are float32. Products of float32 are three of tf32, of both parts of each number but for
-the two small ones: as accurate as float32 (3.5e-7 of loss and gradients on an H100) in a quarter of the time,
-although terms spill then. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will
+the two small ones: as accurate as float32 (3.5e-7 of loss and gradients on an H100) in a quarter of the time, although
+terms spill then. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will
 be). With float16 that product is two of tf32, whose exponents hold what float16 would lose below 6e-8: of the slope's
 first 11 bits, and of what is left.
 """
