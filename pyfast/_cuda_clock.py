@@ -47,7 +47,7 @@ class Captured:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = [call() for call in calls]
-        self._calls = calls
+        self._kept = calls
 
     def __call__(self) -> Any:
         self._graph.replay()

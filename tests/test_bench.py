@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bench_samples import FLOORS, loss_result, report, result
 
+from pyfast._cuda_clock import Captured
 from pyfast.bench import bars, baselines, environment, floors, hardware, timing
 from pyfast.bench.breakeven import break_even, break_even_text, speedup_points, stays_dense
 from pyfast.bench.cases import relative_error
@@ -173,6 +178,30 @@ def test_an_error_under_the_clock_names_its_implementation():
 def test_interleave_refuses_nothing_to_do(impls, rounds):
     with pytest.raises(ValueError):
         interleave(impls, min_rounds=rounds)
+
+
+def test_a_captured_graph_keeps_what_its_calls_hold(monkeypatch):
+    """Its kernels read it where it lay when they were captured. A stand-in for torch.cuda, that captures nothing."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=lambda other: contextlib.nullcontext(),
+        synchronize=lambda: None,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+        graph=lambda graph: contextlib.nullcontext(),
+    )
+    prompt = torch.ones(3)
+    alive = weakref.ref(prompt)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "cuda", cuda)
+        captured = Captured([lambda prompt=prompt: float(prompt.sum())])
+        del prompt
+        gc.collect()
+        assert alive() is not None and captured() == 3.0
+    del captured
+    gc.collect()
+    assert alive() is None
 
 
 def test_percentiles_are_those_of_numpy():
