@@ -27,7 +27,7 @@
 // Resources:
 //
 //   bitmap_grad_x_kernel<T, 1>         80 registers    33024 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        160 registers    34816 bytes of shared memory    up to 32; 128 from sm_90 on
+//   bitmap_grad_x_kernel<T, 4>        152 registers    34816 bytes of shared memory    up to 32; 128 from sm_90 on
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
@@ -71,6 +71,16 @@ struct BitmapGradValuesArgs {
 };
 
 #if defined(PYFAST_KERNELS)
+
+// Once in a launch, of one tile. Below sm_90 a call: inside of the loops it would take a register more than they have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+static __device__ __noinline__ void
+#else
+PYFAST_DEVICE void
+#endif
+call_copy_last_chunk(unsigned char* to, const unsigned char* from, int bytes) {
+  copy_last_chunk(to, from, bytes);
+}
 
 // args.x is grad [tokens, n], n padded with zeros to args.k, a multiple of 16; args.out.n the columns of W. Grid: x
 // over the splits of the rows of W, y over the columns of tiles.
@@ -133,7 +143,7 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
       if (stored - end >= 8) rest = (rest + 15) & ~15;  // the last chunk may be read whole
       PYFAST_UNROLL_NOT
       for (; rest >= 16; rest -= 512, to += 512, from += 512) ptx::cp_async<16>(to, from);
-      if (rest > 0) copy_last_chunk(to, from, rest);
+      if (rest > 0) call_copy_last_chunk(to, from, rest);
     }
   };
   const auto arrive = [] {
