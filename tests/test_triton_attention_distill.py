@@ -211,8 +211,7 @@ def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
         " or (target == 90 and"
         " case.name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128', 'jsd fp16 width 128'))))]"
     )
-    # float32 is three products a tile: what spills takes a quarter of the time of what has no tensor cores.
-    check_compiled(pairs, {"attention_rows", "attention_keys"}, tmp_path, spilling=" fp32 ")
+    check_compiled(pairs, {"attention_rows", "attention_keys"}, tmp_path)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ No atomics: a program owns what it writes, so results repeat bit by bit. Queries
 log-sums of both and Σ pull) are all that moves; causal programs stop at the diagonal. Products for forward_kl: 5 tiles
 in attention_rows (scores twice, grad_q) and 3 in attention_keys; two more for the others.
 
-How accurately: scores and sums are float32. Products of float32 are three of tf32, of both parts of each number but for
-the two small ones: as accurate as float32 (3.5e-7 of loss and gradients on an H100) in a quarter of the time, although
-terms spill then. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient itself will
-be). With float16 that product is two of tf32, whose exponents hold what float16 would lose below 6e-8: of the slope's
-first 11 bits, and of what is left.
+How accurately: scores and sums are float32. Where it was measured (``plan``), products of float32 are three of tf32, of
+both parts of each number but for the two small ones: as accurate as float32 (3.8e-7 of loss and gradients on an H100)
+and several times as fast. The slope is rounded to bfloat16 before its product with bfloat16 keys (as the gradient
+itself will be). With float16 that product is two of tf32, whose exponents hold what float16 would lose below 6e-8: of
+the slope's first 11 bits, and of what is left.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def _load(base, stride, places, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _exponents(a, b, rate, seen):
+def _exponents(a, b, rate, seen, PRECISION: tl.constexpr):
     """rate · a·bᵀ, -inf where not ``seen``."""
-    scores = tl.dot(a, tl.trans(b), input_precision="tf32x3")  # says nothing of 16-bit inputs
+    scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)  # says nothing of 16-bit inputs
     return tl.where(seen, scores * rate, -_INF)
 
 
 @triton.jit
-def _add_product(slope, x, total):
+def _add_product(slope, x, total, PRECISION: tl.constexpr):
     """total + slope · x, in a precision that fits the dtype of x; see the head of the file."""
     if x.dtype == tl.float32:
-        return tl.dot(slope, x, total, input_precision="tf32x3")
+        return tl.dot(slope, x, total, input_precision=PRECISION)
     elif x.dtype == tl.float16:
         wide = x.to(tl.float32)  # exact in tf32, as is the upper part of the slope
         upper = (slope.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -96,7 +96,7 @@ def _open_keys(key_mask, places, keys):
 def _key_tile(
     q_s, q_t, k_s, k_t, stride_s, stride_t, key_mask, start, last, keys, rate_s, rate_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The student's keys from ``start``, which of them each query sees, and the exponents of both models."""
     places = start + tl.arange(0, BLOCK_K)
@@ -106,7 +106,8 @@ def _key_tile(
     seen = open_keys[None, :]
     if CAUSAL:
         seen = seen & (places[None, :] <= last[:, None])
-    return tile_s, seen, _exponents(q_s, tile_s, rate_s, seen), _exponents(q_t, tile_t, rate_t, seen)
+    exponents_s = _exponents(q_s, tile_s, rate_s, seen, PRECISION)
+    return tile_s, seen, exponents_s, _exponents(q_t, tile_t, rate_t, seen, PRECISION)
 
 
 @triton.jit
@@ -136,6 +137,7 @@ def attention_rows(
     heads, repeat_s, repeat_t, tokens, keys, rate_s, rate_t, slope_rate, share_t, share_s,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, DIVERGENCE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Values and ``grad_q`` of a block of queries, and what ``attention_keys`` needs of each. What is None (key_mask;
     grad_q, sums and means without a gradient; means for forward_kl) is compiled away."""
@@ -166,7 +168,7 @@ def attention_rows(
     for start in tl.range(0, reach, BLOCK_K):
         _, _, es, et = _key_tile(
             tile_q, tile_t, k_s, k_t, k_s_row, k_t_row, key_mask, start, last, keys, rate_s, rate_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, BLOCK_K, CAUSAL,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, BLOCK_K, CAUSAL, PRECISION,
         )  # fmt: skip
         peak_s, total_s = _fold(peak_s, total_s, es)
         peak_t, total_t = _fold(peak_t, total_t, et)
@@ -178,7 +180,7 @@ def attention_rows(
         for start in tl.range(0, reach, BLOCK_K):
             _, seen, es, et = _key_tile(
                 tile_q, tile_t, k_s, k_t, k_s_row, k_t_row, key_mask, start, last, keys, rate_s, rate_t,
-                WIDTH_S, WIDTH_T, PAD_S, PAD_T, BLOCK_K, CAUSAL,
+                WIDTH_S, WIDTH_T, PAD_S, PAD_T, BLOCK_K, CAUSAL, PRECISION,
             )  # fmt: skip
             _, pull, _ = _compare(es, et, sum_s[:, None], sum_t[:, None], seen, share_t, share_s, DIVERGENCE)
             mean += tl.sum(pull, axis=1)
@@ -188,12 +190,12 @@ def attention_rows(
     for start in tl.range(0, reach, BLOCK_K):
         tile_k, seen, es, et = _key_tile(
             tile_q, tile_t, k_s, k_t, k_s_row, k_t_row, key_mask, start, last, keys, rate_s, rate_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, BLOCK_K, CAUSAL,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, BLOCK_K, CAUSAL, PRECISION,
         )  # fmt: skip
         values, pull, s = _compare(es, et, sum_s[:, None], sum_t[:, None], seen, share_t, share_s, DIVERGENCE)
         value += tl.sum(values, axis=1)
         if grad_q is not None:
-            gradient = _add_product(pull - s * mean[:, None], tile_k, gradient)
+            gradient = _add_product(pull - s * mean[:, None], tile_k, gradient, PRECISION)
     tl.store(rows + unit * tokens + places, tl.where(counted, scale * value, 0.0), mask=inside)
     if grad_q is not None:
         tl.store(sums_s + unit * tokens + places, sum_s, mask=inside)
@@ -215,6 +217,7 @@ def attention_keys(
     heads, repeat_s, repeat_t, tokens, keys, rate_s, rate_t, slope_rate, share_t, share_s,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, DIVERGENCE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``grad_k`` of a block of the student's keys, from all queries that see them. Tiles are [keys, queries]."""
     blocks = tl.cdiv(keys, BLOCK_K)
@@ -247,14 +250,14 @@ def attention_keys(
             seen = open_keys[:, None] & counted[None, :]
             if CAUSAL:
                 seen = seen & (places_k[:, None] <= (places + (keys - tokens))[None, :])
-            es = _exponents(tile_k, tile_q, rate_s, seen)
-            et = _exponents(tile_kt, tile_t, rate_t, seen)
+            es = _exponents(tile_k, tile_q, rate_s, seen, PRECISION)
+            et = _exponents(tile_kt, tile_t, rate_t, seen, PRECISION)
             sum_s = tl.load(sums_s + row + places, mask=inside, other=0.0)[None, :]
             sum_t = tl.load(sums_t + row + places, mask=inside, other=0.0)[None, :]
             _, slope, s = _compare(es, et, sum_s, sum_t, seen, share_t, share_s, DIVERGENCE)
             if means is not None:
                 slope -= s * tl.load(means + row + places, mask=inside, other=0.0)[None, :]
-            gradient = _add_product(slope * scale[None, :], tile_q, gradient)
+            gradient = _add_product(slope * scale[None, :], tile_q, gradient, PRECISION)
     lanes = tl.arange(0, PAD_S)
     tl.store(
         grad_k + (unit * keys + places_k)[:, None] * WIDTH_S + lanes[None, :],
@@ -270,6 +273,7 @@ class Plan(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    precision: str = "ieee"  # of products of float32
 
     @property
     def options(self) -> dict[str, int]:
@@ -284,12 +288,12 @@ _HOPPER = {
     (torch.bfloat16, 64, False): Plan(64, 16, 4, 3),
     (torch.bfloat16, 128, True): Plan(64, 32, 4, 3),
     (torch.bfloat16, 128, False): Plan(64, 16, 4, 3),
-    (torch.bfloat16, 256, True): Plan(32, 32, 4, 2),
+    (torch.bfloat16, 256, True): Plan(64, 32, 8, 2),
     (torch.float16, 64, True): Plan(64, 32, 4, 2),
     (torch.float16, 64, False): Plan(64, 16, 4, 3),
     (torch.float16, 128, True): Plan(32, 32, 4, 2),
-    (torch.float32, 64, True): Plan(64, 32, 4, 2),
-    (torch.float32, 128, True): Plan(32, 32, 4, 2),
+    (torch.float32, 64, True): Plan(64, 32, 8, 2, "tf32x3"),
+    (torch.float32, 128, True): Plan(16, 16, 8, 2, "tf32x3"),
 }
 
 
@@ -392,6 +396,7 @@ def attention_distill(
         "BLOCK_K": layout.block_k,
         "CAUSAL": causal,
         "DIVERGENCE": divergence,
+        "PRECISION": layout.precision,
     }
     common = (*strides, *sizes, *rates, *shares)
     results = (rows, grad_q if with_grad else None, sums_s, sums_t, means)

@@ -146,6 +146,7 @@ def _attention(kernel: Any, dtype: str, width: int, divergence: str, target: int
         "BLOCK_K": layout.block_k,
         "CAUSAL": True,
         "DIVERGENCE": divergence,
+        "PRECISION": layout.precision,
     }
     if divergence == "forward_kl":  # what a call without padding leaves out
         constants |= {"key_mask": None, "means": None}
