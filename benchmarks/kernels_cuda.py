@@ -7,8 +7,9 @@ What is timed are the kernels, not the public calls. Products are graphs over co
 losses and conversions are calls, the cache flushed before each. A file holds the device, torch, and lists of rows:
 
     sparse        us of a product [tokens m, k] by [n, k]: ``dense``, ``2:4``, bitmap at 50 to 90 % by ``bitmap_linear``
-                  (b50 ...) and ``sliced_linear`` (s50 ...), and gradx70 beside dgradx, the dense one. Of builds whose
-                  kernels all began in order, or all overlapped: ``sparse_in_order``, ``sparse_overlapping``
+                  (b50 ...), ``sliced_linear`` (s50 ...) and ``scattered_linear`` (c50 ...), and gradx70 beside dgradx,
+                  the dense one. Of builds whose kernels all began in order, or all overlapped: ``sparse_in_order``,
+                  ``sparse_overlapping``
     kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
     topk          us, and TB/s at 2E, of the top-k loss (bucket) and its gradient, by cuda and by triton; a copy
     conversions   us, and TB/s at what must be moved
@@ -29,6 +30,7 @@ from generated import measure_or_tables
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (3584, 18944))
 SPARSITIES = (50, 70, 80, 90)
 SLICED_TOKENS = (1, 2, 4, 8)
+SCATTERED_TOKENS = (8, 16, 32)
 TOKENS = (*SLICED_TOKENS, 16, 32, 64)
 LOGITS = ((8192, 32000), (8192, 128256), (8192, 151936), (2048, 262144))
 NAMED = (64, 256)  # words of the teacher
@@ -48,18 +50,20 @@ def products(n: int, k: int) -> list[dict]:
     from pyfast._cuda_clock import Captured
     from pyfast.bench.timing import copies_needed, interleave
     from pyfast.ops import sparse24_convert
+    from pyfast.sparse.scattered import ScatteredLayout
     from pyfast.sparse.sliced import SlicedLayout
 
     ops = torch.ops.pyfast
     copies = copies_needed(n * k // 4, torch.cuda.get_device_properties(0).L2_cache_size)
     dense = [draw(n, k) for _ in range(copies)]
     two_four = [sparse24_convert.prune(one) for one in dense]
-    bitmaps, sliced = {}, {}
+    bitmaps, sliced, scattered = {}, {}, {}
     for sparsity in SPARSITIES:
         mask = torch.rand(n, k, device="cuda") >= sparsity / 100
         weights = [pyfast.BitmapWeight.from_dense(one, mask=mask) for one in dense]
         bitmaps[sparsity] = [(one.values, one.bitmaps, one.offsets) for one in weights]
         sliced[sparsity] = [SlicedLayout.of(one) for one in weights]
+        scattered[sparsity] = [ScatteredLayout.of(one) for one in weights]
 
     def impls(tokens: int) -> dict[str, list[Callable[[], object]]]:
         x, grad = draw(tokens, k), draw(tokens, n)
@@ -69,9 +73,9 @@ def products(n: int, k: int) -> list[dict]:
         }
         for sparsity, weights in bitmaps.items():
             found[f"b{sparsity}"] = [lambda w=w: ops.bitmap_linear_few(x, *w, None, n, 0, None) for w in weights]
-        if tokens in SLICED_TOKENS:
-            for sparsity, layouts in sliced.items():
-                found[f"s{sparsity}"] = [lambda w=w: w.linear(x, None, 0, None) for w in layouts]
+        for letter, by_sparsity, served in (("s", sliced, SLICED_TOKENS), ("c", scattered, SCATTERED_TOKENS)):
+            for sparsity, layouts in by_sparsity.items() if tokens in served else ():
+                found[f"{letter}{sparsity}"] = [lambda w=w: w.linear(x, None, 0, None) for w in layouts]
         if tokens <= 32:
             found["gradx70"] = [lambda w=w: ops.bitmap_grad_x_few(grad, *w, k) for w in bitmaps[70]]
             found["dgradx"] = [lambda w=w: grad @ w for w in dense]
@@ -207,7 +211,8 @@ def tables(files: list[dict]) -> dict[str, str]:
         "distill-cuda": of_losses(files),
         "topk-cuda": of_topk(files),
         "sparse24-cuda": of_sparse24(files),
-        "sliced-cuda": of_sliced(files),
+        "sliced-cuda": of_bitmaps(files, "s", (1, 4, 8)),
+        "scattered-cuda": of_bitmaps(files, "c", SCATTERED_TOKENS),
     }
 
 
@@ -273,16 +278,24 @@ def of_sparse24(files: list[dict]) -> str:
     return table(["GPU", "n x k", *map(str, tokens[:-1]), f"{tokens[-1]} tokens"], 2, lines)
 
 
-def of_sliced(files: list[dict]) -> str:
-    """Times dense, by sparsity, in the last of BUILDS that a device has."""
-    lines = [
-        [name, str(m), f"{n} x {k}", *(speedup(rows, n, k, m, f"s{sparsity}") for sparsity in SPARSITIES)]
-        for file in files
-        for name, rows in runs(file)[-1:]
-        for m in (1, 4, 8)
-        for n, k in SHAPES
-    ]
-    return table(["GPU", "tokens", "n x k", *(f"{sparsity} %" for sparsity in SPARSITIES)], 3, lines)
+def of_bitmaps(files: list[dict], letter: str, tokens: tuple[int, ...]) -> str:
+    """Times dense, by sparsity, of one kernel for bitmap weights, in the last of BUILDS that has it."""
+    lines = []
+    for file in files:
+        having = [run for run in runs(file) if any(row["impl"][0] == letter for row in run[1])]
+        for name, rows in having[-1:]:
+            lines += [
+                [
+                    name,
+                    str(m),
+                    f"{n} x {k}",
+                    *(speedup(rows, n, k, m, f"{letter}{sparsity}") for sparsity in SPARSITIES),
+                ]
+                for m in tokens
+                for n, k in SHAPES
+            ]
+    head = ["GPU", "tokens", "n x k", *(f"{sparsity} %" for sparsity in SPARSITIES)]
+    return table(head, 3, lines) if lines else "(not measured yet)"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from generated import replace_block
 
 SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
-OURS = r"regex:^(sparse24|bitmap|sliced|distill_kl|scale_rows)"
+OURS = r"regex:^(sparse24|bitmap|sliced|scattered|distill_kl|scale_rows)"
 N, K = 14336, 4096  # an MLP layer of Llama-3.1-8B
 ROWS, WORDS = 1024, 128256
 STALLS = re.compile(r"smsp__average_warps?_issue_stalled_(\w+?)_per_issue_active")
@@ -41,6 +41,7 @@ def launch() -> None:
     """Each kernel once, between the profiler's start and stop: what comes before only makes the weights."""
     import pyfast
     from pyfast.ops import bitmap_convert, sparse24_convert
+    from pyfast.sparse.scattered import ScatteredLayout
     from pyfast.sparse.sliced import SlicedLayout
 
     ops = torch.ops.pyfast
@@ -51,7 +52,7 @@ def launch() -> None:
     bitmaps = [
         pyfast.BitmapWeight.from_dense(dense, mask=torch.rand(N, K, device="cuda") < density) for density in (0.5, 0.2)
     ]
-    sliced = [SlicedLayout.of(weight) for weight in bitmaps]
+    layouts = [(SlicedLayout.of(weight), ScatteredLayout.of(weight)) for weight in bitmaps]
     grad = torch.randn(8, N, device="cuda", dtype=torch.bfloat16)
     scale = torch.ones(ROWS, device="cuda")
     torch.cuda.synchronize()
@@ -60,12 +61,14 @@ def launch() -> None:
     sparse24_convert.decompress(two_four.values, two_four.metadata, N, K)
     for tokens in (1, 32):
         ops.sparse24_linear_mma(x[tokens], two_four.values, two_four.metadata, None, 0, None)
-    for weight, layout in zip(bitmaps, sliced, strict=True):
+    for weight, (sliced, scattered) in zip(bitmaps, layouts, strict=True):
         tables = weight.values, weight.bitmaps, weight.offsets
         for tokens in x:
             ops.bitmap_linear_few(x[tokens], *tables, None, N, 0, None)
         for tokens in (1, 8):
-            layout.linear(x[tokens], None, 0, None)
+            sliced.linear(x[tokens], None, 0, None)
+        for tokens in (8, 32):
+            scattered.linear(x[tokens], None, 0, None)
         bitmap_convert.decompress(*tables, N, K)
     ops.bitmap_scan(dense)
     ops.bitmap_grad_x_few(grad, *tables, K)

@@ -9,6 +9,7 @@ import pyfast
 from pyfast.ops import bitmap_convert
 from pyfast.ops.distill_kl import DIVERGENCES
 from pyfast.ops.topk_distill import TAILS
+from pyfast.sparse.scattered import ScatteredLayout
 from pyfast.sparse.sliced import SlicedLayout
 
 SHAPES = ((50, 136), (97, 1029))
@@ -32,11 +33,12 @@ def products() -> None:
         assert torch.equal(bitmap.to_dense(), torch.where(mask, dense, 0))
         pair = pyfast.ops.sparse24_convert.prune(dense)
         two_four = pyfast.Sparse24Weight(*pair, (n, k))
-        sliced = SlicedLayout.of(bitmap)
+        sliced, scattered = SlicedLayout.of(bitmap), ScatteredLayout.of(bitmap)
         for tokens in TOKENS:
             x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
             for weight in (bitmap, two_four):
                 near(pyfast.sparse_linear(x, weight, backend="cuda"), x.double() @ weight.to_dense().double().T)
+            near(scattered.linear(x, None, 0, None), x.double() @ bitmap.to_dense().double().T)
             if tokens <= 8:
                 near(sliced.linear(x, None, 0, None), x.double() @ bitmap.to_dense().double().T)
         values = bitmap.values.requires_grad_()

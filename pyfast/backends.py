@@ -49,6 +49,7 @@ PRIORITY: dict[str, tuple[str, ...]] = {
     "bitmap_linear": ("native", "cuda", "reference"),
     "indexed_linear": ("native", "reference"),
     "sliced_linear": ("cuda", "reference"),
+    "scattered_linear": ("cuda", "reference"),
     "sparse24_convert": ("native", "cuda", "reference"),
     "bitmap_convert": ("native", "cuda", "reference"),
     "bitmask_convert": ("native", "reference"),

@@ -12,7 +12,7 @@ from sparse_cases import weight_24, weight_unstructured
 from pyfast import BitmapWeight, Sparse24Weight, sparse
 from pyfast.sparse import cuda_calibration, cuda_costs, layouts
 from pyfast.sparse.cost_model import Work
-from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants
+from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SCATTERED_TOKENS, SLICED_TOKENS, CudaConstants
 
 
 def simple() -> CudaConstants:
@@ -27,6 +27,7 @@ def simple() -> CudaConstants:
         bitmap=tuple(row(*(0.5 + density for density in DENSITIES)) for _ in FEW_TOKENS),
         bitmap_decompress=row(*(2.0 for _ in DENSITIES)),
         sliced=tuple(row(*(tokens * density for density in DENSITIES)) for tokens in SLICED_TOKENS),
+        scattered=tuple(row(*(0.3 + tokens / 80 + density for density in DENSITIES)) for tokens in SCATTERED_TOKENS),
         sparse24=row(*(0.5 + tokens / 64 for tokens in FEW_TOKENS)),
         sparse24_decompress=(2.0, 3.0),
         cusparselt=row(*(0.9 * max(1.0, tokens / 256) for tokens in MANY_TOKENS)),
@@ -43,8 +44,16 @@ def test_times_of_every_kernel_that_can_serve():
     launch, positions = 2e-3, 2e6 * 1e-9
     found = cuda_costs.predict(simple(), work("bitmap", 3))
     assert found == pytest.approx(
-        {"dense": launch + positions, "direct": launch + 0.7 * positions, "sliced": launch + 0.8 * positions}
+        {
+            "dense": launch + positions,
+            "direct": launch + 0.7 * positions,
+            "sliced": launch + 0.8 * positions,
+            "scattered": launch + 0.6 * positions,
+        }
     )
+    found = cuda_costs.predict(simple(), work("bitmap", 20))  # counted as 32 tokens
+    assert found["scattered"] == pytest.approx(launch + 0.9 * positions) and "sliced" not in found
+    assert "scattered" not in cuda_costs.predict(simple(), work("bitmap", 33))
     found = cuda_costs.predict(simple(), work("2:4", 16, 0.5))
     assert found == pytest.approx(
         {"dense": launch + positions, "direct": launch + 0.75 * positions, "cusparselt": launch + 0.9 * positions}
@@ -56,6 +65,8 @@ def test_times_of_every_kernel_that_can_serve():
     assert found == pytest.approx({"dense": launch + 2 * positions, "direct": 2 * launch + 6 * positions})
     without = dataclasses.replace(simple(), cusparselt=())
     assert "cusparselt" not in cuda_costs.predict(without, work("2:4", 16, 0.5))
+    without = dataclasses.replace(simple(), scattered=())
+    assert "scattered" not in cuda_costs.predict(without, work("bitmap", 16))
 
 
 def test_sliced_products_wider_than_shared_memory_count_every_launch():
@@ -68,6 +79,7 @@ def test_sliced_products_wider_than_shared_memory_count_every_launch():
 def test_bytes_beside_the_container():
     assert cuda_costs.layout_bytes(work("bitmap", 1), "direct") == 0
     assert cuda_costs.layout_bytes(work("bitmap", 1), "sliced") == 3 * 400_000
+    assert cuda_costs.layout_bytes(work("bitmap", 8), "scattered") == 3 * 400_000
     assert cuda_costs.layout_bytes(work("2:4", 1, 0.5), "cusparselt") == 2_250_000
     assert cuda_costs.layout_bytes(work("bitmap", 1), "dense") == 4_000_000
 

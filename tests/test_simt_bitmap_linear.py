@@ -313,7 +313,7 @@ MUTANTS = {
         {},
     ),
     "tokens past the last": ("bitmap_linear.cuh", "(g < args.tokens ? g : 0)", "g", 6, "outside|past", {}),
-    "tokens stored twice": ("bitmap_linear.cuh", "if (token >= 8 * token_tile)", "", 13, "no barrier", {}),
+    "tokens stored twice": ("token_tiles.cuh", "if (token >= 8 * token_tile)", "", 13, "no barrier", {}),
     "rows exchanged": ("bitmap_expand.cuh", "before, 0x0002u, begin", "before, 0x0200u, begin", 6, None, {}),
     "both halves of a run from its beginning": ("bitmap_expand.cuh", "  from = at[4];", "", 6, None, {}),
     "lanes do not meet before a stage is used, one token": (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_programs import PLACES, check_compiled, error_of, saved_by
+from triton_programs import PLACES, check_compiled, error_of, python, saved_by
 
 from pyfast.reference.attention_distill import attention_distill as reference
 
@@ -212,6 +212,19 @@ def test_compiles_ahead_of_time_without_spills(tmp_path: Path) -> None:
         " case.name.endswith(('forward_kl fp32 width 128', 'mse bf16 width 128', 'jsd fp16 width 128'))))]"
     )
     check_compiled(pairs, {"attention_rows", "attention_keys"}, tmp_path)
+
+
+def test_float32_is_multiplied_without_wgmma(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    program = (  # the ptxas of Triton 3.6 loses operands of float32's wgmma, see _HOPPER
+        "from pyfast.triton_kernels import compile\n"
+        "for case in compile.cases(90):\n"
+        "    if case.name.startswith('attention') and ' forward_kl fp32 ' in case.name:\n"
+        "        print('wgmma' in compile.compile_case(case, 90).asm['ptx'], case.name)\n"
+    )
+    found = python(["-c", program], tmp_path, {"TRITON_CACHE_DIR": str(tmp_path)}).splitlines()
+    assert len(found) == 6
+    assert not [line for line in found if not line.startswith("False ")]
 
 
 if __name__ == "__main__":

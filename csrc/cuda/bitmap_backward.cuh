@@ -224,13 +224,7 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
 
   float* const totals = reinterpret_cast<float*>(shared);
   float* const own = totals + warp * (Plan::kSumBytes / 4) + 16 * (g / 2) + g % 2;
-  PYFAST_UNROLL
-  for (int q = 0; q < 4; ++q) PYFAST_UNROLL
-  for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int token = first_token(token_tile, args.tokens) + 2 * t + i % 2;
-    if (token >= 8 * token_tile) own[token * Plan::kSumStride + 4 * q + i / 2 * 2] = sums[q][token_tile][i];
-  }
+  store_token_sums<Plan::kSumStride, 4, 2>(own, sums, args.tokens);
   ptx::syncthreads();
   finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kColumns, Plan::kSumStride, Plan::kWarps, Plan::kSumBytes / 4>(
       totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kColumns);

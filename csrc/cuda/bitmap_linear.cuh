@@ -56,6 +56,7 @@
 #include "bitmap_expand.cuh"
 #include "bitmap_ring.cuh"
 #include "split_sums.cuh"
+#include "token_tiles.cuh"
 
 namespace pyfast::cuda {
 
@@ -70,16 +71,6 @@ struct BitmapLinearArgs {
   Epilogue out;
   int64_t token_tiles[8];  // of bitmap_linear_kernel: bytes from x to the first row of each token tile
 };
-
-// Token tiles have 8 tokens. Above 8 in all, the last ones end with the last token and repeat some of those before;
-// what is summed twice is stored once.
-PYFAST_HOST_DEVICE int first_token(int token_tile, int tokens) {
-  return token_tile == 0 || 8 * token_tile <= tokens - 8 ? 8 * token_tile : tokens - 8;
-}
-
-inline void set_token_tiles(BitmapLinearArgs& args) {
-  for (int i = 0; i < 8; ++i) args.token_tiles[i] = first_token(i, args.tokens) * args.x_stride * 2;
-}
 
 template <int TokenTiles>
 struct BitmapLinearPlan {
@@ -233,14 +224,8 @@ __global__ void __launch_bounds__(BitmapLinearPlan<TokenTiles>::kThreads, Bitmap
   ptx::syncthreads();
 
   float* const totals = reinterpret_cast<float*>(shared);
-  float* const own = totals + part * (Plan::kSumBytes / 4) + row_warp * Plan::kRowTiles * kTileRows;
-  PYFAST_UNROLL
-  for (int i = 0; i < Plan::kRowTiles; ++i) PYFAST_UNROLL
-  for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const int token = first_token(token_tile, args.tokens) + 2 * t + j % 2;
-    if (token >= 8 * token_tile) own[token * Plan::kSumStride + 16 * i + g + j / 2 * 8] = sums[i][token_tile][j];
-  }
+  float* const own = totals + part * (Plan::kSumBytes / 4) + row_warp * Plan::kRowTiles * kTileRows + g;
+  store_token_sums<Plan::kSumStride, kTileRows, 8>(own, sums, args.tokens);
   ptx::syncthreads();
   finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kRows, Plan::kSumStride, Plan::kColumnWarps, Plan::kSumBytes / 4>(
       totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kRows);

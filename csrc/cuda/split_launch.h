@@ -140,6 +140,22 @@ inline int64_t count_splits(int64_t row_blocks, int64_t stages, int64_t resident
   return count_splits(row_blocks, stages, residents);
 }
 
+// The same for a kernel that its multiprocessor's shared memory holds up, and not its own latency: blocks beyond those
+// that run at once cost nothing but their own time, and the busiest multiprocessor decides. A block takes its stages
+// and half a one more; fewer than four of them on a multiprocessor do not keep it busy.
+inline int64_t balance_splits(int64_t row_blocks, int64_t stages, int64_t multiprocessors) {
+  constexpr std::array<int64_t, 5> kPercent{0, 200, 125, 107, 100};
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(kClusterBlocks, stages)); ++splits) {
+    const int64_t blocks = ceil_div(row_blocks * splits, multiprocessors);
+    const int64_t time = blocks * (2 * ceil_div(stages, splits) + 1) * kPercent[std::min<size_t>(4, blocks)];
+    if (splits > 1 && time >= least) continue;
+    best = splits;
+    least = time;
+  }
+  return best;
+}
+
 // Launches Kernel(args) with `splits` blocks for each of row_blocks × token_blocks. Args holds tokens, out, partial.
 template <class T, auto Kernel, class Args>
 void launch_splits(const Tensor& x, Args args, Start start, int64_t splits, int64_t row_blocks, int threads,

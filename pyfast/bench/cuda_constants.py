@@ -10,7 +10,15 @@ from rich.table import Table
 from pyfast.bench.constants import plain_table
 from pyfast.bench.progress import Progress
 from pyfast.sparse import cache, cuda_calibration
-from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants, Row
+from pyfast.sparse.cuda_costs import (
+    DENSITIES,
+    FEW_TOKENS,
+    MANY_TOKENS,
+    SCATTERED_TOKENS,
+    SLICED_TOKENS,
+    CudaConstants,
+    Row,
+)
 
 
 def measure(progress: Progress) -> tuple[CudaConstants, Path | None]:
@@ -39,6 +47,9 @@ def render(found: CudaConstants, path: Path | None) -> RenderableType:
         bitmap.add_row(f"as stored, {tokens}", *_lines(row))
     for tokens, row in zip(SLICED_TOKENS, found.sliced, strict=True):
         bitmap.add_row(f"sliced, {tokens}", *_lines(row))
+    if found.scattered:
+        for tokens, row in zip(SCATTERED_TOKENS, found.scattered, strict=True):
+            bitmap.add_row(f"scattered, {tokens}", *_lines(row))
     bitmap.add_row("decompressed", *_lines(found.bitmap_decompress))
     return Group(machine, many, few, bitmap)
 

@@ -23,9 +23,10 @@ from pyfast.ops import sparse24_convert
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.sparse import cache, cuda_costs, cusparselt
-from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SLICED_TOKENS, CudaConstants
+from pyfast.sparse.cuda_costs import DENSITIES, FEW_TOKENS, MANY_TOKENS, SCATTERED_TOKENS, SLICED_TOKENS, CudaConstants
 from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight
+from pyfast.sparse.scattered import ScatteredLayout
 from pyfast.sparse.sliced import SlicedLayout
 
 SHAPES = ((4096, 4096), (8192, 8192))  # a line through two sizes
@@ -130,16 +131,18 @@ def _times(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dtyp
     found["cusparselt"] = ()
     if cusparselt.serves(shape, dense.device):
         found["cusparselt"] = times([CusparseltLayout.of(item) for item in items], _by_layout, MANY_TOKENS)
-    bitmaps: dict[str, list[Any]] = {"bitmap": [], "sliced": [], "bitmap_decompress": []}
+    bitmaps: dict[str, list[Any]] = {"bitmap": [], "sliced": [], "scattered": [], "bitmap_decompress": []}
     for density in DENSITIES:
         say(f"{n}x{k}: bitmap, {density:.0%} stored")
         weight = BitmapWeight.from_dense(dense, mask=torch.rand(n, k, device="cuda") < density)
         items = _copies(weight, weight.nbytes)
         bitmaps["bitmap"].append(times(items, _direct, FEW_TOKENS))
         bitmaps["sliced"].append(times([SlicedLayout.of(item) for item in items], _by_layout, SLICED_TOKENS))
+        scattered = [ScatteredLayout.of(item) for item in items]
+        bitmaps["scattered"].append(times(scattered, _by_layout, SCATTERED_TOKENS))
         bitmaps["bitmap_decompress"].append(_microseconds(items, _to_dense))
-    found["bitmap"] = tuple(zip(*bitmaps["bitmap"], strict=True))
-    found["sliced"] = tuple(zip(*bitmaps["sliced"], strict=True))
+    for kernel in ("bitmap", "sliced", "scattered"):
+        found[kernel] = tuple(zip(*bitmaps[kernel], strict=True))
     found["bitmap_decompress"] = tuple(bitmaps["bitmap_decompress"])
     return found
 

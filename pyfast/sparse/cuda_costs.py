@@ -8,6 +8,7 @@ sizes of weights, cold, in CUDA graphs; before that those of an H100 or an H200 
 
     direct      the weight as it is stored: our kernels to 64 tokens; above, decompression and the dense product
     sliced      bitmap weights, to 8 tokens, by the layout of ``sliced.py``
+    scattered   bitmap weights, to 32 tokens, by the layout of ``scattered.py``
     cusparselt  2:4 weights, by NVIDIA's library
     dense       the dense product (``F.linear``)
 
@@ -29,6 +30,7 @@ from pyfast.sparse.measured import number, sized
 
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)  # each ends what one kernel of the direct product takes at once
 SLICED_TOKENS = (1, 2, 4, 8)
+SCATTERED_TOKENS = (8, 16, 32)
 MANY_TOKENS = (1, 8, 64, 128, 256, 512, 1024, 2048)  # of the dense library and of cuSPARSELt
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 HALVES = ("bfloat16", "float16")
@@ -48,6 +50,7 @@ class CudaConstants:
         bitmap: for each of ``FEW_TOKENS`` a row over ``DENSITIES``.
         bitmap_decompress: over ``DENSITIES``.
         sliced: for each of ``SLICED_TOKENS`` a row over ``DENSITIES``.
+        scattered: for each of ``SCATTERED_TOKENS``; empty where it was not measured.
         sparse24: for each of ``FEW_TOKENS``.
         sparse24_decompress: the same of a 2:4 weight.
         cusparselt: for each of ``MANY_TOKENS``; empty where the library is not there.
@@ -59,6 +62,7 @@ class CudaConstants:
     bitmap: tuple[Row, ...]
     bitmap_decompress: Row
     sliced: tuple[Row, ...]
+    scattered: tuple[Row, ...]
     sparse24: Row
     sparse24_decompress: Line
     cusparselt: Row
@@ -91,6 +95,8 @@ def predict(constants: CudaConstants, work: Work) -> dict[str, float]:
             ms(by_density(constants.sliced[_tier(SLICED_TOKENS, tokens)]))
             for tokens in _sliced_launches(work.tokens, work.k)
         )
+    if halves and not two_four and constants.scattered and work.tokens <= SCATTERED_TOKENS[-1]:
+        found["scattered"] = ms(by_density(constants.scattered[_tier(SCATTERED_TOKENS, work.tokens)]))
     if halves and two_four and constants.cusparselt:
         found["cusparselt"] = ms(_many(constants.cusparselt, work.tokens))
     return found
@@ -101,7 +107,7 @@ def layout_bytes(work: Work, kernel: str) -> int:
     positions = work.n * work.k
     if kernel == "direct":
         return 0
-    if kernel == "sliced":
+    if kernel in ("sliced", "scattered"):
         return 3 * work.stored
     return positions * 9 // 8 if kernel == "cusparselt" else work.dense_bytes
 
@@ -139,13 +145,14 @@ def from_json(plain: dict[str, Any], source: str) -> CudaConstants:
     device = plain["device"]
     if not isinstance(device, str):
         raise ValueError("device: a name was expected")
-    cusparselt = plain["cusparselt"]
+    cusparselt, scattered = plain["cusparselt"], plain["scattered"]
     return CudaConstants(
         source=source,
         device=device,
-        bitmap=tuple(_row(row, len(DENSITIES)) for row in sized(plain["bitmap"], len(FEW_TOKENS))),
+        bitmap=_rows(plain["bitmap"], len(FEW_TOKENS)),
         bitmap_decompress=_row(plain["bitmap_decompress"], len(DENSITIES)),
-        sliced=tuple(_row(row, len(DENSITIES)) for row in sized(plain["sliced"], len(SLICED_TOKENS))),
+        sliced=_rows(plain["sliced"], len(SLICED_TOKENS)),
+        scattered=_rows(scattered, len(SCATTERED_TOKENS)) if scattered else (),
         sparse24=_row(plain["sparse24"], len(FEW_TOKENS)),
         sparse24_decompress=_line(plain["sparse24_decompress"]),
         cusparselt=_row(cusparselt, len(MANY_TOKENS)) if cusparselt else (),
@@ -160,6 +167,10 @@ def _line(value: Any) -> Line:
 
 def _row(values: Any, size: int) -> Row:
     return tuple(_line(value) for value in sized(values, size))
+
+
+def _rows(values: Any, tiers: int) -> tuple[Row, ...]:
+    return tuple(_row(row, len(DENSITIES)) for row in sized(values, tiers))
 
 
 @lru_cache(maxsize=1)

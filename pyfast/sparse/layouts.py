@@ -4,6 +4,7 @@
         │  read as it is                                  "direct"     nothing more in memory
         ├─ bitmap_to_indexed, sparse24_to_indexed ──►     "indexed"    CPU: about 5 bytes a stored element
         ├─ rows in slices of 32 ────────────────────►     "sliced"     GPU: about 3 bytes a stored element
+        ├─ tiles of 64 x 64 dealt to lanes ─────────►     "scattered"  GPU: about 3 bytes a stored element
         └─ to_dense ──┬─────────────────────────────►     "dense"      the dense weight
                       ├─ packed by oneDNN ──────────►     "packed"     CPU: the dense weight, in oneDNN's blocks
                       └─ compressed by cuSPARSELt ──►     "cusparselt" GPU: 9/16 of the dense weight
@@ -38,10 +39,11 @@ from pyfast.ops.indexed_linear import indexed_linear
 from pyfast.reference.epilogue import epilogue
 from pyfast.sparse.cusparselt import CusparseltLayout
 from pyfast.sparse.formats import SparseWeight
+from pyfast.sparse.scattered import ScatteredLayout
 from pyfast.sparse.sliced import SlicedLayout
 
 POLICIES = ("auto", "indexed", "none")
-SPARSE_KINDS = ("indexed", "sliced", "cusparselt")
+SPARSE_KINDS = ("indexed", "sliced", "scattered", "cusparselt")
 KINDS = (*SPARSE_KINDS, "packed", "dense")  # where two are expected to be alike the earlier one is taken
 PACKED_TOKENS = 16  # oneDNN packs for a number of rows; its blocks serve any
 NARROW_BLOCK_DENSITY = 0.15  # from here on a row stores enough in 128 columns
@@ -174,10 +176,11 @@ class PackedLayout:
         return epilogue(_products.onednn_linear(x, self.packed, bias), activation, mul)
 
 
-Layout = IndexedLayout | SlicedLayout | CusparseltLayout | DenseLayout | PackedLayout
+Layout = IndexedLayout | SlicedLayout | ScatteredLayout | CusparseltLayout | DenseLayout | PackedLayout
 _MAKERS: dict[str, Callable[[Any], Layout]] = {
     "indexed": IndexedLayout.of,
     "sliced": SlicedLayout.of,
+    "scattered": ScatteredLayout.of,
     "cusparselt": CusparseltLayout.of,
     "dense": DenseLayout.of,
     "packed": PackedLayout.of,

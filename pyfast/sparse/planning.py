@@ -22,8 +22,8 @@ class Plan:
     """Who serves a product without gradients, and what it is expected to take.
 
     Attributes:
-        kernel: ``"direct"`` (the weight as it is stored), ``"indexed"``, ``"sliced"``, ``"cusparselt"``, ``"dense"`` or
-            ``"packed"`` (derived layouts, :mod:`pyfast.sparse.layouts`).
+        kernel: ``"direct"`` (the weight as it is stored), ``"indexed"``, ``"sliced"``, ``"scattered"``,
+            ``"cusparselt"``, ``"dense"`` or ``"packed"`` (derived layouts, :mod:`pyfast.sparse.layouts`).
         ms: expected milliseconds; None where there is no model of the device.
         alternatives: the same of every kernel that could serve, the dense ones always among them.
         extra_bytes: memory that the kernel keeps beside the stored weight.

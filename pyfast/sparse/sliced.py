@@ -105,7 +105,7 @@ def _build(weight: BitmapWeight, multiprocessors: int) -> tuple[Tensor, Tensor, 
 def _choose_bits(weight: BitmapWeight) -> tuple[int, Tensor]:
     """Bits of a delta, 4 or 8, whichever make the layout smaller, and the entries of each row, bridges included."""
     lengths = {bits: weight.offsets.new_zeros(weight.shape[0]) for bits in (4, 8)}
-    for first, dense in _blocks(weight):
+    for first, dense in row_blocks(weight):
         row, gap = _places(dense)[::2]
         for bits, counts in lengths.items():
             counts[first : first + len(dense)].index_add_(0, row, 1 + _bridges(gap, 2**bits - 1))
@@ -120,11 +120,12 @@ def _slice_chunks(ordered: Tensor) -> Tensor:
     return ((ordered[::SLICE_ROWS] + CHUNK_ENTRIES - 1) // CHUNK_ENTRIES).clamp(min=1)
 
 
-def _blocks(weight: BitmapWeight) -> Iterator[tuple[int, Tensor]]:
-    """The dense weight in blocks of rows, each with the number of its first row."""
+def row_blocks(weight: BitmapWeight, multiple: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
+    """The dense weight in blocks of rows, all but the last of a multiple of a multiple of 16, each with the number of
+    its first row."""
     n, k = weight.shape
     tiles = weight.bitmaps.shape[0] // -(-n // TILE_ROWS)  # of a row of tiles
-    step = max(BLOCK_ELEMENTS // (TILE_ROWS * k), 1)  # rows of tiles
+    step = max(BLOCK_ELEMENTS // (multiple * k), 1) * (multiple // TILE_ROWS)  # rows of tiles
     bounds = [*weight.offsets[:: tiles * step].tolist(), weight.values.numel()]
     for i, first in enumerate(range(0, n, step * TILE_ROWS)):
         here = slice(i * step * tiles, (i + 1) * step * tiles)
@@ -155,7 +156,7 @@ def _fill(
     chunk at which each slice begins."""
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    for first, dense in _blocks(weight):
+    for first, dense in row_blocks(weight):
         row, column, gap = _places(dense)
         bridges = _bridges(gap, most)
         mine = lengths[first : first + len(dense)]

@@ -24,9 +24,14 @@ PYFAST_DEVICE int lane_index() {
   return static_cast<int>((index.x + size.x * (index.y + size.y * index.z)) % 32);
 }
 
-// Addresses count from the memory of the launch, the only one that kernels address by number.
+// Kernels address only the memory of the launch by number. From sm_90 on it begins behind what the system keeps, and in
+// a cluster the number says whose memory it is.
+PYFAST_DEVICE uint32_t shared_begin() { return simt::cluster_rank() << 24 | 1024; }
 PYFAST_DEVICE uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - simt::dynamic_shared());
+  return shared_begin() + static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - simt::dynamic_shared());
+}
+PYFAST_DEVICE unsigned char* shared_at(uint32_t address) {
+  return simt::dynamic_shared() + (static_cast<int64_t>(address) - shared_begin());
 }
 
 PYFAST_DEVICE void syncthreads(Where where = Where::current()) { simt::block_barrier(where); }
@@ -138,7 +143,15 @@ PYFAST_DEVICE uint32_t atomic_ticket(uint32_t* counter, uint32_t count, Where wh
 
 template <class Words>
 PYFAST_DEVICE Words ld_shared(uint32_t address, Where where = Where::current()) {
-  return load(reinterpret_cast<const Words*>(simt::dynamic_shared() + address), where);
+  return load(reinterpret_cast<const Words*>(shared_at(address)), where);
+}
+
+PYFAST_DEVICE void st_shared_half(uint32_t address, uint32_t word, Where where = Where::current()) {
+  const uint16_t half = static_cast<uint16_t>(word);
+  simt::store(shared_at(address), &half, sizeof(half), where);
+}
+PYFAST_DEVICE void st_shared(uint32_t address, const Words4& words, Where where = Where::current()) {
+  simt::store(shared_at(address), &words, sizeof(words), where);
 }
 
 template <int Bytes>
@@ -156,7 +169,7 @@ template <int First>
 PYFAST_DEVICE void load_marked(uint32_t (&words)[4], uint32_t bits, const uint32_t (&at)[5],
                                Where where = Where::current()) {
   const auto from = [&](uint32_t address) {
-    return load(reinterpret_cast<const uint16_t*>(simt::dynamic_shared() + address), where);
+    return load(reinterpret_cast<const uint16_t*>(shared_at(address)), where);
   };
   for (int i = 0; i < 4; ++i) {
     words[i] = bits >> (First + 2 * i) & 1u ? from(at[i]) : 0u;
