@@ -120,9 +120,10 @@ def test_marked_pairs_and_sums_of_products(library: host.Library) -> None:
 
 def run_address(library: host.Library, order: int = 0) -> tuple[np.ndarray, np.ndarray]:
     words = np.random.default_rng(4).integers(0, 2**32, 64, dtype=np.uint32)
-    out = host.Output((5, 32), np.uint32)
+    out = host.Output((2, 5, 32), np.uint32)
     library.run("by_address", words, out, order=order)
-    return words, out.array
+    np.testing.assert_array_equal(out.array[0], out.array[1])
+    return words, out.array[0]
 
 
 def test_shared_memory_by_address(library: host.Library) -> None:
@@ -166,6 +167,18 @@ def test_clusters(library: host.Library, cluster: int, order: int) -> None:
 
 # What is broken, the run that shows it, the text in selftest.cuh, what stands there instead, what the failure says.
 MUTANTS = {
+    "an address without whose memory it is": (
+        run_address,
+        "begin = ptx::shared_address(bytes)",
+        "begin = ptx::shared_address(bytes) & 0xffffff",
+        "outside|may not have begun|exited",
+    ),
+    "an address from the beginning of all shared memory": (
+        run_address,
+        "begin = ptx::shared_address(bytes)",
+        "begin = ptx::shared_address(bytes) & ~0xfffu",
+        "outside",
+    ),
     "missing barrier": (
         run_sums,
         "partial[thread / 32] = sum;\n  ptx::syncthreads();",

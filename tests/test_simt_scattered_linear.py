@@ -4,10 +4,21 @@ judged against float64."""
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from layout_cases import (
+    HALVES,
+    bits_of,
+    check_on_the_gpu,
+    check_reference,
+    check_refusals,
+    check_rows_that_store_nothing,
+    product_error,
+    sparse,
+)
 from simt import host
 from sparse_cases import awkward, same_bits, weight_unstructured
 from test_cuda_build import stated_resources
@@ -19,15 +30,9 @@ from pyfast.reference import scattered_linear as reference
 from pyfast.sparse import sliced
 from pyfast.sparse.scattered import ScatteredLayout
 
-HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
-
 
 def layout_of(dense: Tensor) -> ScatteredLayout:
     return ScatteredLayout.of(pyfast.BitmapWeight.from_dense(dense))
-
-
-def bits_of(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
 def run(
@@ -64,19 +69,12 @@ def error(
     library: host.Library | None = None,
 ) -> float:
     """Relative error of the kernel, in units of the largest that rounding its output makes."""
-    n, k = dense.shape
-    dtype = dense.dtype
-    x, mul, bias = (torch.randn(*shape).to(dtype) for shape in ((tokens, k), (tokens, n), (n,)))
-    given = (bias, list(ACTIVATIONS).index(activation), mul) if extras else (None, list(ACTIVATIONS).index(activation))
-    y = run(x, layout_of(dense), *given, splits=splits, cluster=cluster, order=order, library=library)
-    truth = x.double() @ dense.double().T + (bias.double() if extras else 0)
-    truth = torch.from_numpy(ACTIVATIONS[activation](truth.numpy())) * (mul.double() if extras else 1)
-    rounding = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
-    return float((y.double() - truth).norm() / truth.norm().clamp(min=1e-9)) / rounding
+    layout = layout_of(dense)
 
+    def multiply(x: Tensor, *given: Any) -> Tensor:
+        return run(x, layout, *given, splits=splits, cluster=cluster, order=order, library=library)
 
-def sparse(n: int, k: int, density: float, kind: str = "bf16") -> Tensor:
-    return weight_unstructured(n, k, 1 - density, HALVES[kind])
+    return product_error(multiply, dense, tokens, activation, extras)
 
 
 def uneven(n: int, k: int, kind: str = "bf16") -> Tensor:
@@ -148,16 +146,7 @@ def test_a_tile_has_as_many_chunks_as_make_it_smallest() -> None:
 
 
 def test_the_layout_refuses_what_the_kernel_cannot_do() -> None:
-    half = pyfast.BitmapWeight.from_dense(torch.randn(4, 64, dtype=torch.float16))
-    with pytest.raises(TypeError, match="weight: got Sparse24Weight"):
-        ScatteredLayout.of(pyfast.Sparse24Weight.from_dense(torch.zeros(4, 64)))
-    with pytest.raises(TypeError, match="weight: got dtype"):
-        ScatteredLayout.of(pyfast.BitmapWeight.from_dense(torch.randn(4, 64)))
-    with pytest.raises(TypeError, match="weight: got dtype"):
-        ScatteredLayout.of(half.quantize())
-    for shape in ((0, 64), (64, 0)):
-        with pytest.raises(ValueError, match="weight: got shape"):
-            layout_of(torch.zeros(shape, dtype=torch.float16))
+    check_refusals(ScatteredLayout)
 
 
 # ---- The op ---------------------------------------------------------------------------------------------------------
@@ -165,11 +154,7 @@ def test_the_layout_refuses_what_the_kernel_cannot_do() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES.values())
 def test_the_reference_is_the_dense_product(dtype: torch.dtype) -> None:
-    dense, x = weight_unstructured(70, 300, 0.8, dtype), torch.randn(3, 300).to(dtype)
-    bias, mul = torch.randn(70).to(dtype), torch.randn(3, 70).to(dtype)
-    y = layout_of(dense).linear(x, bias, 4, mul)
-    truth = torch.nn.functional.silu(torch.nn.functional.linear(x, dense, bias)) * mul
-    assert torch.equal(y, truth)
+    check_reference(layout_of, dtype)
 
 
 def test_it_has_a_fake_and_no_gradient() -> None:
@@ -181,27 +166,6 @@ def test_it_has_a_fake_and_no_gradient() -> None:
     assert y.shape == (3, 70) and y.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="scattered_linear: has no gradient"):
         y.sum().backward()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("dtype", HALVES.values())
-@pytest.mark.parametrize(("n", "k"), [*SHAPES, (200, 1500), (1000, 18944), (4096, 4096)])
-def test_on_a_gpu(n: int, k: int, dtype: torch.dtype) -> None:
-    """Groups of tokens, shared columns, the epilogue, and layouts that are the same as on the host."""
-    rounding = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
-    for density in (0.0, 0.05, 0.3, 1.0):
-        dense = sparse(n, k, density).to(dtype)
-        weight = pyfast.BitmapWeight.from_dense(dense.cuda())
-        layout = ScatteredLayout.of(weight)
-        for name, tensor in vars(layout_of(dense) if n * k < 10**6 else layout).items():
-            assert name == "n" or same_bits(getattr(layout, name).cpu(), tensor.cpu()), name
-        for tokens in (1, 8, 13, 32, 40):
-            x, mul = (torch.randn(tokens, width, device="cuda").to(dtype) for width in (k, n))
-            bias = torch.randn(n, device="cuda").to(dtype)
-            y = layout.linear(x, bias, 4, mul)
-            truth = torch.nn.functional.silu(x.double() @ dense.cuda().double().T + bias.double()) * mul.double()
-            assert (y.double() - truth).norm() < 1.1 * rounding * truth.norm(), (density, tokens)
 
 
 # ---- The kernels ----------------------------------------------------------------------------------------------------
@@ -237,10 +201,7 @@ def test_epilogue(activation: str) -> None:
 
 
 def test_rows_that_store_nothing() -> None:
-    """They give f(bias) · mul."""
-    dense, bias = torch.zeros(70, 100, dtype=torch.bfloat16), torch.randn(70).bfloat16()
-    y = run(torch.randn(2, 100).bfloat16(), layout_of(dense), bias, 1)
-    assert torch.equal(y, bias.relu().expand(2, 70))
+    check_rows_that_store_nothing(lambda x, dense, *given: run(x, layout_of(dense), *given))
 
 
 def test_shared_memory_is_what_the_head_of_the_kernel_says() -> None:
@@ -290,7 +251,11 @@ MUTANTS = {
     ),
     "the end of the tile before": ("      begin = end, end = next_end;", "      begin = end;", None),
     "upper halves in the lower ones": ("kAllImageBytes - 2;", "kAllImageBytes;", None),
-    "addresses of another block": ("images + entry_place(at)", "entry_place(images + at)", "outside"),
+    "addresses of another block": (
+        "images + entry_place(at)",
+        "entry_place(images + at)",
+        "outside|may not have begun",
+    ),
     "distances of another stride": ("kLineBytes / 16 * 0x01010101u", "kLineBytes / 32 * 0x01010101u", "outside"),
     "nibbles exchanged": ("half == 0 ? deltas << 4 : deltas", "half == 1 ? deltas << 4 : deltas", None),
     "halves of a pair exchanged": (">> 16 * (i % 2));", ">> 16 * (1 - i % 2));", None),
@@ -317,3 +282,28 @@ def test_a_broken_kernel_fails(name: str) -> None:
         assert message is None or re.search(message, str(refused)), refused
     else:
         assert message is None and not found < 3.0
+
+
+# ---- On a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", HALVES.values())
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 896), (200, 1500), (1000, 18944), (4096, 4096), (14336, 4096)])
+def test_on_the_gpu(n: int, k: int, density: float, dtype: torch.dtype) -> None:
+    """The layout of the host, groups of tokens, and blocks that share columns in clusters."""
+    weight = pyfast.BitmapWeight.from_dense(
+        torch.randn(n, k, device="cuda", dtype=dtype), mask=torch.rand(n, k, device="cuda") < density
+    )
+    layout, dense = ScatteredLayout.of(weight), weight.to_dense()
+    pattern = layout.values, layout.deltas, layout.extras, layout.ends
+    assert same_bits(reference.decompress(*pattern, n, k), dense)
+    if n * k < 10**6:
+        for name, tensor in vars(layout_of(dense.cpu())).items():
+            assert name == "n" or same_bits(getattr(layout, name).cpu(), tensor), name
+    call = torch.ops.pyfast.scattered_linear
+    check_on_the_gpu(lambda x, *given: call(x, *pattern, *given), dense, (1, 8, 13, 32, 40))
+    x = torch.randn(11, k, device="cuda", dtype=dtype)
+    torch.library.opcheck(call, (x, *pattern, None, n, 0, None))

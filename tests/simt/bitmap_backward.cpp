@@ -2,12 +2,11 @@
 #include "simt.h"
 
 #include "bitmap_backward.cuh"
+#include "splits.h"
 
 using namespace pyfast::cuda;
 
 namespace {
-
-unsigned parts(int64_t all, int64_t one) { return static_cast<unsigned>((all + one - 1) / one); }
 
 template <class T, int TokenTiles>
 void grad_x(BitmapLinearArgs args, unsigned splits, bool cluster) {
@@ -15,18 +14,8 @@ void grad_x(BitmapLinearArgs args, unsigned splits, bool cluster) {
   const unsigned stages = parts(args.weight.tiles / args.weight.tiles_a_row, Plan::kStageTiles);
   args.split_stages = static_cast<int32_t>(parts(stages, splits));
   set_token_tiles(args);
-  const bool two_kernels = splits > 1 && !cluster;
-  if (two_kernels)
-    args.partial =
-        static_cast<float*>(simt::scratch(static_cast<size_t>(splits * args.tokens * args.out.n) * sizeof(float)));
-  simt::launch({{splits, parts(args.out.n, Plan::kColumns)},
-                {Plan::kThreads},
-                cluster ? splits : 1,
-                static_cast<size_t>(Plan::kSharedBytes)},
-               bitmap_grad_x_kernel<T, TokenTiles>, args);
-  if (two_kernels)
-    simt::launch({{parts(args.out.n, 256), static_cast<unsigned>(args.tokens)}, {256}}, reduce_splits_kernel<T>,
-                 args.out, args.partial, static_cast<int>(splits));
+  launch_splits<T>({splits, parts(args.out.n, Plan::kColumns)}, Plan::kThreads, Plan::kSharedBytes, cluster,
+                   bitmap_grad_x_kernel<T, TokenTiles>, args);
 }
 
 template <class T>

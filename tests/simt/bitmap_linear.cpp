@@ -2,44 +2,31 @@
 #include "simt.h"
 
 #include "bitmap_vector.cuh"
+#include "splits.h"
 
 using namespace pyfast::cuda;
 
 namespace {
 
-int stages_of_split(const BitmapLinearArgs& args, int stage_tiles, unsigned splits) {
-  const int stages = (static_cast<int>(args.weight.tiles_a_row) + stage_tiles - 1) / stage_tiles;
-  return (stages + static_cast<int>(splits) - 1) / static_cast<int>(splits);
-}
-
-template <class Plan, class T, class Kernel>
-void launch(BitmapLinearArgs args, Kernel kernel, int shared_bytes, unsigned splits, bool cluster) {
-  const bool two_kernels = splits > 1 && !cluster;
-  if (two_kernels)
-    args.partial =
-        static_cast<float*>(simt::scratch(static_cast<size_t>(splits * args.tokens * args.out.n) * sizeof(float)));
-  const unsigned blocks = static_cast<unsigned>((args.out.n + Plan::kRows - 1) / Plan::kRows);
-  simt::launch({{splits, blocks}, {Plan::kThreads}, cluster ? splits : 1, static_cast<size_t>(shared_bytes)}, kernel,
-               args);
-  if (two_kernels)
-    simt::launch({{static_cast<unsigned>((args.out.n + 255) / 256), static_cast<unsigned>(args.tokens)}, {256}},
-                 reduce_splits_kernel<T>, args.out, args.partial, static_cast<int>(splits));
+template <class T, class Plan, class Kernel>
+void launch(const BitmapLinearArgs& args, Kernel kernel, int shared_bytes, unsigned splits, bool cluster) {
+  launch_splits<T>({splits, parts(args.out.n, Plan::kRows)}, Plan::kThreads, shared_bytes, cluster, kernel, args);
 }
 
 template <class T, int TokenTiles>
 void matrix(BitmapLinearArgs args, unsigned splits, bool cluster) {
   using Plan = BitmapLinearPlan<TokenTiles>;
-  args.split_stages = stages_of_split(args, Plan::kStageTiles, splits);
+  args.split_stages = static_cast<int32_t>(parts(parts(args.weight.tiles_a_row, Plan::kStageTiles), splits));
   set_token_tiles(args);
-  launch<Plan, T>(args, bitmap_linear_kernel<T, TokenTiles>, Plan::kSharedBytes, splits, cluster);
+  launch<T, Plan>(args, bitmap_linear_kernel<T, TokenTiles>, Plan::kSharedBytes, splits, cluster);
 }
 
 template <class T, int Tokens>
 void vector(BitmapLinearArgs args, unsigned splits, bool cluster) {
   using Plan = BitmapVectorPlan<Tokens>;
-  args.split_stages = stages_of_split(args, Plan::kColumnTiles, splits);
+  args.split_stages = static_cast<int32_t>(parts(parts(args.weight.tiles_a_row, Plan::kColumnTiles), splits));
   const int shared_bytes = Plan::shared_bytes(args.room, args.split_stages);
-  launch<Plan, T>(args, bitmap_vector_kernel<T, Tokens>, shared_bytes, splits, cluster);
+  launch<T, Plan>(args, bitmap_vector_kernel<T, Tokens>, shared_bytes, splits, cluster);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 #include "simt.h"
 
 #include "scattered_linear.cuh"
+#include "splits.h"
 
 using namespace pyfast::cuda;
 
@@ -10,19 +11,10 @@ namespace {
 template <class T, int TokenTiles>
 void launch(ScatteredLinearArgs args, unsigned splits, bool cluster) {
   using Plan = ScatteredLinearPlan<TokenTiles>;
-  const int stages = (args.tiles_a_row + Plan::kColumnWarps - 1) / Plan::kColumnWarps;
-  args.split_stages = (stages + static_cast<int>(splits) - 1) / static_cast<int>(splits);
+  args.split_stages = static_cast<int32_t>(parts(parts(args.tiles_a_row, Plan::kColumnWarps), splits));
   set_token_tiles(args);
-  const bool two_kernels = splits > 1 && !cluster;
-  if (two_kernels)
-    args.partial =
-        static_cast<float*>(simt::scratch(static_cast<size_t>(splits * args.tokens * args.out.n) * sizeof(float)));
-  const unsigned blocks = static_cast<unsigned>((args.out.n + Plan::kRows - 1) / Plan::kRows);
-  simt::launch({{splits, blocks}, {Plan::kThreads}, cluster ? splits : 1, static_cast<size_t>(Plan::kSharedBytes)},
-               scattered_linear_kernel<T, TokenTiles>, args);
-  if (two_kernels)
-    simt::launch({{static_cast<unsigned>((args.out.n + 255) / 256), static_cast<unsigned>(args.tokens)}, {256}},
-                 reduce_splits_kernel<T>, args.out, args.partial, static_cast<int>(splits));
+  launch_splits<T>({splits, parts(args.out.n, Plan::kRows)}, Plan::kThreads, Plan::kSharedBytes, cluster,
+                   scattered_linear_kernel<T, TokenTiles>, args);
 }
 
 template <class T>

@@ -33,7 +33,7 @@ SIMT_EXPORT marked_pairs(const uint32_t* words, const uint16_t* values, uint32_t
 }
 
 SIMT_EXPORT by_address(const uint32_t* words, uint32_t* out) {
-  simt::launch({{1}, {32}, 1, 256}, selftest::by_address, words, out);
+  simt::launch({{2}, {32}, 2, 256}, selftest::by_address, words, out);
 }
 
 SIMT_EXPORT reversed_rows(const uint32_t* from, uint32_t* to, int64_t rows) {

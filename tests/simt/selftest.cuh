@@ -128,18 +128,28 @@ __global__ void marked_pairs(const uint32_t* words, const uint16_t* values, uint
   out[224 + threadIdx.x] = ptx::add_from_below<16>(word);
 }
 
-// 64 words through shared memory, read back by address. Row 0: the weighted bytes of a word plus the lane; rows 1, 2,
-// 3: the words, pairs and fours from the last on, their parts joined by xor; row 4: 2·lane added to 1 where lane is
-// odd.
+// 64 words through shared memory, written and read back by address, by each block of a cluster. Row 0: the weighted
+// bytes of a word plus the lane; rows 1, 2, 3: the words, pairs and fours from the last on, their parts joined by xor;
+// row 4: 2·lane added to 1 where lane is odd.
 __global__ void by_address(const uint32_t* words, uint32_t* out) {
   PYFAST_DYNAMIC_SHARED(bytes);
   const int lane = static_cast<int>(threadIdx.x);
   ptx::launch_dependents();
   ptx::prefetch_l2(words);
   ptx::wait_prerequisites();
-  reinterpret_cast<Words2*>(bytes)[lane] = ptx::ld_streaming(reinterpret_cast<const Words2*>(words) + lane);
+  const uint32_t begin = ptx::shared_address(bytes), end = begin + 256, back = static_cast<uint32_t>(lane) + 1;
+  if (lane < 8) {
+    reinterpret_cast<Words2*>(bytes)[lane] = ptx::ld_streaming(reinterpret_cast<const Words2*>(words) + lane);
+  } else if (lane < 16) {
+    for (uint32_t half = 0; half < 4; ++half)
+      ptx::st_shared_half(begin + 8 * static_cast<uint32_t>(lane) + 2 * half,
+                          words[2 * lane + static_cast<int>(half / 2)] >> 16 * (half % 2));
+  } else if (lane < 24) {
+    const uint32_t line = static_cast<uint32_t>(lane) - 8;
+    ptx::st_shared(begin + 16 * line, ptx::ld_streaming(reinterpret_cast<const Words4*>(words) + line));
+  }
+  out += blockIdx.x * 160;
   ptx::syncwarp();
-  const uint32_t end = ptx::shared_address(bytes) + 256, back = static_cast<uint32_t>(lane) + 1;
   const Words2 two = ptx::ld_shared<Words2>(end - 8 * back);
   const Words4 four = ptx::ld_shared<Words4>(end - 16 * (back <= 16 ? back : back - 16));
   float sum = 1.0f;

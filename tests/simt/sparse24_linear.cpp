@@ -2,6 +2,7 @@
 #include "simt.h"
 
 #include "sparse24_linear.cuh"
+#include "splits.h"
 
 using namespace pyfast::cuda;
 
@@ -10,19 +11,10 @@ namespace {
 template <class T, int TokenTiles>
 void launch(Sparse24LinearArgs args, unsigned splits, bool cluster) {
   using Plan = Sparse24Plan<TokenTiles>;
-  const int stages = (args.padded_k + Plan::kColumns - 1) / Plan::kColumns;
-  args.split_columns = (stages + static_cast<int>(splits) - 1) / static_cast<int>(splits) * Plan::kColumns;
-  const bool two_kernels = splits > 1 && !cluster;
-  if (two_kernels)
-    args.partial =
-        static_cast<float*>(simt::scratch(static_cast<size_t>(splits * args.tokens * args.n) * sizeof(float)));
-  const unsigned tiles = static_cast<unsigned>((args.n + Plan::kRows - 1) / Plan::kRows);
-  const unsigned token_tiles = static_cast<unsigned>((args.tokens + Plan::kTokens - 1) / Plan::kTokens);
-  simt::launch({{splits, tiles, token_tiles}, {Plan::kThreads}, cluster ? splits : 1, Plan::kSharedBytes},
-               sparse24_linear_kernel<T, TokenTiles>, args);
-  if (two_kernels)
-    simt::launch({{static_cast<unsigned>((args.n + 255) / 256), static_cast<unsigned>(args.tokens)}, {256}},
-                 reduce_splits_kernel<T>, args.out, args.partial, static_cast<int>(splits));
+  const unsigned stages = parts(parts(args.padded_k, Plan::kColumns), splits);
+  args.split_columns = static_cast<int32_t>(stages) * Plan::kColumns;
+  launch_splits<T>({splits, parts(args.n, Plan::kRows), parts(args.tokens, Plan::kTokens)}, Plan::kThreads,
+                   Plan::kSharedBytes, cluster, sparse24_linear_kernel<T, TokenTiles>, args);
 }
 
 template <class T>
