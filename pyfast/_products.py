@@ -37,7 +37,11 @@ multiply_by_onednn(_onednn_is_faster())
 
 def by_onednn(*operands: Tensor) -> bool:
     """Whether :func:`linear` and :func:`mm` multiply these by oneDNN."""
-    if not _onednn or (torch.is_grad_enabled() and any(x.requires_grad for x in operands)):
+    if (
+        not _onednn
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in operands))
+    ):
         return False
     return all(
         type(x) in (Tensor, Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0

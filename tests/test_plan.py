@@ -106,7 +106,7 @@ def test_time_grows_with_tokens_and_falls_with_sparsity(isa, format):
 @pytest.mark.parametrize(("looks_up", "kernel"), [(True, "direct"), (False, "indexed")])
 def test_one_token_goes_by_lists_where_the_processor_cannot_look_up(looks_up, kernel):
     expected = predict(built_in("avx512", 2, looks_up=looks_up), work(0.9, 1))
-    assert planning._pick(expected) == kernel
+    assert planning.pick(expected) == kernel
 
 
 def test_the_direct_kernel_takes_tokens_by_four_two_and_one():
@@ -191,7 +191,7 @@ def test_built_in_constants_choose_as_the_kernels_are_meant(isa):
 
     def best(*arguments, **options):
         expected = predict(constants, work(*arguments, **options))
-        return planning._pick(expected)
+        return planning.pick(expected)
 
     assert best(0.5, 1) == best(0.5, 1, format="2:4") == "direct"
     assert isa == "avx2" or best(0.8, 1) == best(0.9, 1) == "direct"

@@ -3,6 +3,7 @@
 from pyfast.sparse.calibration import calibrate
 from pyfast.sparse.convert import sparsify
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
+from pyfast.sparse.frozen import FrozenLinear, freeze
 from pyfast.sparse.fuse import FusedGatedMLP, fuse
 from pyfast.sparse.layouts import drop_layouts, layout_bytes, set_layouts
 from pyfast.sparse.linear import SparseLinear, prepare, sparse_linear
@@ -13,6 +14,7 @@ from pyfast.sparse.pruning import PrunedLayer, choose_mask, masks_of, prune, rew
 
 __all__ = [
     "BitmapWeight",
+    "FrozenLinear",
     "FusedGatedMLP",
     "Plan",
     "PrunedLayer",
@@ -23,6 +25,7 @@ __all__ = [
     "calibrate",
     "choose_mask",
     "drop_layouts",
+    "freeze",
     "fuse",
     "layout_bytes",
     "magnitude_mask",

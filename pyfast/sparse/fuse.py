@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfast.reference.epilogue import ACTIVATIONS, activate
-from pyfast.sparse.linear import SparseLinear, sparse_linear
+from pyfast.sparse.linear import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -28,9 +28,8 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., hidden]`` to ``[..., hidden]``."""
-        gate = self.gate_proj
         activation = ACTIVATIONS[self.activation]
-        return self.down_proj(sparse_linear(x, gate.weight, gate.bias, activation=activation, mul=self.up_proj(x)))
+        return self.down_proj(self.gate_proj.product(x, activation=activation, mul=self.up_proj(x)))
 
     def extra_repr(self) -> str:
         return f"activation={ACTIVATIONS[self.activation]!r}"

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,15 +71,33 @@ def sparse_linear(
             if y is not None:
                 return y
     _check(x, weight, bias, activation, mul)
-    n, k = weight.shape
-    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # numel() would make traced sizes constants
-    gate = mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], n)
+    rows, gate = _in_two_dimensions(x, mul, weight.shape)
     number = _NUMBERS[activation]
     if torch.is_grad_enabled() and _wants_gradient(x, weight.values, bias, mul):
-        y = epilogue(_direct(rows, weight, bias, 0, None, backend), number, gate)
+        y = epilogue(stored_product(rows, weight, bias, 0, None, backend), number, gate)
     else:
         y = _inferred(x, rows, weight, bias, activation, mul, gate, backend)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], n)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _in_two_dimensions(x: Tensor, mul: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    n, k = shape
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), k)  # numel() would make traced sizes constants
+    return rows, mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], n)
+
+
+def checked_product(
+    multiply: Callable[[Tensor, int, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Signature,
+    activation: str | None,
+    mul: Tensor | None,
+) -> Tensor:
+    """multiply(rows, activation, mul) in two dimensions, for what :func:`sparse_linear` is given; its errors too."""
+    _check_inputs(x, weight, activation, mul)
+    rows, gate = _in_two_dimensions(x, mul, weight.shape)
+    y = multiply(rows, _NUMBERS[activation], gate)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -100,7 +118,7 @@ def _inferred(
     are x and mul in two dimensions."""
     number = _NUMBERS[activation]
     if backend is not None or torch.compiler.is_compiling() or not _ordinary(rows, weight):
-        return _direct(rows, weight, bias, number, gate, backend)
+        return stored_product(rows, weight, bias, number, gate, backend)
     held, kernel = layouts.of(weight), choose(weight, rows.shape[0])
     layout = None if kernel == "direct" else held.get(kernel, weight)
     product: Product = _native_direct(weight) if layout is None else layout.linear
@@ -131,8 +149,13 @@ def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:
     )
 
 
-def _direct(
-    rows: Tensor, weight: SparseWeight, bias: Tensor | None, activation: int, mul: Tensor | None, backend: str | None
+def stored_product(
+    rows: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None,
+    activation: int,
+    mul: Tensor | None,
+    backend: str | None = None,
 ) -> Tensor:
     """The product with the weight as it is stored."""
     if isinstance(weight, Sparse24Weight):
@@ -167,23 +190,38 @@ def _native_direct(weight: SparseWeight) -> Product:
 def _check(x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None) -> None:
     if not isinstance(weight, _WEIGHTS):
         raise TypeError(f"weight: got {type(weight).__name__}, accepted: Sparse24Weight or BitmapWeight")
+    _check_inputs(x, Signature.of(weight), activation, mul)
+    if bias is not None:
+        if bias.dtype != x.dtype or bias.device != x.device:
+            raise TypeError(f"bias: got {bias.dtype} on {bias.device}, accepted: {x.dtype} on {x.device}")
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"bias: got shape {list(bias.shape)}, accepted: [{weight.shape[0]}]")
+
+
+class Signature(NamedTuple):
+    """What x must fit: a weight's shape, device, and dtype (None where the values are int8)."""
+
+    shape: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, weight: SparseWeight) -> Signature:
+        return cls(weight.shape, weight.values.device, weight.values.dtype if weight.scales is None else None)
+
+
+def _check_inputs(x: Tensor, weight: Signature, activation: str | None, mul: Tensor | None) -> None:
     n, k = weight.shape
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, accepted: a tensor [..., {k}]")
-    values = weight.values
-    if weight.scales is None and x.dtype != values.dtype:
+    if weight.dtype is not None and x.dtype != weight.dtype:
         raise TypeError(f"x: got dtype {x.dtype}, accepted: that of the weight, {weight.dtype}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got dtype {x.dtype}, accepted: float32, bfloat16, float16, float64")
     if x.dim() < 1 or x.shape[-1] != k:
         raise ValueError(f"x: got shape {list(x.shape)}, accepted: [..., {k}]")
-    if x.device != values.device:
+    if x.device != weight.device:
         raise ValueError(f"x: got device {x.device}, accepted: that of the weight, {weight.device}")
-    if bias is not None:
-        if bias.dtype != x.dtype or bias.device != x.device:
-            raise TypeError(f"bias: got {bias.dtype} on {bias.device}, accepted: {x.dtype} on {x.device}")
-        if bias.shape != (n,):
-            raise ValueError(f"bias: got shape {list(bias.shape)}, accepted: [{n}]")
     if activation not in _NUMBERS:
         raise ValueError(f"activation: got {activation!r}, accepted: None, {', '.join(map(repr, ACTIVATIONS[1:]))}")
     if mul is not None:
@@ -293,6 +331,10 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., in_features]`` to ``[..., out_features]``."""
         return sparse_linear(x, self.weight, self._parameters["bias"])
+
+    def product(self, x: Tensor, *, activation: str | None = None, mul: Tensor | None = None) -> Tensor:
+        """f(x Wᵀ + bias) · mul, as :func:`pyfast.sparse_linear` has it."""
+        return sparse_linear(x, self.weight, self._parameters["bias"], activation=activation, mul=mul)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SparseLinear:
         self._kept = None  # .to() replaces the memory of a parameter and leaves its identity and version

@@ -68,7 +68,7 @@ def plan(weight: SparseWeight, tokens: int) -> Plan:
         constants = calibration.constants(work.threads, _isa())
         expected, source = cost_model.predict(constants, work), constants.source
         bytes_of = cost_model.layout_bytes
-    kernel = _pick(expected)
+    kernel = pick(expected)
     reason = _reason(kernel, expected, work)
     return Plan(kernel, expected[kernel], expected, bytes_of(work, kernel), reason, source)
 
@@ -147,7 +147,10 @@ def _fixed(weight: SparseWeight) -> str | None:
     return "the weight is empty" if 0 in weight.shape else None
 
 
-def _pick(expected: Mapping[str, float]) -> str:
+def pick(expected: Mapping[str, float]) -> str:
+    """The kernel to take of those whose milliseconds are expected: the direct one where nothing is."""
+    if "direct" not in expected:
+        return "direct"
     best = "direct"
     for kernel in layouts.KINDS:
         if kernel in expected and layouts.allowed(kernel) and expected[kernel] * NOISE < expected[best]:

@@ -1,0 +1,170 @@
+"""Frozen layers: the product of the layers that they stand for, in eager, compiled and exported code."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from sparse_cases import weight_24, weight_unstructured
+from tiny_models import tiny
+from torch import Tensor, nn
+
+import pyfast
+from pyfast import sparse
+from pyfast.sparse import BitmapWeight, FrozenLinear, Sparse24Weight, SparseLinear, freeze, layouts
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def layer(
+    format: str, sparsity: float, dtype: torch.dtype, n: int = 384, k: int = 512, bias: bool = True
+) -> SparseLinear:
+    if format == "2:4":
+        weight = Sparse24Weight.from_dense(weight_24(n, k).to(dtype))
+    else:
+        weight = BitmapWeight.from_dense(weight_unstructured(n, k, sparsity, dtype))
+    return SparseLinear(weight, torch.randn(n).to(dtype) if bias else None)
+
+
+def frozen(module: nn.Module, tokens=(1, 64)) -> nn.Module:
+    return freeze(copy.deepcopy(nn.Sequential(module)), tokens)
+
+
+def near(y: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    return bool((y.double() - truth.double()).norm() <= ROUNDING[dtype] * truth.double().norm())
+
+
+CASES = [("bitmap", 0.9), ("bitmap", 0.5), ("bitmap", 0.0), ("2:4", 0.5)]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("format", "sparsity"), CASES)
+def test_every_number_of_tokens_gives_the_product(format: str, sparsity: float, dtype: torch.dtype) -> None:
+    module = layer(format, sparsity, dtype)
+    twin = frozen(module, (1, 16, 256))
+    for shape in ((1,), (7,), (16,), (2, 3, 5), (300,), (0,)):
+        x = torch.randn(*shape, 512).to(dtype)
+        with torch.no_grad():
+            truth = torch.nn.functional.linear(x.double(), module.weight.to_dense().double(), module.bias.double())
+            y = twin(x)
+            assert y.shape == truth.shape and y.dtype == dtype and near(y, truth, dtype)
+
+
+def test_forms_are_those_of_the_plan_and_nothing_else_is_held() -> None:
+    module = layer("bitmap", 0.9, torch.float32, 1024, 1024)
+    one = frozen(module, (1, 256))[0]
+    assert isinstance(one, FrozenLinear)
+    expected = {tokens: sparse.plan(module.weight, tokens).kernel for tokens in (1, 256)}
+    assert dict(one.kernels) == expected == {1: "direct", 256: "indexed"}
+    assert [one.kernel(tokens) for tokens in (0, 1, 2, 256, 1000)] == ["direct", "direct", *["indexed"] * 3]
+    few = frozen(module, 1)[0]
+    held = sum(buffer.nbytes for buffer in few.buffers())
+    assert held == module.weight.nbytes + module.bias.nbytes and not list(few.parameters())
+    assert "direct to 1, indexed to 256" in repr(one)
+
+
+@pytest.mark.parametrize("policy", layouts.POLICIES)
+def test_the_policy_of_layouts_holds(policy: str) -> None:
+    before = layouts.set_layouts(policy)
+    try:
+        kernel = frozen(layer("bitmap", 0.0, torch.float32), 64)[0].kernel(64)
+    finally:
+        layouts.set_layouts(before)
+    assert kernel == {"auto": "dense", "indexed": kernel, "none": "direct"}[policy] and kernel != "packed"
+    assert policy == "auto" or kernel in ("direct", "indexed")
+
+
+@pytest.mark.parametrize(("format", "sparsity"), CASES)
+def test_compiled_and_exported_code_takes_the_same_kernels(format: str, sparsity: float) -> None:
+    module = layer(format, sparsity, torch.float32)
+    twin = frozen(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 5, 64, 100):
+            x = torch.randn(tokens, 512)
+            assert near(compiled(x), module(x), torch.float32)
+        exported = torch.export.export(twin, (torch.randn(64, 512),))
+        x = torch.randn(64, 512)
+        assert near(exported.module()(x), module(x), torch.float32)
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    op = {"indexed": "pyfast.indexed_linear.default", "dense": "aten.linear.default"}.get(twin[0].kernel(64), "pyfast.")
+    assert any(target.startswith(op) for target in called), called
+
+
+def test_a_model_of_transformers_with_a_fused_mlp() -> None:
+    model = tiny("Llama").eval()
+    pyfast.sparsify(model, format="bitmap", sparsity=0.8)
+    ids = torch.randint(0, model.config.vocab_size, (1, 9))
+    with torch.no_grad():
+        truth = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+        same = freeze(sparse.fuse(model), (1, 9))
+        assert same is model and not [m for m in model.modules() if isinstance(m, SparseLinear)]
+        assert near(model(ids).logits, truth, torch.float32)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
+
+
+def test_a_layer_in_two_places_is_one() -> None:
+    shared = layer("bitmap", 0.5, torch.float32, 64, 64)
+    model = freeze(nn.ModuleDict({"a": shared, "b": shared}))
+    assert model["a"] is model["b"] and isinstance(model["a"], FrozenLinear)
+
+
+def test_int8_and_no_bias() -> None:
+    module = layer("bitmap", 0.5, torch.float32, bias=False).quantize_()
+    x = torch.randn(3, 512)
+    with torch.no_grad():
+        assert near(frozen(module)(x), module(x), torch.float32)
+        assert near(frozen(module)(x.bfloat16()), module(x.bfloat16()), torch.bfloat16)
+
+
+def test_activation_and_gate() -> None:
+    module = layer("bitmap", 0.8, torch.float32)
+    twin, x, mul = frozen(module)[0], torch.randn(2, 3, 512), torch.randn(2, 3, 384)
+    with torch.no_grad():
+        y = twin.product(x, activation="silu", mul=mul)
+        assert near(y, module.product(x, activation="silu", mul=mul), torch.float32)
+
+
+def test_copies_and_pickles() -> None:
+    twin, x = frozen(layer("bitmap", 0.8, torch.float32)), torch.randn(4, 512)
+    with torch.no_grad():
+        for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+            assert torch.equal(other(x), twin(x))
+
+
+def test_what_a_frozen_layer_does_not_do() -> None:
+    twin = frozen(layer("bitmap", 0.8, torch.float32))
+    with pytest.raises(RuntimeError, match="FrozenLinear: has no gradient"):
+        twin(torch.randn(2, 512, requires_grad=True))
+    assert not twin(torch.randn(2, 512)).requires_grad
+    with pytest.raises(RuntimeError, match="keeps its device and dtype"):
+        twin.half()
+    with pytest.raises(RuntimeError, match="nothing to save"):
+        twin.state_dict()
+    with torch.no_grad():
+        with pytest.raises(TypeError, match=r"x: got dtype torch\.float16"):
+            twin(torch.randn(2, 512).half())
+        with pytest.raises(ValueError, match=r"x: got shape \[2, 511\]"):
+            twin(torch.randn(2, 511))
+        with pytest.raises(ValueError, match="activation: got 'tanh'"):
+            twin[0].product(torch.randn(2, 512), activation="tanh")
+        with pytest.raises(ValueError, match="mul: got shape"):
+            twin[0].product(torch.randn(2, 512), mul=torch.randn(2, 383))
+
+
+def test_bad_input_changes_nothing() -> None:
+    model = nn.Sequential(layer("bitmap", 0.5, torch.float32, 64, 64))
+    for tokens in (0, (), (1, 0), (1.5,), True):
+        with pytest.raises(ValueError, match="tokens: got"):
+            freeze(model, tokens)
+    with pytest.raises(TypeError, match="model: got int"):
+        freeze(3)
+    with pytest.raises(TypeError, match="model: got a SparseLinear"):
+        freeze(model[0])
+    with pytest.raises(ValueError, match="has no SparseLinear"):
+        freeze(nn.Sequential(nn.Linear(4, 4)))
+    assert type(model[0]) is SparseLinear
