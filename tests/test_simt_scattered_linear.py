@@ -204,6 +204,24 @@ def test_rows_that_store_nothing() -> None:
     check_rows_that_store_nothing(lambda x, dense, *given: run(x, layout_of(dense), *given))
 
 
+@pytest.mark.parametrize(
+    ("row_blocks", "stages", "balanced", "counted"),
+    [
+        (64, 16, 8, 8),  # 4096 x 4096: 512 blocks of 2 tiles a warp
+        (224, 16, 4, 2),  # 14336 x 4096: 896 blocks, 7 on the busiest multiprocessor; 448, all at once
+        (56, 74, 7, 8),  # 3584 x 18944: 392 blocks, 3 on each; 448 are 4 on some
+        (1, 1, 1, 1),
+        (1, 3, 3, 1),
+        (5000, 64, 1, 2),
+    ],
+)
+def test_blocks_that_share_columns(row_blocks: int, stages: int, balanced: int, counted: int) -> None:
+    """On 132 multiprocessors, of 4 blocks each: by the busiest multiprocessor, and by what runs at once."""
+    splits = host.Output(2, np.int64)
+    host.build("scattered_linear").run("count_blocks", splits, row_blocks, stages, 132, 528)
+    assert splits.memory.tolist() == [balanced, counted]
+
+
 def test_shared_memory_is_what_the_head_of_the_kernel_says() -> None:
     held = host.Output(3, np.int32)
     host.build("scattered_linear").run("scattered_shared_bytes", held)

@@ -25,6 +25,8 @@
 
 namespace pyfast::cuda {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Elements are moved as unsigned integers of their size, U: -0.0, subnormals and NaN keep their bits.
 
 // Elements in 16 bytes, the widest store of a thread.

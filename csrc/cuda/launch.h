@@ -69,8 +69,6 @@ Dense<U> dense_view(const Tensor& tensor) {
   return dense;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A matrix of elements side by side, copied where its rows are not.
 inline Tensor rows_of(const Tensor& dense) {
   STD_TORCH_CHECK(dense.is_cuda() && dense.dim() == 2, "dense: must be a CUDA tensor [out_features, in_features]");

@@ -85,7 +85,7 @@ def _of_rows(dense: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chunks = _choose_chunks(held, rank)
     most = (chunks * CHUNK_ENTRIES)[:, None, None]
 
-    # The last entry of each lane stands where it has no other, at no distance; the first of none is a zero at q = 0.
+    # The last entry of each lane stands where it has no other, at no distance; of none, a zero at the first place.
     last = torch.where(entry, _way(entry), -1).amax(1)
     filling = images.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
     tile = torch.repeat_interleave(chunks)

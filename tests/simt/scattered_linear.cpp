@@ -51,3 +51,10 @@ SIMT_EXPORT scattered_shared_bytes(int32_t* bytes) {
   bytes[1] = ScatteredLinearPlan<2>::kSharedBytes;
   bytes[2] = ScatteredLinearPlan<4>::kSharedBytes;
 }
+
+// How many blocks share `stages`, by balance_splits and by count_splits with so many blocks resident.
+SIMT_EXPORT count_blocks(int64_t* splits, int64_t row_blocks, int64_t stages, int64_t multiprocessors,
+                         int64_t resident) {
+  splits[0] = balance_splits(row_blocks, stages, multiprocessors);
+  splits[1] = count_splits(row_blocks, stages, resident);
+}

@@ -2,11 +2,12 @@
 // includes it behind simt.h.
 #pragma once
 
+#include "split_count.h"
 #include "split_sums.cuh"
 
 namespace pyfast::cuda {
 
-inline unsigned parts(int64_t all, int64_t one) { return static_cast<unsigned>((all + one - 1) / one); }
+inline unsigned parts(int64_t all, int64_t one) { return static_cast<unsigned>(ceil_div(all, one)); }
 
 // grid: splits, blocks of rows, blocks of tokens. Args holds tokens, out, partial.
 template <class T, class Args, class Kernel>
