@@ -190,7 +190,7 @@ cd "$work" || exit 1 # not in the checkout, whose folder triton_kernels would hi
 
 if step build 180 "${shell[@]}" build; then
   step info 30 "${shell[@]}" info
-  step calibrate 40 "${shell[@]}" calibrate
+  step calibrate 60 "${shell[@]}" calibrate
   step sparse 90 "${shell[@]}" suite sparse
   collect sparse
   step losses 130 "${shell[@]}" suite losses

@@ -18,6 +18,7 @@ losses and conversions are calls, the cache flushed before each. A file holds th
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -62,8 +63,9 @@ def products(n: int, k: int) -> list[dict]:
         mask = torch.rand(n, k, device="cuda") >= sparsity / 100
         weights = [pyfast.BitmapWeight.from_dense(one, mask=mask) for one in dense]
         bitmaps[sparsity] = [(one.values, one.bitmaps, one.offsets) for one in weights]
-        sliced[sparsity] = [SlicedLayout.of(one) for one in weights]
-        scattered[sparsity] = [ScatteredLayout.of(one) for one in weights]
+        for found, layout in ((sliced, SlicedLayout), (scattered, ScatteredLayout)):
+            first = layout.of(weights[0])
+            found[sparsity] = [first, *(copy.deepcopy(first) for _ in weights[1:])]
 
     def impls(tokens: int) -> dict[str, list[Callable[[], object]]]:
         x, grad = draw(tokens, k), draw(tokens, n)

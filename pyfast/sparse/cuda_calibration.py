@@ -137,9 +137,9 @@ def _times(say: Callable[[str], None], shape: tuple[int, int], dtype: torch.dtyp
         weight = BitmapWeight.from_dense(dense, mask=torch.rand(n, k, device="cuda") < density)
         items = _copies(weight, weight.nbytes)
         bitmaps["bitmap"].append(times(items, _direct, FEW_TOKENS))
-        bitmaps["sliced"].append(times([SlicedLayout.of(item) for item in items], _by_layout, SLICED_TOKENS))
-        scattered = [ScatteredLayout.of(item) for item in items]
-        bitmaps["scattered"].append(times(scattered, _by_layout, SCATTERED_TOKENS))
+        sliced, scattered = SlicedLayout.of(weight), ScatteredLayout.of(weight)
+        bitmaps["sliced"].append(times(_copies(sliced, weight.nbytes), _by_layout, SLICED_TOKENS))
+        bitmaps["scattered"].append(times(_copies(scattered, weight.nbytes), _by_layout, SCATTERED_TOKENS))
         bitmaps["bitmap_decompress"].append(_microseconds(items, _to_dense))
     for kernel in ("bitmap", "sliced", "scattered"):
         found[kernel] = tuple(zip(*bitmaps[kernel], strict=True))
