@@ -168,3 +168,25 @@ def test_bad_input_changes_nothing() -> None:
     with pytest.raises(ValueError, match="has no SparseLinear"):
         freeze(nn.Sequential(nn.Linear(4, 4)))
     assert type(model[0]) is SparseLinear
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("format", "sparsity"), CASES)
+def test_on_the_gpu(format: str, sparsity: float) -> None:
+    """Each form the plan may take there, in eager and compiled code, and captured in a CUDA graph."""
+    module = layer(format, sparsity, torch.bfloat16).cuda()
+    twin = frozen(module, (1, 16, 512))
+    assert {kernel for _, kernel in twin[0].kernels} <= {"direct", "sliced", "scattered", "dense"}
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 5, 16, 512):
+            x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+            truth = torch.nn.functional.linear(x.double(), module.weight.to_dense().double(), module.bias.double())
+            assert near(twin(x), truth, torch.bfloat16) and near(compiled(x), truth, torch.bfloat16)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = twin(x)
+            graph.replay()
+            assert near(y, truth, torch.bfloat16)
