@@ -107,6 +107,21 @@ def test_a_model_of_transformers_with_a_fused_mlp() -> None:
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
 
 
+def test_what_was_trained_a_moment_ago_is_frozen_as_it_is_now() -> None:
+    module = layer("bitmap", 0.9, torch.float32)
+    x = torch.randn(64, 512)
+    with torch.no_grad():
+        module(x)  # a layout is kept, and forgotten by the step
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(x).square().mean().backward()
+    optimizer.step()
+    twin = frozen(module)
+    assert twin[0].kernel(64) == sparse.plan(module.weight, 64).kernel == "indexed"
+    with torch.no_grad():
+        truth = torch.nn.functional.linear(x.double(), module.weight.to_dense().double(), module.bias.double())
+        assert near(twin(x), truth, torch.float32)
+
+
 def test_a_layer_in_two_places_is_one() -> None:
     shared = layer("bitmap", 0.5, torch.float32, 64, 64)
     model = freeze(nn.ModuleDict({"a": shared, "b": shared}))

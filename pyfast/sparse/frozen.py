@@ -27,7 +27,7 @@ class FrozenLinear(nn.Module):
 
     Holds, for each of some numbers of tokens, the form of the weight whose kernel is expected to be fastest there, as
     buffers that are not saved; x of another number of tokens is served by the form of the next larger one, or of the
-    largest. It has no parameters but the bias, no gradient, no state_dict, and stays where it is.
+    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype.
     """
 
     bias: Tensor | None
@@ -109,9 +109,9 @@ def _kernel(weight: SparseWeight, tokens: int) -> str:
 
 
 def _form(weight: SparseWeight, kernel: str) -> nn.Module:
-    layout = None if kernel == "direct" else layouts.of(weight).get(kernel, weight)
-    if layout is None:
+    if kernel == "direct":
         return _Stored(weight)
+    layout = layouts.make(kernel, weight)
     assert isinstance(layout, Layout)
     return _Derived(layout)
 

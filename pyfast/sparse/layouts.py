@@ -187,6 +187,13 @@ _MAKERS: dict[str, Callable[[Any], Layout]] = {
 }
 
 
+def make(kind: str, weight: SparseWeight) -> Layout:
+    """A layout of this kind, a new one: outside inference mode, so that it can be used everywhere. RuntimeError or
+    ValueError where it cannot be made."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _MAKERS[kind](weight)
+
+
 @dataclass(frozen=True)
 class _Stamp:
     """What the tensors of a container were when its layouts were made. ``memory`` keeps their memory from being given
@@ -243,10 +250,8 @@ class Layouts:
                     return None
             if kind in self._refused or (weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return None
-            # Outside inference mode, so that what is kept can be used everywhere.
             try:
-                with torch.inference_mode(False), torch.no_grad():
-                    layout = _MAKERS[kind](weight)
+                layout = make(kind, weight)
             except (RuntimeError, ValueError) as error:  # out of memory, or a weight beyond what the layout can count
                 self._refused.add(kind)
                 reason = str(error).splitlines()[0]
