@@ -9,7 +9,7 @@ losses and conversions are calls, the cache flushed before each. A file holds th
     sparse        us of a product [tokens m, k] by [n, k]: ``dense``, ``2:4``, bitmap at 50 to 90 % by ``bitmap_linear``
                   (b50 ...), ``sliced_linear`` (s50 ...) and ``scattered_linear`` (c50 ...), and gradx70 beside dgradx,
                   the dense one. Of builds whose kernels all began in order, or all overlapped: ``sparse_in_order``,
-                  ``sparse_overlapping``
+                  ``sparse_overlapping``; of the first form of scattered_linear: ``scattered_first``
     kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
     topk          us, and TB/s at 2E, of the top-k loss (bucket) and its gradient, by cuda and by triton; a copy
     conversions   us, and TB/s at what must be moved
@@ -214,6 +214,7 @@ def tables(files: list[dict]) -> dict[str, str]:
         "topk-cuda": of_topk(files),
         "sparse24-cuda": of_sparse24(files),
         "sliced-cuda": of_bitmaps(files, "s", (1, 4, 8)),
+        "scattered-first": of_first_form(files),
         "scattered-cuda": of_bitmaps(files, "c", SCATTERED_TOKENS),
     }
 
@@ -298,6 +299,19 @@ def of_bitmaps(files: list[dict], letter: str, tokens: tuple[int, ...]) -> str:
             ]
     head = ["GPU", "tokens", "n x k", *(f"{sparsity} %" for sparsity in SPARSITIES)]
     return table(head, 3, lines) if lines else "(not measured yet)"
+
+
+def of_first_form(files: list[dict]) -> str:
+    """Times dense of the first form of scattered_linear, in brackets of the faster of the other two."""
+    lines = []
+    for file in files:
+        rows = file.get("scattered_first", [])
+        for tokens, (n, k) in ((tokens, shape) for tokens in SCATTERED_TOKENS for shape in SHAPES if rows):
+            us = {row["impl"]: row["us"] for row in rows if (row["n"], row["k"], row["m"]) == (n, k, tokens)}
+            before = {s: min(us[f"{kind}{s}"] for kind in "bs" if f"{kind}{s}" in us) for s in SPARSITIES}
+            cells = [f"{us['dense'] / us[f'c{s}']:.2f} ({us['dense'] / before[s]:.2f})" for s in SPARSITIES]
+            lines.append([short_name(file["device"]), str(tokens), f"{n} x {k}", *cells])
+    return table(["GPU", "tokens", "n x k", *(f"{sparsity} %" for sparsity in SPARSITIES)], 3, lines)
 
 
 if __name__ == "__main__":
