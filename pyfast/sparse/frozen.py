@@ -27,7 +27,8 @@ class FrozenLinear(nn.Module):
 
     Holds, for each of some numbers of tokens, the form of the weight whose kernel is expected to be fastest there, as
     buffers that are not saved; x of another number of tokens is served by the form of the next larger one, or of the
-    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype.
+    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype. In eager code
+    a call takes a few microseconds more than one of a :class:`SparseLinear`, which remembers its last one.
     """
 
     bias: Tensor | None
@@ -40,6 +41,7 @@ class FrozenLinear(nn.Module):
         forms = {count: _kernel(layer.weight, count) for count in sorted(set(tokens))}
         self.forms = nn.ModuleDict({kernel: _form(layer.weight, kernel) for kernel in set(forms.values())})
         self.kernels = tuple(forms.items())  # from the fewest tokens to the most
+        self._served = tuple((most, self.forms[kernel]) for most, kernel in self.kernels)
 
     def kernel(self, tokens: int) -> str:
         """Which form serves so many tokens, in the words of :attr:`pyfast.sparse.Plan.kernel`."""
@@ -51,7 +53,8 @@ class FrozenLinear(nn.Module):
             raise RuntimeError("FrozenLinear: has no gradient; freeze a model for inference, under torch.no_grad()")
 
         def multiply(rows: Tensor, *given: Any) -> Tensor:
-            y: Tensor = self.forms[self.kernel(rows.shape[0])](rows, self.bias, *given)
+            form = next((form for most, form in self._served if rows.shape[0] <= most), self._served[-1][1])
+            y: Tensor = form.forward(rows, self._buffers["bias"], *given)
             return y
 
         return checked_product(multiply, x, self._signature, activation, mul)
@@ -76,7 +79,7 @@ class _Derived(nn.Module):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.kind = type(layout)
+        self.kind, self.layout = type(layout), layout
         self.names = tuple(field.name for field in dataclasses.fields(layout))
         for name in self.names:
             value = getattr(layout, name)
@@ -86,6 +89,8 @@ class _Derived(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self.layout.linear(rows, bias, activation, mul)  # the same tensors, found faster
         return self.kind(*(getattr(self, name) for name in self.names)).linear(rows, bias, activation, mul)
 
 
@@ -94,12 +99,15 @@ class _Stored(nn.Module):
 
     def __init__(self, weight: SparseWeight) -> None:
         super().__init__()
-        self.kind, self.shape = type(weight), weight.shape
-        for name, tensor in weight.tensors().items():
-            self.register_buffer(name, tensor.detach(), persistent=False)
+        tensors = {name: tensor.detach() for name, tensor in weight.tensors().items()}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.weight = type(weight)._unchecked(tensors, weight.shape)
 
     def forward(self, rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
-        weight = self.kind._unchecked(self._buffers, self.shape)  # type: ignore[arg-type]
+        weight = self.weight
+        if torch.compiler.is_compiling():
+            weight = type(weight)._unchecked(self._buffers, weight.shape)  # type: ignore[arg-type]
         return stored_product(rows, weight, bias, activation, mul)
 
 
