@@ -27,8 +27,8 @@ class FrozenLinear(nn.Module):
 
     Holds, for each of some numbers of tokens, the form of the weight whose kernel is expected to be fastest there, as
     buffers that are not saved; x of another number of tokens is served by the form of the next larger one, or of the
-    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype. In eager code
-    a call takes a few microseconds more than one of a :class:`SparseLinear`, which remembers its last one.
+    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype. In eager
+    code a call takes a few microseconds more than one of a :class:`SparseLinear`, which remembers its last one.
     """
 
     bias: Tensor | None
