@@ -9,7 +9,8 @@ losses and conversions are calls, the cache flushed before each. A file holds th
     sparse        us of a product [tokens m, k] by [n, k]: ``dense``, ``2:4``, bitmap at 50 to 90 % by ``bitmap_linear``
                   (b50 ...), ``sliced_linear`` (s50 ...) and ``scattered_linear`` (c50 ...), and gradx70 beside dgradx,
                   the dense one. Of builds whose kernels all began in order, or all overlapped: ``sparse_in_order``,
-                  ``sparse_overlapping``; of the first form of scattered_linear: ``scattered_first``
+                  ``sparse_overlapping``; of the first form of scattered_linear, printed to 0.1 us by a
+                  script that is not kept: ``scattered_first``
     kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
     topk          us, and TB/s at 2E, of the top-k loss (bucket) and its gradient, by cuda and by triton; a copy
     conversions   us, and TB/s at what must be moved
@@ -63,9 +64,9 @@ def products(n: int, k: int) -> list[dict]:
         mask = torch.rand(n, k, device="cuda") >= sparsity / 100
         weights = [pyfast.BitmapWeight.from_dense(one, mask=mask) for one in dense]
         bitmaps[sparsity] = [(one.values, one.bitmaps, one.offsets) for one in weights]
-        for found, layout in ((sliced, SlicedLayout), (scattered, ScatteredLayout)):
+        for by_sparsity, layout in ((sliced, SlicedLayout), (scattered, ScatteredLayout)):
             first = layout.of(weights[0])
-            found[sparsity] = [first, *(copy.deepcopy(first) for _ in weights[1:])]
+            by_sparsity[sparsity] = [first, *(copy.deepcopy(first) for _ in weights[1:])]
 
     def impls(tokens: int) -> dict[str, list[Callable[[], object]]]:
         x, grad = draw(tokens, k), draw(tokens, n)

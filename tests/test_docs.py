@@ -194,6 +194,22 @@ def test_a_table_of_gpu_kernels_names_builds_and_gaps(commands):
     assert found["sparse24-cuda"][4] == "| H100 | 4096 x 4096 | 1.50 | - | - | - | - |"
     assert found["sliced-cuda"][0] == "| H100 | 1 | 4096 x 4096 | - | - | - | 3.00 |"
     assert found["distill-cuda"][0] == "| H100 | 8192 x 32000 | - | - | - | 1.23 | - | - | - | - |"
+    assert found["scattered-cuda"] == [] and found["scattered-first"] == []  # nothing measured
+
+
+def test_tables_of_scattered_products(commands):
+    kernels = commands("kernels_cuda")
+    product = {"n": 14336, "k": 4096, "m": 8}
+    us = {"dense": 30.0} | {
+        f"{kind}{s}": t for s in (50, 70, 80, 90) for kind, t in (("b", 25.0), ("s", 20.0), ("c", 10.0))
+    }
+    rows = [{**product, "impl": impl, "us": t} for impl, t in us.items()]
+    file = {"device": "NVIDIA H100 PCIe", "sparse_in_order": [dict(rows[0], impl="b50")], "sparse": rows}
+    assert "| H100 | 8 | 14336 x 4096 | 3.00 | 3.00 | 3.00 | 3.00 |" in kernels.tables([file])["scattered-cuda"]
+    first = [dict(row, n=n, k=k, m=m) for n, k in kernels.SHAPES for m in kernels.SCATTERED_TOKENS for row in rows]
+    lines = kernels.tables([{"device": "NVIDIA H200", "scattered_first": first}])["scattered-first"].splitlines()
+    cells = " | ".join(["3.00 (1.50)"] * 4)
+    assert len(lines) == 2 + 12 and lines[2] == f"| H200 | 8 | 4096 x 4096 | {cells} |"
 
 
 def test_losses_keep_their_digits_near_convergence():

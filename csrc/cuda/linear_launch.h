@@ -2,6 +2,7 @@
 // Only <op>.cu files include it.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "epilogue.cuh"
@@ -38,6 +39,20 @@ inline Epilogue make_epilogue(const Tensor& y, const std::optional<Tensor>& bias
     out.mul = mul->const_data_ptr();
   }
   return out;
+}
+
+// launch(part) for every `most` tokens of x, `all` in number. Args holds x, x_stride, tokens, out; elements have 16
+// bits.
+template <class Args, class Launch>
+void launch_token_groups(const Args& args, int64_t all, int64_t most, const Launch& launch) {
+  for (int64_t first = 0; first < all; first += most) {
+    Args part = args;
+    part.tokens = static_cast<int32_t>(std::min(most, all - first));
+    part.x += first * args.x_stride;
+    part.out.y = static_cast<uint16_t*>(args.out.y) + first * args.out.n;
+    if (args.out.mul != nullptr) part.out.mul = static_cast<const uint16_t*>(args.out.mul) + first * args.out.n;
+    launch(part);
+  }
 }
 
 // x [tokens, k] of 16 bits with rows of a multiple of `columns` (8 or a multiple of it) elements, at multiples of 16

@@ -8,7 +8,7 @@ namespace {
 
 constexpr const char* kName = "scattered_linear";
 constexpr int64_t kMostTokens = 32;       // of a launch
-constexpr int64_t kMostChunks = 1 << 26;  // 2^31 entries a lane's bytes, counted in 32 bits on the device
+constexpr int64_t kMostChunks = 1 << 26;  // counted in 32 bits on the device, as the groups of extras are
 
 template <class T, int TokenTiles>
 void launch(const Tensor& x, ScatteredLinearArgs args) {
@@ -24,21 +24,15 @@ void launch(const Tensor& x, ScatteredLinearArgs args) {
 }
 
 template <class T>
-void launch_all(const Tensor& x, ScatteredLinearArgs args) {
-  const int64_t all = x.size(0);
-  for (int64_t first = 0; first < all; first += kMostTokens) {
-    ScatteredLinearArgs part = args;
-    part.tokens = static_cast<int32_t>(std::min(kMostTokens, all - first));
-    part.x += first * args.x_stride;
-    part.out.y = static_cast<uint16_t*>(args.out.y) + first * args.out.n;
-    if (args.out.mul != nullptr) part.out.mul = static_cast<const uint16_t*>(args.out.mul) + first * args.out.n;
+void launch_all(const Tensor& x, const ScatteredLinearArgs& args) {
+  launch_token_groups(args, x.size(0), kMostTokens, [&](const ScatteredLinearArgs& part) {
     if (part.tokens <= 8)
       launch<T, 1>(x, part);
     else if (part.tokens <= 16)
       launch<T, 2>(x, part);
     else
       launch<T, 4>(x, part);
-  }
+  });
 }
 
 // x [tokens, k]; values [chunks, 32, 8], deltas uint8 [chunks, 32, 4], extras int32 [groups, 4], ends

@@ -54,14 +54,9 @@ void launch_all(const Tensor& x, SlicedLinearArgs args, int64_t blocks) {
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
   args.counters = take_counters(x, blocks, held, kName);
   // Launches of one call follow each other on the stream: they share the workspace.
-  for (int64_t first = 0; first < all; first += widest) {
-    SlicedLinearArgs part = args;
-    part.tokens = static_cast<int32_t>(std::min<int64_t>(widest, all - first));
-    part.x += first * args.x_stride;
-    part.out.y = static_cast<uint16_t*>(args.out.y) + first * args.out.n;
-    if (args.out.mul != nullptr) part.out.mul = static_cast<const uint16_t*>(args.out.mul) + first * args.out.n;
+  launch_token_groups(args, all, widest, [&](const SlicedLinearArgs& part) {
     choose<T, Bits>(x, part, blocks, std::min(widest, wanted(part.tokens)));
-  }
+  });
 }
 
 // x [tokens, k]; values [chunks, 32, 8], deltas uint8 [chunks, 32, 4 or 8], starts int16 [warps, 32], segments

@@ -13,7 +13,7 @@ IMAGE_ROWS, IMAGE_COLUMNS = 64, 64
 LANES = 32
 LINES = 64  # of 32 words of two elements
 WAY = 2 * LINES  # of a lane: the lower halves of its words, then the upper ones
-LINE_BYTES = 512
+LINE_BYTES = 512  # from a line to the next: those of the four warps of a block lie between each other
 
 # An image as the weight has it, [row tile, register's row half, row pair, row of it; half of the columns, t, step of
 # it, register's column half, half of the word], and as it lies in shared memory: halves of words, lines, lanes.
@@ -42,7 +42,7 @@ def from_images(images: Tensor, n: int, k: int) -> Tensor:
 
 
 def decompress(values: Tensor, deltas: Tensor, extras: Tensor, ends: Tensor, n: int, k: int) -> Tensor:
-    """Dense [n, k], bit for bit but for +0.0 in place of stored zeros."""
+    """Dense [n, k], bit for bit."""
     tiles, device = len(ends) - 1, values.device
     bits = torch.zeros(tiles, WAY, LANES, dtype=torch.int16, device=device)
     counts = ends.diff(dim=0).long()

@@ -41,11 +41,14 @@ class FrozenLinear(nn.Module):
         forms = {count: _kernel(layer.weight, count) for count in sorted(set(tokens))}
         self.forms = nn.ModuleDict({kernel: _form(layer.weight, kernel) for kernel in set(forms.values())})
         self.kernels = tuple(forms.items())  # from the fewest tokens to the most
-        self._served = tuple((most, self.forms[kernel]) for most, kernel in self.kernels)
+        self._served = tuple((most, kernel, self.forms[kernel]) for most, kernel in self.kernels)
+
+    def _serving(self, tokens: int) -> tuple[int, str, nn.Module]:
+        return next((one for one in self._served if tokens <= one[0]), self._served[-1])
 
     def kernel(self, tokens: int) -> str:
         """Which form serves so many tokens, in the words of :attr:`pyfast.sparse.Plan.kernel`."""
-        return next((kernel for most, kernel in self.kernels if tokens <= most), self.kernels[-1][1])
+        return self._serving(tokens)[1]
 
     def product(self, x: Tensor, *, activation: str | None = None, mul: Tensor | None = None) -> Tensor:
         """f(x Wᵀ + bias) · mul, as :func:`pyfast.sparse_linear` has it. RuntimeError where x wants a gradient."""
@@ -53,8 +56,7 @@ class FrozenLinear(nn.Module):
             raise RuntimeError("FrozenLinear: has no gradient; freeze a model for inference, under torch.no_grad()")
 
         def multiply(rows: Tensor, *given: Any) -> Tensor:
-            form = next((form for most, form in self._served if rows.shape[0] <= most), self._served[-1][1])
-            y: Tensor = form.forward(rows, self._buffers["bias"], *given)
+            y: Tensor = self._serving(rows.shape[0])[2].forward(rows, self._buffers["bias"], *given)
             return y
 
         return checked_product(multiply, x, self._signature, activation, mul)

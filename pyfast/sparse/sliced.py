@@ -121,8 +121,8 @@ def _slice_chunks(ordered: Tensor) -> Tensor:
 
 
 def row_blocks(weight: BitmapWeight, multiple: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
-    """The dense weight in blocks of rows, all but the last of a multiple of a multiple of 16, each with the number of
-    its first row."""
+    """The dense weight in blocks of rows, each with the number of its first row. All blocks but the last have a
+    multiple of ``multiple`` rows, which is one of 16."""
     n, k = weight.shape
     tiles = weight.bitmaps.shape[0] // -(-n // TILE_ROWS)  # of a row of tiles
     step = max(BLOCK_ELEMENTS // (multiple * k), 1) * (multiple // TILE_ROWS)  # rows of tiles
