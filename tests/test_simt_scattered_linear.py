@@ -145,6 +145,17 @@ def test_a_tile_has_as_many_chunks_as_make_it_smallest() -> None:
     assert layout.deltas[0].tolist() == [[17, 17, 1, 1]] * 32  # six times 1, two times 0
 
 
+def test_a_lane_without_entries_writes_a_zero_at_its_first_place() -> None:
+    images = torch.zeros(1, 128, 32)
+    images[0, 5:11] = torch.randn(6, 32)
+    images[0, :, 7] = 0
+    dense = reference.from_images(images, 64, 64).bfloat16()
+    layout = layout_of(dense)
+    assert layout.ends.tolist() == [[0, 0], [1, 0]]
+    assert layout.deltas[0, 7].tolist() == [1, 0, 0, 0] and not layout.values[0, 7].any()
+    assert error(dense, 8) < 1.0
+
+
 def test_the_layout_refuses_what_the_kernel_cannot_do() -> None:
     check_refusals(ScatteredLayout)
 

@@ -115,7 +115,7 @@ def test_what_was_trained_a_moment_ago_is_frozen_as_it_is_now() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     module(x).square().mean().backward()
     optimizer.step()
-    twin = frozen(module)
+    twin = freeze(nn.Sequential(module), (1, 64))  # not of a copy, which remembers nothing
     assert twin[0].kernel(64) == sparse.plan(module.weight, 64).kernel == "indexed"
     with torch.no_grad():
         truth = torch.nn.functional.linear(x.double(), module.weight.to_dense().double(), module.bias.double())
