@@ -149,8 +149,9 @@ Region& add_shared(Block& block, const void* key, const std::string& name, size_
   for (const auto& region : block.shared) total += region->end - region->begin;
   if (total > kSharedLimit) fail(Place(static_cast<const void*>(nullptr)), format("%zu bytes of shared memory", total));
   auto region = std::make_unique<Region>();
-  region->storage = std::make_unique<char[]>(bytes + 1024);
-  region->begin = (reinterpret_cast<uintptr_t>(region->storage.get()) + 1023) / 1024 * 1024;
+  // 1 KB on either side belongs to nobody, wherever the heap puts the storage of other regions.
+  region->storage = std::make_unique<char[]>(bytes + 3 * 1024);
+  region->begin = (reinterpret_cast<uintptr_t>(region->storage.get()) + 2047) / 1024 * 1024;
   region->end = region->begin + bytes;
   region->name = name;
   region->key = key;
