@@ -262,6 +262,8 @@ def test_noise_is_called_noise():
 
 README = """# A project
 words
+<!-- summary:begin -->
+<!-- summary:end -->
 <!-- results:begin -->
 old
 <!-- results:end -->
@@ -286,6 +288,28 @@ def test_readme_is_generated_and_an_edit_is_found(tmp_path, capsys):
     capsys.readouterr()
     assert readme.main([str(path), str(figures), "--check"]) == 1
     assert "9.25x" in capsys.readouterr().err
+
+
+def test_each_page_gets_the_blocks_that_it_has(tmp_path):
+    front, page, figures = tmp_path / "README.md", tmp_path / "results.md", tmp_path / "r.json"
+    front.write_text("<!-- summary:begin -->\n<!-- summary:end -->\n")
+    page.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    runner.write(report(), figures)
+    assert readme.main([str(front), str(page), str(figures)]) == 0
+    assert "| question | answer | in full |" in front.read_text() and "| weight | format |" in page.read_text()
+    assert "| question |" not in page.read_text() and "| weight |" not in front.read_text()
+    page.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    assert readme.main([str(front), str(page), str(figures), "--check"]) == 1
+    assert readme.main([str(front), str(page)]) == 2 and readme.main([str(figures)]) == 2
+
+
+def test_the_summary_has_the_findings_and_the_missed_bars():
+    bars = [Bar.judge("fast", 1.5, 2.0), Bar.judge("lean", 1.5, 1.25), Bar.judge("open", 1.5, None)]
+    text = readme.summary(Report({"device": "Some CPU"}, report().results, bars))
+    for finding in headline.findings(report()):
+        assert f"| {finding.question} | **{finding.figure}** | {finding.sentence} |" in text
+    assert "1 of 2 are met. Missed:\n\n- lean: 1.25x (≥ 1.50x)" in text and "fast" not in text and "open" not in text
+    assert readme.summary(Report({"device": "Some CPU"}, [], bars[:1])).endswith("1 of 1 are met.")
 
 
 def test_readme_gives_every_other_loss_a_line():

@@ -78,10 +78,35 @@ def test_include_exclude_and_head():
     assert "lm_head" in sparse_names(pyfast.sparsify(tiny_llama(), head=True))
 
 
-def test_a_tied_head_stays_dense():
-    model = pyfast.sparsify(tiny_llama(tied=True), head=True)
-    assert type(model.lm_head) is nn.Linear
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+def test_a_tied_head_stays_dense_or_is_untied(tmp_path):
+    model = tiny_llama(tied=True)
+    shared = model.config
+    embedding = model.model.embed_tokens.weight
+    dense, before = pyfast.sparsify(copy.deepcopy(model)), embedding.detach().clone()
+    assert type(dense.lm_head) is nn.Linear and dense.lm_head.weight is dense.model.embed_tokens.weight
+
+    pyfast.sparsify(model, "bitmap", 0.5, head=True)
+    assert "lm_head" in sparse_names(model) and model.model.embed_tokens.weight is embedding
+    assert torch.equal(embedding, before)
+    mask = magnitude_mask(before, "bitmap", 0.5)
+    assert torch.equal(model.lm_head.weight.to_dense(), torch.where(mask, before, 0.0))
+    assert not model.config.tie_word_embeddings and shared.tie_word_embeddings
+    model.tie_weights()
+    ids = torch.randint(0, 96, (2, 13))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert again.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 17)
+    assert type(again.lm_head) is SparseLinear and torch.equal(again.model.embed_tokens.weight, before)
+    assert torch.equal(type(model.model).from_pretrained(tmp_path).embed_tokens.weight, before)
+
+
+def test_a_tied_head_of_a_plain_module():
+    model = nn.ModuleDict({"embedding": nn.Embedding(32, 16), "lm_head": nn.Linear(16, 32)})
+    model["lm_head"].weight = model["embedding"].weight
+    pyfast.sparsify(model, head=True)
+    assert type(model["lm_head"]) is SparseLinear and model["embedding"].weight.shape == (32, 16)
 
 
 def test_a_shared_module_is_swapped_once():

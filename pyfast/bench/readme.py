@@ -1,9 +1,9 @@
-"""The generated parts of the README: ``python -m pyfast.bench.readme README.md RESULTS.json [MORE.json]``.
+"""Generated parts of pages: ``python -m pyfast.bench.readme README.md docs/results.md RESULTS.json [MORE.json]``.
 
-Rewrites what stands between ``<!-- results:begin -->`` and ``<!-- results:end -->`` (figures, from the JSON
-files, each file with its device named) and between ``<!-- backends:begin -->`` and ``<!-- backends:end
--->`` (which backend serves which op). With ``--check`` nothing is written, and the exit code is 1 where the
-file differs from what would be.
+Rewrites, in each page, what stands between the markers of a block (``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``):
+``summary`` (the answer in a few figures, from the JSON files, each file with its device named), ``results`` (every table
+of them) and ``backends`` (which backend serves which op). With ``--check`` nothing is written, and the exit code is 1
+where a page differs from what would be.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pyfast.bench import runner, tables
+from pyfast.bench import headline, runner, tables
 from pyfast.bench.breakeven import break_even_text, speedup_points, stays_dense
 from pyfast.bench.schema import Report, Result
 
@@ -22,20 +22,41 @@ _TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 8, 32, 512)}
 
 
 def update(text: str, reports: Sequence[Report], ops: Iterable[tuple[str, str]]) -> str:
-    """The README's text with both blocks made anew. ``ops`` are pairs of op and backend in priority order.
-    Raises ValueError where a marker is missing, doubled or out of order."""
-    text = replace_block(text, "results", "\n\n".join(results(report) for report in reports))
-    return replace_block(text, "backends", backends(ops))
+    """The text of a page with its blocks made anew. ``ops`` are pairs of op and backend in priority order.
+    Raises ValueError where a marker is doubled, alone or out of order, or the page has no block."""
+    blocks: dict[str, Callable[[], str]] = {
+        "summary": lambda: "\n\n".join(summary(report) for report in reports),
+        "results": lambda: "\n\n".join(results(report) for report in reports),
+        "backends": lambda: backends(ops),
+    }
+    present = [name for name in blocks if f"<!-- {name}:" in text]
+    if not present:
+        raise ValueError(f"page: has none of the blocks {', '.join(blocks)}")
+    for name in present:
+        text = replace_block(text, name, blocks[name]())
+    return text
 
 
 def replace_block(text: str, name: str, content: str) -> str:
     """The text with ``content`` between the markers of a block."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README: one {begin} and after it one {end} were expected")
+        raise ValueError(f"page: one {begin} and after it one {end} were expected")
     head, rest = text.split(begin)
     _, tail = rest.split(end)
     return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def summary(report: Report) -> str:
+    """Markdown of one report: a paragraph on the device, the findings, and the bars that are missed."""
+    found = [[each.question, f"**{each.figure}**", each.sentence] for each in headline.findings(report)]
+    parts = [_about(report), markdown(["question", "answer", "in full"], found, right=1) if found else ""]
+    decided = [bar for bar in report.bars if bar.met is not None]
+    missed = [f"{b.name}: {tables.measured_text(b)} ({tables.required_text(b)})" for b in decided if not b.met]
+    if decided:
+        met = f"Of the project's own bars {len(decided) - len(missed)} of {len(decided)} are met."
+        parts += [f"{met} Missed:" if missed else met, "\n".join(f"- {line}" for line in missed)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def results(report: Report) -> str:
@@ -72,9 +93,11 @@ def backends(ops: Iterable[tuple[str, str]]) -> str:
     return markdown(["op", *names], rows)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: int | None = None) -> str:
+    """A Markdown table; the first column to the left, ``right`` columns after it (all of them for None) to the right."""
+    to_the_right = len(header) - 1 if right is None else right
+    rule = ["---", *["---:"] * to_the_right, *["---"] * (len(header) - 1 - to_the_right)]
+    lines = [header, rule, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -226,27 +249,32 @@ def _bars(report: Report) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pyfast.bench.readme", description=__doc__.split("\n")[0])
-    parser.add_argument("readme", type=Path)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files written by pyfast bench")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file differs")
+    parser.add_argument("files", type=Path, nargs="+", help="pages (.md), and JSON files written by pyfast bench")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
     given = parser.parse_args(arguments)
     from pyfast import backends as served
 
+    pages = [path for path in given.files if path.suffix == ".md"]
     try:
-        before = given.readme.read_text(encoding="utf-8")
-        reports = [runner.read(path) for path in given.results]
-        after = update(before, reports, [(row.op, row.backend) for row in served.op_table()])
+        if not pages or len(pages) == len(given.files):
+            raise ValueError("files: got no page, or no figures; accepted: .md files and JSON files")
+        reports = [runner.read(path) for path in given.files if path not in pages]
+        ops = [(row.op, row.backend) for row in served.op_table()]
+        before = {page: page.read_text(encoding="utf-8") for page in pages}
+        after = {page: update(text, reports, ops) for page, text in before.items()}
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if before == after:
-        return 0
-    if given.check:
-        lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "present", "generated", lineterm="")
-        print("\n".join(lines), file=sys.stderr)
-        return 1
-    given.readme.write_text(after, encoding="utf-8")
-    return 0
+    changed = [page for page in pages if before[page] != after[page]]
+    for page in changed:
+        if given.check:
+            lines = difflib.unified_diff(
+                before[page].splitlines(), after[page].splitlines(), "present", "generated", lineterm=""
+            )
+            print("\n".join(lines), file=sys.stderr)
+        else:
+            page.write_text(after[page], encoding="utf-8")
+    return 1 if given.check and changed else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from pyfast.sparse.formats import DTYPES, format_class
 from pyfast.sparse.linear import SparseLinear
 from pyfast.sparse.masks import check_sparsity
-from pyfast.sparse.pretrained import record_layers
+from pyfast.sparse.pretrained import record_layers, untie_sparse
 
 Model = TypeVar("Model", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -30,7 +30,8 @@ def sparsify(
     """Prunes every eligible linear layer of a model by magnitude and swaps it for a sparse one, in place.
 
     Eligible is every ``nn.Linear`` (exactly that class) whose weight no other module shares. The output head (what
-    ``get_output_embeddings()`` returns, or a module called ``lm_head``) stays dense unless ``head`` is True.
+    ``get_output_embeddings()`` returns, or a module called ``lm_head``) stays dense unless ``head`` is True; a head whose
+    weight is the embedding's is then untied, which leaves the embedding dense and adds the sparse head's bytes.
     Everything is checked before the first layer is touched; layers are then swapped one at a time, so that the peak
     memory is that of the dense model and one sparse layer. A Hugging Face model's config says afterwards which layers
     are sparse: ``save_pretrained`` and ``from_pretrained`` work (docs/formats.md).
@@ -41,7 +42,7 @@ def sparsify(
         sparsity: share of each layer's elements removed, in [0, 1); 0.5 for ``"2:4"``.
         include: shell patterns of module names (``"model.layers.*.mlp.*"``); None takes all.
         exclude: shell patterns of module names left dense.
-        head: sparsify the output head too (where its weight is its own, not the embedding's).
+        head: sparsify the output head too.
 
     Raises:
         TypeError, ValueError: a wrong argument, a pattern that matches no linear layer, a weight of another dtype,
@@ -49,7 +50,7 @@ def sparsify(
     """
     format_class(format)
     check_sparsity(format, sparsity)
-    chosen = eligible_linears(model, include, exclude, head)
+    chosen = eligible_linears(model, include, exclude, head, tied=True)
     swapped: dict[nn.Module, SparseLinear] = {}
     for name in list(chosen):
         linear = chosen.pop(name)
@@ -58,22 +59,25 @@ def sparsify(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, swapped[linear])
     record_layers(model)
+    untie_sparse(model)
     return model
 
 
-def eligible_linears(model: nn.Module, include: Patterns, exclude: Patterns, head: bool) -> dict[str, nn.Linear]:
+def eligible_linears(
+    model: nn.Module, include: Patterns, exclude: Patterns, head: bool, *, tied: bool = False
+) -> dict[str, nn.Linear]:
     """The layers that :func:`sparsify` swaps and :func:`pyfast.sparse.prune` prunes, by every name they go by, checked:
-    arguments and errors are those of :func:`sparsify`."""
+    arguments and errors are those of :func:`sparsify`. ``tied``: a head may share its weight with the embedding."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module")
-    chosen = _choose(model, _patterns("include", include), _patterns("exclude", exclude), head)
+    chosen = _choose(model, _patterns("include", include), _patterns("exclude", exclude), head, tied)
     for name, linear in chosen.items():
         _check_weight(name, linear)
     return chosen
 
 
 def _choose(
-    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None, head: bool
+    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None, head: bool, tied: bool
 ) -> dict[str, nn.Linear]:
     """The layers to swap, by every name they go by."""
     linears = {
@@ -94,7 +98,7 @@ def _choose(
         if (include is None or any(fnmatchcase(name, pattern) for pattern in include))
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
         and (head or linear not in heads)
-        and owners[id(linear.weight)] == 1
+        and (owners[id(linear.weight)] == 1 or (tied and linear in heads))
     }
     if not chosen:
         transposed = sum(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's layers

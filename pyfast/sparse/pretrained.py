@@ -72,6 +72,19 @@ def record_layers(model: Any) -> bool:
     return bool(layers)
 
 
+def untie_sparse(model: Any) -> None:
+    """Makes a Hugging Face model's config say that its words are not tied where its head is a sparse layer now: tied
+    ones would be looked for under a name that is gone. To be called after :func:`record_layers`, which gives the model
+    a config of its own."""
+    known = hasattr(getattr(model, "config", None), "get_text_config") and hasattr(model, "get_output_embeddings")
+    if not known or not isinstance(model.get_output_embeddings(), SparseLinear):
+        return
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
 def entry_method(config: Any) -> str | None:
     """The quantization method of a config's entry, None where it has none."""
     entry = getattr(config, "quantization_config", None)
