@@ -461,6 +461,34 @@ def test_bars_of_the_sparse_suite(on_avx512):
     assert judged[-1].note == "slowest: to_indexed 2:4"
 
 
+def test_bars_of_the_model(on_avx512):
+    def speedup(op: str, same: float, **fields):
+        fields = {
+            "suite": "model",
+            "case": "qwen2.5-0.5b",
+            "sparsity": 0.8,
+            "metrics": {"speedup_same_dtype": same},
+        } | fields
+        return result(1.0, op=op, **fields)
+
+    found = [
+        speedup("decode", 9.0, dtype="bfloat16"),
+        speedup("decode", 9.0, sparsity=0.9),
+        speedup("decode", 9.0, case="llama-3.2-1b"),
+        speedup("decode", 2.4),
+        speedup("decode", 3.0, impl=bars.HEAD_TOO),
+        speedup("prefill", 1.9),
+    ]
+    judged = bars.model(found, Options())
+    assert [(b.required, b.measured, b.met) for b in judged] == [
+        (2.5, 2.4, False),
+        (2.5, 3.0, True),
+        (1.8, 1.9, True),
+        (1.8, None, None),
+    ]
+    assert "head dense" in judged[0].name and "head at 80 % too" in judged[1].name and judged[3].note == "not measured"
+
+
 @pytest.mark.parametrize(
     ("options", "isa"),
     [(Options(quick=True), "avx512"), (Options(device="cuda"), "avx512"), (Options(), "avx2")],
@@ -468,5 +496,6 @@ def test_bars_of_the_sparse_suite(on_avx512):
 def test_bars_stay_open_elsewhere(monkeypatch, options, isa):
     monkeypatch.setattr(bars, "active_isa", lambda: isa)
     found = [result(1.0, baseline_ms=9.0), loss_result("pyfast", 1.0, [512, 32000], baseline_ms=99.0)]
-    judged = bars.sparse(found, options) + bars.losses(found, options)
+    found.append(result(1.0, suite="model", case="qwen2.5-0.5b", op="decode", sparsity=0.8))
+    judged = bars.sparse(found, options) + bars.losses(found, options) + bars.model(found, options)
     assert all(b.met is None and b.measured is None and b.note for b in judged)

@@ -9,7 +9,7 @@ from bench_samples import check_rows
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pyfast.bench import baselines, decoding, encoder, models, variants
+from pyfast.bench import bars, baselines, decoding, encoder, models, variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.options import Options
 from pyfast.bench.suites import layers as layers_suite
@@ -276,6 +276,8 @@ def test_suite_model_measures_every_compression(tiny, quiet):
         assert all(r.metrics["peak_bytes"] >= r.metrics["weight_bytes"] > 0 for r in mine)
         assert all("weights drawn at random" in r.note and r.case == "tiny-qwen" for r in mine)
     decode = [r for r in rows if r.op == "decode"]
+    (whole,) = [r for r in decode if r.impl == bars.HEAD_TOO and r.dtype == "float32"]
+    decode = [r for r in decode if r.impl != bars.HEAD_TOO]
     sizes = {(r.format, r.sparsity, r.dtype): r.bytes for r in decode}
     assert sizes["bitmap", 0.9, "float32"] < sizes["bitmap", 0.8, "float32"] < sizes["bitmap", 0.5, "float32"]
     assert sizes["bitmap", 0.5, "float32"] < sizes["dense", 0.0, "float32"]
@@ -283,7 +285,9 @@ def test_suite_model_measures_every_compression(tiny, quiet):
     head = 2 * 320 * 64
     assert work["2:4", 0.5] - head == pytest.approx((work["dense", 0.0] - head) / 2)
     assert work["bitmap", 0.8] - head == pytest.approx((work["dense", 0.0] - head) / 5, rel=0.01)
-    for r in decode:
+    assert whole.flops == pytest.approx(work["dense", 0.0] / 5, rel=0.01)
+    assert whole.bytes < sizes["bitmap", 0.8, "float32"] and "untied" in whole.note
+    for r in [*decode, whole]:
         if r.format != "dense":
             dense = next(d for d in decode if f"{d.impl} {d.dtype}" == r.baseline and d.format == "dense")
             assert r.metrics["predicted_speedup"] == pytest.approx(dense.bytes / r.bytes)
@@ -328,7 +332,8 @@ def test_suite_model_leaves_out_what_does_not_fit(tiny, quiet, monkeypatch):
     monkeypatch.setattr(models, "available_bytes", lambda device="cpu": 1000)
     monkeypatch.setattr(encoder, "run", lambda *args, **kwargs: [])
     with pytest.warns(RuntimeWarning, match=r"model qwen2\.5-0\.5b, 4 layers is left out: .* GiB are free"):
-        assert model_suite.run(QUICK, FLOORS, quiet) == ([], [])
+        results, judged = model_suite.run(QUICK, FLOORS, quiet)
+    assert results == [] and len(judged) == 4 and all(bar.met is None for bar in judged)
 
 
 def test_cases_of_the_suite():

@@ -20,6 +20,7 @@ _FIRST = tuple(product(LOSS_SHAPES[:1], LOSS_DTYPES))  # torch.compile takes sec
 # Shapes and dtypes at which a divergence is measured and judged.
 LOSS_CASES = {"forward_kl": _EVERY, "reverse_kl": _EVERY, "jsd": _FIRST, "skew_kl": _FIRST}
 SPARSE_SHAPE = [4096, 4096]
+HEAD_TOO = "pyfast[head too]"  # the model whose output head is sparse as well
 # Scratch that does not grow with the batch is allowed: memory below this share of a logits tensor counts as
 # none.
 EXTRA_MEMORY_SHARE = 0.05
@@ -229,6 +230,26 @@ def _conversion(rows: list[Result], why: str) -> Bar:
         unit="Mweights/s",
         note=f"slowest: {slowest}" if slowest else why,
     )
+
+
+# Of a whole model at 80 %, against the fastest dense float32 one: tokens a second decoded, and of a prompt of 512 read.
+MODEL = "qwen2.5-0.5b"
+MODEL_SPEEDUPS = {"decode": 2.5, "prefill": 1.8}
+
+
+def model(results: Iterable[Result], options: Options) -> list[Bar]:
+    """A model of Qwen2.5-0.5B's dimensions in float32, its layers at 80 %, and its output head dense or at 80 % too."""
+    why = undecided(options)
+    rows = [] if why else [r for r in results if r.suite == "model" and r.case == MODEL]
+    made = []
+    for op, required in MODEL_SPEEDUPS.items():
+        for head, impl in (("dense", "pyfast"), ("at 80 % too", HEAD_TOO)):
+            found = _sparse_of(rows, "bitmap", 0.8, op=op, dtype="float32", impl=impl)
+            r = next((r for r in found if "speedup_same_dtype" in r.metrics), None)
+            name = f"{MODEL} float32, {op}, layers at 80 %, head {head}: against the fastest dense float32"
+            note = _spread(r) if r else why or "not measured"
+            made.append(Bar.judge(name, required, _same_dtype(r) if r else None, note=note))
+    return made
 
 
 def undecided(options: Options) -> str:

@@ -19,7 +19,7 @@ from pyfast._cuda_clock import Captured
 Call = Callable[[], object]
 
 PROMPT_TOKENS = 64  # the cache a decoded token looks back upon, at the start
-PREFILL_TOKENS = 128
+PREFILL_TOKENS = 512
 _CACHE_TOKENS = 512  # of a cache of fixed size
 
 

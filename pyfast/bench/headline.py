@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pyfast.bench.bars import HEAD_TOO
 from pyfast.bench.breakeven import break_even_text, speedup_points
 from pyfast.bench.plots import TIMES, digits, finite
 from pyfast.bench.schema import Report, Result
@@ -190,7 +191,8 @@ def _times(r: Result) -> str:
 def _name(r: Result) -> str:
     if r.format in ("2:4", "dense", "none"):
         return r.format
-    return f"{r.format}{NBSP}{100 * r.sparsity:.0f}{NBSP}%"
+    head = ", head too," if r.impl == HEAD_TOO else ""
+    return f"{r.format}{NBSP}{100 * r.sparsity:.0f}{NBSP}%{head}"
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -1,9 +1,9 @@
 """Generated parts of pages: ``python -m pyfast.bench.readme README.md docs/results.md RESULTS.json [MORE.json]``.
 
 Rewrites, in each page, what stands between the markers of a block (``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``):
-``summary`` (the answer in a few figures, from the JSON files, each file with its device named), ``results`` (every table
-of them) and ``backends`` (which backend serves which op). With ``--check`` nothing is written, and the exit code is 1
-where a page differs from what would be.
+``summary`` (the answer in a few figures, from the JSON files, each file with its device named), ``results`` (all of
+their tables) and ``backends`` (which backend serves which op). With ``--check`` nothing is written, and the exit code
+is 1 where a page differs from what would be.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def backends(ops: Iterable[tuple[str, str]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: int | None = None) -> str:
-    """A Markdown table; the first column to the left, ``right`` columns after it (all of them for None) to the right."""
+    """A Markdown table; the first column to the left, ``right`` columns after it (None: all of them) to the right."""
     to_the_right = len(header) - 1 if right is None else right
     rule = ["---", *["---:"] * to_the_right, *["---"] * (len(header) - 1 - to_the_right)]
     lines = [header, rule, *rows]

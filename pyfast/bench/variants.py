@@ -35,12 +35,14 @@ class Compression:
     """One way to make a model smaller.
 
     ``format`` is that of the result ("dense", "2:4", "bitmap", "layers"), ``sparsity`` the part of the
-    weights (or of the layers) that goes. ``choice`` says how layers were chosen, "" for the others.
+    weights (or of the layers) that goes. ``choice`` says how layers were chosen, "" for the others. ``head``: the
+    output head too.
     """
 
     format: str
     sparsity: float = 0.0
     choice: str = ""
+    head: bool = False
 
     @property
     def label(self) -> str:
@@ -50,7 +52,7 @@ class Compression:
         percent = f"{100 * self.sparsity:.0f} %"
         if self.format == "layers":
             return f"{percent} of the layers removed" + (f" ({self.choice})" if self.choice else "")
-        return f"{self.format} {percent}"
+        return f"{self.format} {percent}" + (", head too" if self.head else "")
 
     def stored_fraction(self, itemsize: int) -> float:
         """Stored bytes over dense bytes: the kept values, and the bits that say where they were."""
@@ -64,6 +66,8 @@ COMPRESSIONS = (
     Compression("bitmap", 0.8),
     Compression("bitmap", 0.9),
 )
+# Of a decoder the head streams as much as many layers: what is left dense bounds what the rest can buy.
+OF_DECODERS = (*COMPRESSIONS, Compression("bitmap", 0.8, head=True))
 
 
 @dataclass
@@ -137,10 +141,10 @@ def packed(model: M, kind: Baseline, tokens: Sequence[int], head_tokens: Sequenc
 
 
 def compress(model: M, what: Compression) -> M:
-    """A copy of ``model`` with its linear layers in a sparse format, the head left dense."""
+    """A copy of ``model`` with its linear layers in a sparse format, the head left dense unless it is to go too."""
     import pyfast
 
-    return pyfast.sparsify(shared_copy(model), format=what.format, sparsity=what.sparsity)
+    return pyfast.sparsify(shared_copy(model), format=what.format, sparsity=what.sparsity, head=what.head)
 
 
 def without_layers(model: M, layers: Sequence[int], *, verify: bool) -> M:

@@ -30,7 +30,7 @@ def sparsify(
     """Prunes every eligible linear layer of a model by magnitude and swaps it for a sparse one, in place.
 
     Eligible is every ``nn.Linear`` (exactly that class) whose weight no other module shares. The output head (what
-    ``get_output_embeddings()`` returns, or a module called ``lm_head``) stays dense unless ``head`` is True; a head whose
+    ``get_output_embeddings()`` returns, or a module called ``lm_head``) stays dense unless ``head`` is True; one whose
     weight is the embedding's is then untied, which leaves the embedding dense and adds the sparse head's bytes.
     Everything is checked before the first layer is touched; layers are then swapped one at a time, so that the peak
     memory is that of the dense model and one sparse layer. A Hugging Face model's config says afterwards which layers

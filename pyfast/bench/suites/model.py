@@ -13,7 +13,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pyfast.bench import baselines, decoding, encoder, models, variants
+from pyfast.bench import bars, baselines, decoding, encoder, models, variants
 from pyfast.bench.floors import Floors
 from pyfast.bench.models import Built
 from pyfast.bench.options import Options
@@ -62,13 +62,13 @@ class OperationCase:
     @property
     def names(self) -> list[str]:
         """The dense model, each compression, and the removal of layers."""
-        return ["dense", *(what.label for what in variants.COMPRESSIONS), "layers removed"]
+        return ["dense", *(what.label for what in variants.OF_DECODERS), "layers removed"]
 
     def implementations(self) -> dict[str, decoding.Call]:
         """By name; each call decodes one more token, or reads the prompt once."""
         built = models.build(self.model.model, DTYPES[self.dtype], self.model.layers, device=self.device)
         made = {"dense": built.model}
-        made |= {what.label: variants.compress(built.model, what) for what in variants.COMPRESSIONS}
+        made |= {what.label: variants.compress(built.model, what) for what in variants.OF_DECODERS}
         gone = _last_layers(variants.config_of(built.model).num_hidden_layers)
         made["layers removed"] = variants.without_layers(built.model, gone, verify=False)
         return {name: decoding.call(model, self.op, device=self.device, seed=self.seed) for name, model in made.items()}
@@ -127,7 +127,7 @@ def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Resu
         if options.model_path is None:
             results += encoder.run(options, floors, progress)
         progress.advance()
-    return results, []
+    return results, [] if options.device == "cuda" else bars.model(results, options)
 
 
 def measure(case: Case, options: Options, floors: Floors, progress: Progress) -> list[Result]:
@@ -147,7 +147,7 @@ def measure(case: Case, options: Options, floors: Floors, progress: Progress) ->
     with progress.step(f"{case.id}: every dtype and library"):
         first = _time(dense.variants, options, brief=True)
         best = _references(dense.variants, first)
-    recipes = [(dtype, what) for dtype in _dtypes(dense, best, options) for what in variants.COMPRESSIONS]
+    recipes = [(dtype, what) for dtype in _dtypes(dense, best, options) for what in variants.OF_DECODERS]
     groups, alone = _plan(recipes, dense, options.device)
     heads = {dtype: _best_of_dtype(dense.variants, first["decode"], dtype) for dtype in dense.plain}
     dense.variants, beaten = _contenders(dense.variants, first)
@@ -261,9 +261,11 @@ def _plan(recipes: Sequence[_Recipe], dense: _Dense, device: str) -> tuple[list[
 
 
 def _compressed(plain: Variant, what: Compression, fastest: Variant | None) -> Variant:
-    """The model with its blocks compressed. Its head, which stays dense, is that of the fastest dense variant of the
-    dtype: otherwise the gain of compression would be mixed with the loss of a slower library."""
+    """The model with its blocks compressed. A head that stays dense is that of the fastest dense variant of the dtype:
+    otherwise the gain of compression would be mixed with the loss of a slower library."""
     model = variants.compress(plain.model, what)
+    if what.head:
+        return Variant(what, model, plain.dtype, bars.HEAD_TOO, "the head in the same format, untied")
     if fastest is None or fastest.impl == plain.impl:
         return Variant(what, model, plain.dtype, "pyfast")
     variants.adopt_head(model, fastest.model)
@@ -274,9 +276,9 @@ def _in_place(built: Built, what: Compression, dtype: str) -> Variant:
     """The compressed model in place of the dense one, of which nothing is left."""
     import pyfast
 
-    model = pyfast.sparsify(built.model, format=what.format, sparsity=what.sparsity)
+    model = pyfast.sparsify(built.model, format=what.format, sparsity=what.sparsity, head=what.head)
     note = "timed apart from the dense model: both together exceed the memory"
-    return Variant(what, model, dtype, "pyfast", note)
+    return Variant(what, model, dtype, bars.HEAD_TOO if what.head else "pyfast", note)
 
 
 def _shortened(dense: Sequence[Variant], best: Mapping[str, _Reference]) -> list[Variant]:
