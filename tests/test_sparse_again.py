@@ -413,7 +413,7 @@ def test_without_what_torch_does_not_promise_nothing_is_remembered(kernel, monke
     monkeypatch.delattr(name)
     module = importlib.reload(remembered_module)
     try:
-        monkeypatch.setattr("pyfast.sparse.linear.can_be_remembered", module.can_be_remembered)
+        monkeypatch.setattr("pyfast.sparse.linear.first_call", module.first_call)
         container, x = weight(), torch.randn(3, K)
         with torch.no_grad():
             for _ in range(2):

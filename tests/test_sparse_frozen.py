@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 import pyfast
 from pyfast import sparse
+from pyfast.backends import isa as use_isa
 from pyfast.sparse import BitmapWeight, FrozenLinear, Sparse24Weight, SparseLinear, freeze, layouts
+from pyfast.sparse import frozen as frozen_module
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -142,6 +145,58 @@ def test_activation_and_gate() -> None:
     with torch.no_grad():
         y = twin.product(x, activation="silu", mul=mul)
         assert near(y, module.product(x, activation="silu", mul=mul), torch.float32)
+
+
+def test_what_belongs_to_a_library_is_taken_where_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer("bitmap", 0.5, torch.float32)
+    expected = sparse.plan(module.weight, 64)
+    fastest = dataclasses.replace(expected, alternatives={"direct": 2.0, "dense": 1.5, "packed": 1.0})
+    monkeypatch.setattr("pyfast.sparse.frozen.plan", lambda weight, tokens: fastest)
+    assert frozen(module, 64)[0].kernel(64) == "dense"
+    twin, x = freeze(copy.deepcopy(nn.Sequential(module)), 64, traceable=False), torch.randn(64, 512)
+    assert twin[0].kernel(64) == "packed" and twin[0].forms["packed"].weight_nbytes == 4 * 384 * 512
+    with torch.no_grad():
+        for _ in range(2):
+            assert near(twin(x), module(x), torch.float32)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="frozen with traceable=False"):
+            torch.compile(twin, fullgraph=True)(x)
+
+
+@pytest.mark.parametrize(("format", "sparsity"), CASES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_call_that_comes_again_goes_a_short_way(
+    format: str, sparsity: float, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before is remembered: for x of its shape and dtype alone, without gradients, under the same ISA."""
+    module = layer(format, sparsity, torch.float32)
+    twin = frozen(module)[0]
+    long_ways: list[int] = []
+    checked = frozen_module.checked_product
+    monkeypatch.setattr(frozen_module, "checked_product", lambda *given: long_ways.append(1) or checked(*given))
+
+    def ask(*shape: int, activation: str | None = "silu") -> None:
+        x, mul = torch.randn(*shape, 512), torch.randn(*shape, 384) if gated else None
+        y = twin.product(x, activation=activation, mul=mul)
+        with torch.no_grad():
+            assert near(y, module.product(x, activation=activation, mul=mul), torch.float32)
+
+    with torch.no_grad():
+        for _ in range(3):
+            ask(1)
+        assert len(long_ways) == 1
+        for _ in range(2):
+            ask(2, 3)
+        assert len(long_ways) == 2
+        ask(2, 3, activation="relu")
+        assert len(long_ways) == 3
+    ask(2, 3, activation="relu")  # gradients are recorded
+    assert len(long_ways) == 4
+    with torch.no_grad(), use_isa("serial"):
+        ask(2, 3, activation="relu")
+        ask(2, 3, activation="relu")
+    assert len(long_ways) == 5
+    assert copy.deepcopy(twin)._last is None and twin._last is not None
 
 
 def test_copies_and_pickles() -> None:

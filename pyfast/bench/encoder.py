@@ -158,7 +158,7 @@ def run(options: Options, floors: Floors, progress: Progress, path: str | Path |
         first = {n: _time(dense, n, batch, options, brief=True) for n, batch in inputs.items()}
     with progress.step(f"{encoder.name}: compressed"):
         winners = _winners(dense, first)
-        made = _sparse(dense, winners, options) + _cut(dense, winners, encoder, calibration, tokens)
+        made = _sparse(dense, winners, tokens, options) + _cut(dense, winners, encoder, calibration, tokens)
     with progress.step(f"{encoder.name}: speed"):
         timings = {n: _time([*dense, *made], n, batch, options) for n, batch in inputs.items()}
     with progress.step(f"{encoder.name}: embeddings of {len(judged)} sentences", total=len(dense) + len(made)):
@@ -211,11 +211,13 @@ def _winners(dense: Sequence[Variant], first: Mapping[int, Mapping[str, Timing]]
     return list({v.name: v for v in best if v is not None}.values())
 
 
-def _sparse(dense: Sequence[Variant], winners: Sequence[Variant], options: Options) -> list[Variant]:
+def _sparse(
+    dense: Sequence[Variant], winners: Sequence[Variant], tokens: Sequence[int], options: Options
+) -> list[Variant]:
     """Every sparse format, in the dtype in which the dense model is fastest and, unless quick, in float32."""
     fastest = [v.dtype for v in winners]
     return [
-        Variant(what, variants.compress(_plain(dense, dtype).model, what), dtype, "pyfast")
+        Variant(what, variants.compress(_plain(dense, dtype).model, what, tokens), dtype, "pyfast")
         for dtype in dict.fromkeys(fastest if options.quick else ["float32", *fastest])
         for what in variants.COMPRESSIONS
     ]

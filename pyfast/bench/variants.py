@@ -11,6 +11,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -140,11 +141,20 @@ def packed(model: M, kind: Baseline, tokens: Sequence[int], head_tokens: Sequenc
     return twin
 
 
-def compress(model: M, what: Compression) -> M:
-    """A copy of ``model`` with its linear layers in a sparse format, the head left dense unless it is to go too."""
+def compress(model: M, what: Compression, tokens: Sequence[int]) -> M:
+    """A copy of ``model`` with its linear layers in a sparse format, as one runs it: fused where it has gated MLPs, and
+    frozen for these numbers of tokens. The head is left dense unless it is to go too."""
+    return compress_in_place(shared_copy(model), what, tokens)
+
+
+def compress_in_place(model: M, what: Compression, tokens: Sequence[int]) -> M:
+    """:func:`compress` without a copy: of the dense layers nothing is left."""
     import pyfast
 
-    return pyfast.sparsify(shared_copy(model), format=what.format, sparsity=what.sparsity, head=what.head)
+    pyfast.sparsify(model, format=what.format, sparsity=what.sparsity, head=what.head)
+    with suppress(ValueError):  # no gated MLP
+        pyfast.sparse.fuse(model)
+    return pyfast.sparse.freeze(model, tokens, traceable=False)
 
 
 def without_layers(model: M, layers: Sequence[int], *, verify: bool) -> M:
@@ -176,13 +186,19 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def streamed_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one decoded token reads: all of them but the embedding, of which it reads a
-    row. An embedding that is also the head is read whole, once."""
+    """Bytes of weights that one decoded token reads: all of them but the embedding, of which it reads a row, and the
+    forms of frozen layers that serve more tokens. An embedding that is also the head is read whole, once."""
+    from pyfast.sparse import FrozenLinear
+
     seen: set[int] = set()
+    idle: set[nn.Module] = set()
+    for layer in model.modules():
+        if isinstance(layer, FrozenLinear):
+            idle |= {form for kernel, form in layer.forms.items() if kernel != layer.kernel(1)}
     return sum(
         _new_bytes(module, seen) + getattr(module, "weight_nbytes", 0)
         for module in model.modules()
-        if not isinstance(module, nn.Embedding)
+        if not isinstance(module, nn.Embedding) and module not in idle
     )
 
 
@@ -313,10 +329,10 @@ def _own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 def _stored_weights(module: nn.Module | None) -> int:
     """Weights that the module multiplies with; 0 for what is no linear layer."""
-    from pyfast.nn import SparseLinear
+    from pyfast.sparse import FrozenLinear
 
     if isinstance(module, nn.Linear):
         return module.weight.numel()
-    if isinstance(module, SparseLinear):
-        return module.values.numel()
+    if isinstance(module, FrozenLinear):
+        return module.stored
     return module.weight_numel if isinstance(module, PackedLinear) else 0

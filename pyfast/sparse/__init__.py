@@ -5,6 +5,7 @@ from pyfast.sparse.convert import sparsify
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
 from pyfast.sparse.frozen import FrozenLinear, freeze
 from pyfast.sparse.fuse import FusedGatedMLP, fuse
+from pyfast.sparse.joined import JoinedPart
 from pyfast.sparse.layouts import drop_layouts, layout_bytes, set_layouts
 from pyfast.sparse.linear import SparseLinear, prepare, sparse_linear
 from pyfast.sparse.masks import magnitude_mask
@@ -16,6 +17,7 @@ __all__ = [
     "BitmapWeight",
     "FrozenLinear",
     "FusedGatedMLP",
+    "JoinedPart",
     "Plan",
     "PrunedLayer",
     "Sparse24Weight",

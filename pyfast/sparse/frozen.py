@@ -12,14 +12,32 @@ from torch import Tensor, nn
 
 from pyfast.sparse import layouts
 from pyfast.sparse.formats import SparseWeight
-from pyfast.sparse.layouts import DenseLayout, IndexedLayout, ScatteredLayout, SlicedLayout
-from pyfast.sparse.linear import Signature, SparseLinear, checked_product, stored_product
+from pyfast.sparse.joined import JoinedPart, Rows, bias_of, joinable, weight_of
+from pyfast.sparse.layouts import (
+    CusparseltLayout,
+    DenseLayout,
+    IndexedLayout,
+    PackedLayout,
+    ScatteredLayout,
+    SlicedLayout,
+)
+from pyfast.sparse.linear import (
+    Signature,
+    SparseLinear,
+    checked_product,
+    is_ordinary,
+    native_direct,
+    stored_product,
+)
 from pyfast.sparse.planning import pick, plan
+from pyfast.sparse.remembered import Product, Remembered, first_call
 
 Model = TypeVar("Model", bound=nn.Module)
-Layout = IndexedLayout | SlicedLayout | ScatteredLayout | DenseLayout
+TracedLayout = IndexedLayout | SlicedLayout | ScatteredLayout | DenseLayout
+OpaqueLayout = PackedLayout | CusparseltLayout
 #: Layouts that are tensors and numbers; those of oneDNN and cuSPARSELt belong to their libraries.
-_KINDS = {"indexed", "sliced", "scattered", "dense"}
+_TRACED = {"direct", "indexed", "sliced", "scattered", "dense"}
+_is_compiling = torch.compiler.is_compiling
 
 
 class FrozenLinear(nn.Module):
@@ -27,23 +45,27 @@ class FrozenLinear(nn.Module):
 
     Holds, for each of some numbers of tokens, the form of the weight whose kernel is expected to be fastest there, as
     buffers that are not saved; x of another number of tokens is served by the form of the next larger one, or of the
-    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype. In eager
-    code a call takes a few microseconds more than one of a :class:`SparseLinear`, which remembers its last one.
+    largest. It has no parameters, no gradient and no state_dict, and stays on its device and in its dtype.
     """
 
     bias: Tensor | None
 
-    def __init__(self, layer: SparseLinear, tokens: Sequence[int]) -> None:
+    def __init__(
+        self, weight: SparseWeight, bias: Tensor | None, tokens: Sequence[int], *, traceable: bool = True
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._signature = Signature.of(layer.weight)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach(), persistent=False)
-        forms = {count: _kernel(layer.weight, count) for count in sorted(set(tokens))}
-        self.forms = nn.ModuleDict({kernel: _form(layer.weight, kernel) for kernel in set(forms.values())})
+        self.out_features, self.in_features = weight.shape
+        self._signature = Signature.of(weight)
+        self._fixed = _Fixed(weight.shape)
+        self._last: Remembered | None = None
+        self.stored = weight.values.numel()
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        forms = {count: _kernel(weight, count, traceable) for count in sorted(set(tokens))}
+        self.forms = nn.ModuleDict({kernel: _form(weight, kernel) for kernel in set(forms.values())})
         self.kernels = tuple(forms.items())  # from the fewest tokens to the most
         self._served = tuple((most, kernel, self.forms[kernel]) for most, kernel in self.kernels)
 
-    def _serving(self, tokens: int) -> tuple[int, str, nn.Module]:
+    def _serving(self, tokens: int) -> tuple[int, str, Any]:
         return next((one for one in self._served if tokens <= one[0]), self._served[-1])
 
     def kernel(self, tokens: int) -> str:
@@ -52,11 +74,25 @@ class FrozenLinear(nn.Module):
 
     def product(self, x: Tensor, *, activation: str | None = None, mul: Tensor | None = None) -> Tensor:
         """f(x Wᵀ + bias) · mul, as :func:`pyfast.sparse_linear` has it. RuntimeError where x wants a gradient."""
+        bias = self._buffers["bias"]
+        if (
+            not _is_compiling()
+            and (last := self._last) is not None
+            and last.is_like(x, self._fixed, bias, activation, mul)
+        ):
+            y = last.again(x, mul)
+            if y is not None:
+                return y
         if torch.is_grad_enabled() and (x.requires_grad or (mul is not None and mul.requires_grad)):
             raise RuntimeError("FrozenLinear: has no gradient; freeze a model for inference, under torch.no_grad()")
 
-        def multiply(rows: Tensor, *given: Any) -> Tensor:
-            y: Tensor = self._serving(rows.shape[0])[2].forward(rows, self._buffers["bias"], *given)
+        def multiply(rows: Tensor, number: int, gate: Tensor | None) -> Tensor:
+            form = self._serving(rows.shape[0])[2]
+            if _is_compiling() or not is_ordinary(rows):
+                traced: Tensor = form(rows, bias, number, gate)
+                return traced
+            given = x, rows, self._fixed, bias, activation, number, mul, gate
+            y, self._last = first_call(form.product, *given, derived=False)
             return y
 
         return checked_product(multiply, x, self._signature, activation, mul)
@@ -71,15 +107,28 @@ class FrozenLinear(nn.Module):
     def _save_to_state_dict(self, *args: Any) -> NoReturn:
         raise RuntimeError("FrozenLinear: has nothing to save; save the model before pyfast.sparse.freeze")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
     def extra_repr(self) -> str:
         served = ", ".join(f"{kernel} to {most}" for most, kernel in self.kernels)
         return f"in_features={self.in_features}, out_features={self.out_features}, tokens: {served}"
 
 
+class _Fixed:
+    """In place of a container whose tensors may change: the shape alone."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
 class _Derived(nn.Module):
     """A layout, its tensors as buffers."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: TracedLayout) -> None:
         super().__init__()
         self.kind, self.layout = type(layout), layout
         self.names = tuple(field.name for field in dataclasses.fields(layout))
@@ -90,9 +139,12 @@ class _Derived(nn.Module):
             else:
                 setattr(self, name, value)
 
+    @property
+    def product(self) -> Product:
+        """The same product, by the same tensors, found faster than those of a module."""
+        return self.layout.linear
+
     def forward(self, rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return self.layout.linear(rows, bias, activation, mul)  # the same tensors, found faster
         return self.kind(*(getattr(self, name) for name in self.names)).linear(rows, bias, activation, mul)
 
 
@@ -104,38 +156,58 @@ class _Stored(nn.Module):
         tensors = {name: tensor.detach() for name, tensor in weight.tensors().items()}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.weight = type(weight)._unchecked(tensors, weight.shape)
+        self.kind, self.shape = type(weight), weight.shape
+
+    def _weight(self) -> SparseWeight:
+        return self.kind._unchecked(self._buffers, self.shape)  # type: ignore[arg-type]
+
+    @property
+    def product(self) -> Product:
+        """The same product by the kernels of the device, past autograd."""
+        return native_direct(self._weight())
 
     def forward(self, rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
-        weight = self.weight
-        if torch.compiler.is_compiling():
-            weight = type(weight)._unchecked(self._buffers, weight.shape)  # type: ignore[arg-type]
-        return stored_product(rows, weight, bias, activation, mul)
+        return stored_product(rows, self._weight(), bias, activation, mul)
 
 
-def _kernel(weight: SparseWeight, tokens: int) -> str:
+class _Opaque(nn.Module):
+    """A layout that belongs to a library; ``weight_nbytes`` are held by it."""
+
+    def __init__(self, layout: OpaqueLayout) -> None:
+        super().__init__()
+        self.product, self.weight_nbytes = layout.linear, layout.nbytes
+
+    def forward(self, rows: Tensor, bias: Tensor | None, activation: int, mul: Tensor | None) -> Tensor:
+        if _is_compiling():
+            raise RuntimeError("FrozenLinear: was frozen with traceable=False, its weight belongs to a library")
+        return self.product(rows, bias, activation, mul)
+
+
+def _kernel(weight: SparseWeight, tokens: int, traceable: bool) -> str:
     expected = plan(weight, tokens).alternatives
-    return pick({kernel: ms for kernel, ms in expected.items() if kernel == "direct" or kernel in _KINDS})
+    return pick({kernel: ms for kernel, ms in expected.items() if kernel in _TRACED or not traceable})
 
 
 def _form(weight: SparseWeight, kernel: str) -> nn.Module:
     if kernel == "direct":
         return _Stored(weight)
     layout = layouts.make(kernel, weight)
-    assert isinstance(layout, Layout)
-    return _Derived(layout)
+    return _Opaque(layout) if isinstance(layout, OpaqueLayout) else _Derived(layout)
 
 
-def freeze(model: Model, tokens: int | Sequence[int] = 1) -> Model:
+def freeze(model: Model, tokens: int | Sequence[int] = 1, *, traceable: bool = True) -> Model:
     """Replaces every :class:`SparseLinear` of a model by a :class:`FrozenLinear`, in place.
 
     For inference: under torch.compile and torch.export a sparse layer reads its weight as it is stored, whatever the
     plan; a frozen one takes the kernel of the plan there too, in memory that holds only what these numbers of tokens
-    need. Save the model before: what is derived is not saved, and there is no way back.
+    need. The query, key and value projections of an attention, which read the same x, become one product
+    (:mod:`pyfast.sparse.joined`). Save the model before: what is derived is not saved, and there is no way back.
 
     Args:
         model: any module whose sparse layers are children of others; changed and returned. Fuse it before.
         tokens: rows of x that the layers will see, such as 1 for decoding, or (1, 512) with prompts of 512.
+        traceable: only forms that torch.compile and torch.export trace. False takes those of libraries too (a weight
+            packed by oneDNN, compressed by cuSPARSELt): the fastest in eager code and CUDA graphs.
 
     Raises:
         TypeError, ValueError: no module, no sparse layer in it, or tokens below 1. The model is then unchanged.
@@ -150,8 +222,14 @@ def freeze(model: Model, tokens: int | Sequence[int] = 1) -> Model:
     found = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if type(layer) is SparseLinear}
     if not found:
         raise ValueError("model: has no SparseLinear to freeze")
-    frozen = {layer: FrozenLinear(layer, counts).train(layer.training) for layer in set(found.values())}
+    frozen: dict[SparseLinear, nn.Module] = {}
+    for layers in joinable(model):
+        whole = FrozenLinear(weight_of(layers), bias_of(layers), counts, traceable=traceable)
+        rows = Rows(whole, [layer.out_features for layer in layers])
+        frozen |= {layer: JoinedPart(rows, place) for place, layer in enumerate(layers)}
+    for layer in set(found.values()) - set(frozen):
+        frozen[layer] = FrozenLinear(layer.weight, layer.bias, counts, traceable=traceable)
     for name, layer in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, frozen[layer])
+        setattr(model.get_submodule(parent), child, frozen[layer].train(layer.training))
     return model

@@ -20,7 +20,7 @@ from pyfast.sparse import layouts
 from pyfast.sparse.formats import DTYPES, BitmapWeight, Sparse24Weight, SparseWeight, format_class
 from pyfast.sparse.masks import magnitude_mask
 from pyfast.sparse.planning import choose, plan
-from pyfast.sparse.remembered import Product, Remembered, can_be_remembered
+from pyfast.sparse.remembered import Product, Remembered, first_call
 
 _NUMBERS: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(ACTIVATIONS) if i > 0}}
 _WEIGHTS = (Sparse24Weight, BitmapWeight)
@@ -117,34 +117,33 @@ def _inferred(
     """The product without gradients: by the layout of the plan, where the weight can keep one. ``rows`` and ``gate``
     are x and mul in two dimensions."""
     number = _NUMBERS[activation]
-    if backend is not None or torch.compiler.is_compiling() or not _ordinary(rows, weight):
+    if backend is not None or torch.compiler.is_compiling() or not (_is_plain(weight) and is_ordinary(rows)):
         return stored_product(rows, weight, bias, number, gate, backend)
     held, kernel = layouts.of(weight), choose(weight, rows.shape[0])
     layout = None if kernel == "direct" else held.get(kernel, weight)
-    product: Product = _native_direct(weight) if layout is None else layout.linear
-    cpu = _native.CPU
-    if cpu is None or (layout is None and kernel != "direct") or not can_be_remembered(x, weight, bias, mul):
-        return product(rows, bias, number, gate)
-    cpu.record()
-    try:
-        y = product(rows, bias, number, gate)
-    finally:
-        served = cpu.recorded()
-    held.last = Remembered(x, weight, bias, activation, number, mul, product, served, layout is not None)
+    product: Product = native_direct(weight) if layout is None else layout.linear
+    if layout is None and kernel != "direct":
+        return product(rows, bias, number, gate)  # there will be a layout at the next call
+    derived = layout is not None
+    y, last = first_call(product, x, rows, weight, bias, activation, number, mul, gate, derived=derived)
+    if last is not None:
+        held.last = last
     return y
 
 
-def _ordinary(rows: Tensor, weight: SparseWeight) -> bool:
-    """Whether layouts can be had: tensors on a device with kernels, no subclasses, no tangents, and nobody who watches
-    the operators."""
-    values = weight.values
+def _is_plain(weight: SparseWeight) -> bool:
+    return type(weight.values) in (Tensor, nn.Parameter)
+
+
+def is_ordinary(rows: Tensor) -> bool:
+    """Whether kernels can be called past autograd: a tensor on a device with kernels, no subclass, no tangents, and
+    nobody who watches the operators."""
     return (
         not backends.in_forward_mode()
-        and _HAS_KERNELS.get(values.device.type, False)
+        and _HAS_KERNELS.get(rows.device.type, False)
         and rows.dtype in backends.FAST_DTYPES
         and rows.shape[0] > 0
         and type(rows) is Tensor
-        and type(values) in (Tensor, nn.Parameter)
         and not is_in_torch_dispatch_mode()
     )
 
@@ -166,7 +165,7 @@ def stored_product(
     return bitmap_linear(rows, *tensors, bias, n, activation, mul, backend)
 
 
-def _native_direct(weight: SparseWeight) -> Product:
+def native_direct(weight: SparseWeight) -> Product:
     """The same by the kernels of the device, known to serve and without gradients: the shortest way for one token. It
     does not hold the weight, in which it may be kept."""
     n = weight.shape[0]

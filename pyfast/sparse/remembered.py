@@ -14,16 +14,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyfast import _changes
-from pyfast.sparse.formats import SparseWeight
+from pyfast import _changes, _native
 
 Product = Callable[[Tensor, Tensor | None, int, Tensor | None], Tensor]  # rows, bias, activation, mul
+
+
+class Held(Protocol):
+    """What a product is with: a container, whose tensors may be replaced and written to, or something that is fixed and
+    has none to look at."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
 
 # Looked up once: a call must not depend on where the caches have left the names of torch. Some are not public: where a
 # torch lacks one of them nothing is remembered.
@@ -36,7 +46,7 @@ _is_wrapped: Any = getattr(getattr(torch._C, "_functorch", None), "is_functorch_
 _SEES = None not in (_is_profiled, _is_traced, _modes, _is_wrapped) and hasattr(forward_ad, "_current_level")
 
 
-def can_be_remembered(x: Tensor, weight: SparseWeight, bias: Tensor | None, mul: Tensor | None) -> bool:
+def _can_be_remembered(x: Tensor, weight: Held, bias: Tensor | None, mul: Tensor | None) -> bool:
     """Whether changes would be seen (tensors made in inference mode have no version), and the operator gets these very
     tensors: no subclasses, nothing that torch.func wraps."""
     tensors = weight.tensors().values()
@@ -74,7 +84,7 @@ class Remembered:
     def __init__(
         self,
         x: Tensor,
-        weight: SparseWeight,
+        weight: Held,
         bias: Tensor | None,
         activation: str | None,
         number: int,
@@ -98,9 +108,7 @@ class Remembered:
         # What reads the container's tensors sees what they hold. A layout holds what they were.
         self.unchanged = tuple((t, t._version, t.data_ptr()) for t in tensors.values()) if derived else ()
 
-    def is_like(
-        self, x: Tensor, weight: SparseWeight, bias: Tensor | None, activation: str | None, mul: Tensor | None
-    ) -> bool:
+    def is_like(self, x: Tensor, weight: Held, bias: Tensor | None, activation: str | None, mul: Tensor | None) -> bool:
         """Whether this call differs in the values of x and mul alone, and nothing has changed since."""
         if (
             type(x) is not Tensor
@@ -143,3 +151,29 @@ class Remembered:
         rows = x if x.dim() == 2 else x.reshape(self.rows)
         factors = mul if mul is None or mul.dim() == 2 else mul.reshape(rows.shape[0], -1)
         return self.product(rows, self.bias, self.number, factors).view(self.like.shape)
+
+
+def first_call(
+    product: Product,
+    x: Tensor,
+    rows: Tensor,
+    weight: Held,
+    bias: Tensor | None,
+    activation: str | None,
+    number: int,
+    mul: Tensor | None,
+    gate: Tensor | None,
+    *,
+    derived: bool,
+) -> tuple[Tensor, Remembered | None]:
+    """The product, and what can be remembered of it: None where nothing can. ``rows`` and ``gate`` are x and mul in two
+    dimensions; the other arguments are those of :class:`Remembered`."""
+    cpu = _native.CPU
+    if cpu is None or not _can_be_remembered(x, weight, bias, mul):
+        return product(rows, bias, number, gate), None
+    cpu.record()
+    try:
+        y = product(rows, bias, number, gate)
+    finally:
+        served = cpu.recorded()
+    return y, Remembered(x, weight, bias, activation, number, mul, product, served, derived)

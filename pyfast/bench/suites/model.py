@@ -26,6 +26,7 @@ REMOVED = 0.22  # the part of the layers that goes, as 36 -> 28
 QUICK_LAYERS = 4
 HOPELESS = 1.5  # times the best in the first round: no longer a candidate for the baseline
 OPS = ("decode", "prefill")
+TOKENS = tuple(decoding.tokens_of(op) for op in OPS)
 
 _Timings = dict[str, dict[str, Timing]]  # by operation, then by the name of the variant
 _Recipe = tuple[str, Compression]  # the dtype of the weights and what is done to them
@@ -68,7 +69,7 @@ class OperationCase:
         """By name; each call decodes one more token, or reads the prompt once."""
         built = models.build(self.model.model, DTYPES[self.dtype], self.model.layers, device=self.device)
         made = {"dense": built.model}
-        made |= {what.label: variants.compress(built.model, what) for what in variants.OF_DECODERS}
+        made |= {what.label: variants.compress(built.model, what, TOKENS) for what in variants.OF_DECODERS}
         gone = _last_layers(variants.config_of(built.model).num_hidden_layers)
         made["layers removed"] = variants.without_layers(built.model, gone, verify=False)
         return {name: decoding.call(model, self.op, device=self.device, seed=self.seed) for name, model in made.items()}
@@ -127,7 +128,8 @@ def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Resu
         if options.model_path is None:
             results += encoder.run(options, floors, progress)
         progress.advance()
-    return results, [] if options.device == "cuda" else bars.model(results, options)
+    judged = options.device == "cpu" and any(case.model == bars.MODEL for case in wanted)
+    return results, bars.model(results, options) if judged else []
 
 
 def measure(case: Case, options: Options, floors: Floors, progress: Progress) -> list[Result]:
@@ -263,7 +265,7 @@ def _plan(recipes: Sequence[_Recipe], dense: _Dense, device: str) -> tuple[list[
 def _compressed(plain: Variant, what: Compression, fastest: Variant | None) -> Variant:
     """The model with its blocks compressed. A head that stays dense is that of the fastest dense variant of the dtype:
     otherwise the gain of compression would be mixed with the loss of a slower library."""
-    model = variants.compress(plain.model, what)
+    model = variants.compress(plain.model, what, TOKENS)
     if what.head:
         return Variant(what, model, plain.dtype, bars.HEAD_TOO, "the head in the same format, untied")
     if fastest is None or fastest.impl == plain.impl:
@@ -274,9 +276,7 @@ def _compressed(plain: Variant, what: Compression, fastest: Variant | None) -> V
 
 def _in_place(built: Built, what: Compression, dtype: str) -> Variant:
     """The compressed model in place of the dense one, of which nothing is left."""
-    import pyfast
-
-    model = pyfast.sparsify(built.model, format=what.format, sparsity=what.sparsity, head=what.head)
+    model = variants.compress_in_place(built.model, what, TOKENS)
     note = "timed apart from the dense model: both together exceed the memory"
     return Variant(what, model, dtype, bars.HEAD_TOO if what.head else "pyfast", note)
 
