@@ -4,7 +4,7 @@ The dense model runs in every dtype and with every way to multiply that the mach
 baseline. A prediction stands beside the measured speedup. For a decoded token it is the ratio of the bytes of
 weights that the baseline and the compressed model read, which for removed layers is (L*p + e) / (L'*p + e):
 p the bytes of a layer, e those of the head. For prefill, bound by arithmetic, the operations take the
-bytes' place.
+bytes' place. Sparse models are fused and frozen (:func:`pyfast.sparse.freeze`), as one runs them.
 """
 
 from __future__ import annotations
