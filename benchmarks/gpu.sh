@@ -197,7 +197,7 @@ if step build 180 "${shell[@]}" build; then
   collect losses
   step layers 60 "${shell[@]}" suite layers
   collect layers
-  step model 90 "${shell[@]}" suite model --model llama-3.2-1b
+  step model 170 "${shell[@]}" suite model --model llama-3.2-1b
   collect model
   step kernels 90 "${shell[@]}" kernels
   step tests 150 "${shell[@]}" gpu_tests

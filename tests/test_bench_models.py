@@ -3,6 +3,8 @@ them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bench_samples import check_rows
@@ -238,6 +240,40 @@ def test_decoding_over_a_cache_of_fixed_size_is_greedy_generation(tiny, monkeypa
         assert decoder.step().shape == (1, 1)
     logits = decoding.captured_prefiller(model, prompt)()
     torch.testing.assert_close(logits, decoding.prefiller(model, prompt)())
+
+
+def test_a_compiled_token_is_the_same(tiny, monkeypatch):
+    monkeypatch.setattr(decoding, "Captured", Uncaptured)
+    model = variants.compress(models.build("tiny-llama").model, Compression("bitmap", 0.5), (1, 6), traceable=True)
+    prompt = decoding.random_prompt(model, decoding.PROMPT_TOKENS, seed=0, device="cpu")
+    torch._dynamo.reset()
+    step = decoding.call(model, "decode", device="cpu", seed=0, compiled=True)
+    got = [int(step()) for _ in range(3)]
+    assert sum(torch._dynamo.utils.counters["stats"].values()) > 0
+    want = model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, decoding.PROMPT_TOKENS :]
+    assert got == want[2:].tolist()
+
+
+def test_what_does_not_compile_is_left_out(tiny, quiet, monkeypatch):
+    plain = Variant(Compression("dense"), models.build("tiny-llama").model, "float32", "F.linear")
+    twin = replace(plain, impl="torch.compile", ops=("decode",), compiled=True)
+    asked = []
+    monkeypatch.setattr(decoding, "call", lambda model, op, **how: asked.append((op, how["compiled"])))
+    dense = model_suite._Dense({"float32": plain}, [plain, twin], "n", "")
+    made = model_suite._compiled(dense, Options(), quiet)
+    assert [v.what for v in made] == list(model_suite.COMPILED) and asked == [("decode", True)] * 2
+    assert all(v.compiled and v.ops == ("decode",) and v.impl == "pyfast, torch.compile" for v in made)
+    timings = {v.name: Timing(ms, ms, ms, 1) for v, ms in ((plain, 2.0), (twin, 1.0))}
+    assert model_suite._best_of_dtype(dense.variants, timings, "float32") is plain
+    dense.variants = [plain]
+    assert model_suite._compiled(dense, Options(), quiet) == []
+
+    def fails(*args, **kwargs):
+        raise NotImplementedError("no backend")
+
+    monkeypatch.setattr(decoding, "call", fails)
+    with pytest.warns(RuntimeWarning, match=r"dense · torch\.compile · float32 is left out: no backend"):
+        assert model_suite._if_it_compiles(twin, Options(), quiet) == []
 
 
 def test_the_best_dense_is_the_fastest_uncompressed_one(tiny):

@@ -44,20 +44,21 @@ class Decoder:
 
 class CapturedDecoder:
     """The same on a GPU, a token's step being a CUDA graph over a cache of ``_CACHE_TOKENS`` places. Where the cache is
-    full it begins again after the prompt."""
+    full it begins again after the prompt. ``compiled``: the step's kernels are those of ``torch.compile``."""
 
-    def __init__(self, model: nn.Module, prompt: torch.Tensor) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, prompt: torch.Tensor, *, compiled: bool = False) -> None:
+        self._forward: Any = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model
         self._prompt_tokens = self._length = prompt.shape[1]
         self._cache = _static_cache(model, _CACHE_TOKENS)
-        with torch.inference_mode():
+        # All models of a family share the code that is compiled, and count as its recompilations.
+        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64):
             out = model(input_ids=prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
             self.token = out.logits[:, -1].argmax(-1, keepdim=True)
             self._advance = Captured([self._next])
         self._length += 1
 
     def _next(self) -> torch.Tensor:
-        out = self.model(input_ids=self.token, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self._forward(input_ids=self.token, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self.token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
         return self.token
 
@@ -111,9 +112,12 @@ def random_prompt(model: nn.Module, tokens: int, seed: int, device: str) -> torc
     return torch.randint(int(config.vocab_size), (1, tokens), generator=generator).to(device)
 
 
-def call(model: nn.Module, op: str, *, device: str, seed: int) -> Call:
-    """What is timed of a model: one more token decoded (``"decode"``), or a prompt read (``"prefill"``)."""
+def call(model: nn.Module, op: str, *, device: str, seed: int, compiled: bool = False) -> Call:
+    """What is timed of a model: one more token decoded (``"decode"``), or a prompt read (``"prefill"``). ``compiled``:
+    decoded on a GPU by what torch.compile makes of it, whose errors are raised."""
     prompt = random_prompt(model, PROMPT_TOKENS if op == "decode" else PREFILL_TOKENS, seed, device)
+    if compiled:
+        return CapturedDecoder(model, prompt, compiled=True).step
     if device.startswith("cuda"):
         try:
             return CapturedDecoder(model, prompt).step if op == "decode" else captured_prefiller(model, prompt)

@@ -73,8 +73,8 @@ OF_DECODERS = (*COMPRESSIONS, Compression("bitmap", 0.8, head=True))
 
 @dataclass
 class Variant:
-    """A model under the clock: what it is (``what``), in which dtype, which implementation multiplies, and
-    the operations that it is timed in."""
+    """A model under the clock: what it is (``what``), in which dtype, which implementation multiplies, the operations
+    that it is timed in, and whether torch.compile makes its kernels."""
 
     what: Compression
     model: nn.Module
@@ -82,6 +82,7 @@ class Variant:
     impl: str
     note: str = ""
     ops: tuple[str, ...] = ("decode", "prefill")
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -141,20 +142,20 @@ def packed(model: M, kind: Baseline, tokens: Sequence[int], head_tokens: Sequenc
     return twin
 
 
-def compress(model: M, what: Compression, tokens: Sequence[int]) -> M:
+def compress(model: M, what: Compression, tokens: Sequence[int], *, traceable: bool = False) -> M:
     """A copy of ``model`` with its linear layers in a sparse format, as one runs it: fused where it has gated MLPs, and
     frozen for these numbers of tokens. The head is left dense unless it is to go too."""
-    return compress_in_place(shared_copy(model), what, tokens)
+    return compress_in_place(shared_copy(model), what, tokens, traceable=traceable)
 
 
-def compress_in_place(model: M, what: Compression, tokens: Sequence[int]) -> M:
+def compress_in_place(model: M, what: Compression, tokens: Sequence[int], *, traceable: bool = False) -> M:
     """:func:`compress` without a copy: of the dense layers nothing is left."""
     import pyfast
 
     pyfast.sparsify(model, format=what.format, sparsity=what.sparsity, head=what.head)
     with suppress(ValueError):  # no gated MLP
         pyfast.sparse.fuse(model)
-    return pyfast.sparse.freeze(model, tokens, traceable=False)
+    return pyfast.sparse.freeze(model, tokens, traceable=traceable)
 
 
 def without_layers(model: M, layers: Sequence[int], *, verify: bool) -> M:
@@ -220,7 +221,7 @@ def time_op(
 ) -> dict[str, Timing]:
     """Times of one operation, the variants in turn; ``rounds`` are the fewest and the most, ``budget_s`` is
     that of one variant. A decoder is called twice beforehand, so that its cache has grown once."""
-    calls = {v.name: decoding.call(v.model, op, device=device, seed=seed) for v in wanted}
+    calls = {v.name: decoding.call(v.model, op, device=device, seed=seed, compiled=v.compiled) for v in wanted}
     low, high = rounds
     return interleave(
         calls,

@@ -25,6 +25,8 @@ from pyfast.bench.variants import DTYPES, Compression, Variant
 REMOVED = 0.22  # the part of the layers that goes, as 36 -> 28
 QUICK_LAYERS = 4
 HOPELESS = 1.5  # times the best in the first round: no longer a candidate for the baseline
+# What is decoded on a GPU under torch.compile too: compiling a model takes some twenty seconds.
+COMPILED = (Compression("2:4", 0.5), Compression("bitmap", 0.8))
 OPS = ("decode", "prefill")
 TOKENS = tuple(decoding.tokens_of(op) for op in OPS)
 
@@ -146,6 +148,9 @@ def measure(case: Case, options: Options, floors: Floors, progress: Progress) ->
         return encoder.run(options, floors, progress, path=case.model)
     with progress.step(f"{case.id}: dense weights"):
         dense = _dense(case, options)
+        for plain in dense.plain.values() if options.device == "cuda" else ():
+            twin = replace(plain, impl="torch.compile", ops=("decode",), compiled=True)
+            dense.variants += _if_it_compiles(twin, options, progress)
     with progress.step(f"{case.id}: every dtype and library"):
         first = _time(dense.variants, options, brief=True)
         best = _references(dense.variants, first)
@@ -160,6 +165,7 @@ def measure(case: Case, options: Options, floors: Floors, progress: Progress) ->
             made = [_compressed(dense.plain[dtype], what, heads[dtype]) for dtype, what in group]
             if number == 0:
                 made += _shortened(dense.variants, best)
+                made += _compiled(dense, options, progress)
             timings = _time([*dense.variants, *made], options)
             best = _references(dense.variants, timings)
             shown = [*dense.variants, *made] if number == 0 else made
@@ -220,7 +226,8 @@ def _dtypes(dense: _Dense, best: Mapping[str, _Reference], options: Options) -> 
 
 
 def _best_of_dtype(dense: Sequence[Variant], timings: Mapping[str, Timing], dtype: str) -> Variant | None:
-    return variants.best_dense([v for v in dense if v.dtype == dtype], timings)
+    """The fastest uncompiled one: its head can be given to another model."""
+    return variants.best_dense([v for v in dense if v.dtype == dtype and not v.compiled], timings)
 
 
 def _contenders(dense: Sequence[Variant], first: _Timings) -> tuple[list[Variant], list[Variant]]:
@@ -230,7 +237,7 @@ def _contenders(dense: Sequence[Variant], first: _Timings) -> tuple[list[Variant
     for variant in dense:
         able: list[str] = []
         for op in variant.ops:
-            best = _best_of_dtype(dense, first[op], variant.dtype)
+            best = variants.best_dense([v for v in dense if v.dtype == variant.dtype], first[op])
             if best is not None and first[op][variant.name].ms <= HOPELESS * first[op][best.name].ms:
                 able.append(op)
         unable = tuple(op for op in variant.ops if op not in able)
@@ -274,6 +281,30 @@ def _compressed(plain: Variant, what: Compression, fastest: Variant | None) -> V
     return Variant(what, model, plain.dtype, "pyfast", f"dense head by {fastest.impl}")
 
 
+def _compiled(dense: _Dense, options: Options, progress: Progress) -> list[Variant]:
+    """Compressed models under torch.compile, where the dense one is timed so too."""
+    made: list[Variant] = []
+    for plain in dense.plain.values():
+        if any(v.compiled and v.dtype == plain.dtype for v in dense.variants):
+            for what in COMPILED:
+                model = variants.compress(plain.model, what, TOKENS, traceable=True)
+                twin = Variant(what, model, plain.dtype, "pyfast, torch.compile", ops=("decode",), compiled=True)
+                made += _if_it_compiles(twin, options, progress)
+    return made
+
+
+def _if_it_compiles(variant: Variant, options: Options, progress: Progress) -> list[Variant]:
+    """The variant; nothing, and a word about it, where torch.compile or the capture in a CUDA graph fails. What was
+    compiled here is not compiled again."""
+    try:
+        decoding.call(variant.model, "decode", device=options.device, seed=options.seed, compiled=True)
+    except Exception as error:  # of any kind: those of the compiler's backends have no common class
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        variants.tell(progress, f"{variant.name} is left out: {reason}")
+        return []
+    return [variant]
+
+
 def _in_place(built: Built, what: Compression, dtype: str) -> Variant:
     """The compressed model in place of the dense one, of which nothing is left."""
     model = variants.compress_in_place(built.model, what, TOKENS)
@@ -294,7 +325,7 @@ def _shortened(dense: Sequence[Variant], best: Mapping[str, _Reference]) -> list
         model = variants.without_layers(variant.model, gone, verify=False)
         note = f"{total} layers to {total - len(gone)}, the last ones before the final layer removed"
         what = Compression("layers", len(gone) / total)
-        made.append(Variant(what, model, variant.dtype, variant.impl, note, ops))
+        made.append(replace(variant, what=what, model=model, note=note, ops=ops))
     return made
 
 
