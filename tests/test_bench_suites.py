@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -301,6 +302,27 @@ def test_each_page_gets_the_blocks_that_it_has(tmp_path):
     page.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     assert readme.main([str(front), str(page), str(figures), "--check"]) == 1
     assert readme.main([str(front), str(page)]) == 2 and readme.main([str(figures)]) == 2
+
+
+def test_plots_lie_beside_their_figures_and_old_ones_are_found(tmp_path):
+    page, figures = tmp_path / "docs" / "page.md", tmp_path / "results" / "r.json"
+    page.parent.mkdir()
+    figures.parent.mkdir()
+    page.write_text("<!-- summary:begin -->\n<!-- summary:end -->\n")
+    runner.write(report(), figures)
+    assert readme.main([str(page), str(figures)]) == 0
+    drawn = figures.parent / "speedup.svg"
+    (plot,) = readme.pictures(report()).values()
+    assert f"![{plot.description}](../results/speedup.svg)" in page.read_text()
+    root = ElementTree.fromstring(drawn.read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("aria-label") == plot.description
+    assert "--c1: #" in drawn.read_text() and "var(--c1)" in drawn.read_text()
+    assert readme.main([str(page), str(figures), "--check"]) == 0
+    drawn.write_text(drawn.read_text().replace("pays from", "pays at"))
+    assert readme.main([str(page), str(figures), "--check"]) == 1
+    drawn.unlink()
+    assert readme.main([str(page), str(figures), "--check"]) == 1 and not drawn.exists()
+    assert readme.main([str(page), str(figures)]) == 0 and drawn.exists()
 
 
 def test_the_summary_has_the_findings_and_the_missed_bars():

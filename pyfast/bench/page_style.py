@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-STYLE = """
+COLOURS = """
 :root {
   color-scheme: light dark;
   --paper: #fbfbf9; --card: #ffffff; --ink: #1a1d21; --muted: #5a636d; --grid: #e2e5e8; --line: #d5d9dd;
@@ -16,6 +16,11 @@ STYLE = """
     --wash: #1d252b;
   }
 }
+"""
+
+STYLE = (
+    COLOURS
+    + """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body {
@@ -84,6 +89,7 @@ summary { cursor: pointer; font-weight: 600; margin: 1.2rem 0 .6rem; }
 footer { color: var(--muted); font-size: .88rem; margin-top: 3.5rem; padding-bottom: 3rem; }
 @media print { .scroll { max-height: none; overflow: visible; } input[type=search], nav { display: none; } }
 """
+)
 
 SCRIPT = """
 "use strict";

@@ -16,6 +16,7 @@ from html import escape
 from typing import Any
 
 from pyfast.bench.breakeven import break_even, break_even_text, speedup_points
+from pyfast.bench.page_style import COLOURS
 from pyfast.bench.schema import Report, Result
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -47,6 +48,20 @@ class Plot:
     title: str
     description: str
     svg: str
+
+
+def label(plot: Plot) -> str:
+    """The attribute of an SVG that tells what is to be seen, every figure in it."""
+    return _label(plot.description)
+
+
+def standalone(plot: Plot) -> str:
+    """A plot as a file of its own, with the colours of the page, light or dark as the reader's."""
+    style = f"<style>{COLOURS} svg {{ font-family: system-ui, sans-serif; background: var(--paper); }}</style>"
+    head, rest = plot.svg.split(">", 1)
+    if "xmlns=" not in head:
+        head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return f"{head}>{style}{rest}\n"
 
 
 def speedup_by_sparsity(report: Report) -> list[Plot]:
@@ -418,4 +433,8 @@ def _svg(figure: Any, salt: str, description: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     for placeholder, variable in _VARIABLES.items():
         text = text.replace(placeholder, f"var({variable})")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description, quote=True)}"{most} ', 1)
+    return text.replace("<svg ", f'<svg role="img" {_label(description)}{most} ', 1)
+
+
+def _label(description: str) -> str:
+    return f'aria-label="{escape(description, quote=True)}"'

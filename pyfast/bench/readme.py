@@ -2,8 +2,9 @@
 
 Rewrites, in each page, what stands between the markers of a block (``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``):
 ``summary`` (the answer in a few figures, from the JSON files, each file with its device named), ``results`` (all of
-their tables) and ``backends`` (which backend serves which op). With ``--check`` nothing is written, and the exit code
-is 1 where a page differs from what would be.
+their tables) and ``backends`` (which backend serves which op). The plots of a summary are written beside its JSON file.
+With ``--check`` nothing is written, and the exit code is 1 where a page, or what a plot tells, differs from what would
+be.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from os.path import relpath
 from pathlib import Path
 
-from pyfast.bench import headline, runner, tables
+from pyfast.bench import headline, plots, runner, tables
 from pyfast.bench.breakeven import break_even_text, speedup_points, stays_dense
+from pyfast.bench.plots import Plot
 from pyfast.bench.schema import Report, Result
 
 _TOKENS = {"cpu": (1, 16, 128), "cuda": (1, 8, 32, 512)}
 
 
-def update(text: str, reports: Sequence[Report], ops: Iterable[tuple[str, str]]) -> str:
-    """The text of a page with its blocks made anew. ``ops`` are pairs of op and backend in priority order.
-    Raises ValueError where a marker is doubled, alone or out of order, or the page has no block."""
+def update(text: str, reports: Sequence[Report], ops: Iterable[tuple[str, str]], folders: Sequence[str] = ()) -> str:
+    """The text of a page with its blocks made anew. ``ops`` are pairs of op and backend in priority order, ``folders``
+    the places of the reports' plots, as the page has to link them. Raises ValueError where a marker is doubled, alone
+    or out of order, or the page has no block."""
     blocks: dict[str, Callable[[], str]] = {
-        "summary": lambda: "\n\n".join(summary(report) for report in reports),
+        "summary": lambda: "\n\n".join(summary(*each) for each in zip_longest(reports, folders)),
         "results": lambda: "\n\n".join(results(report) for report in reports),
         "backends": lambda: backends(ops),
     }
@@ -47,10 +52,19 @@ def replace_block(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
-def summary(report: Report) -> str:
-    """Markdown of one report: a paragraph on the device, the findings, and the bars that are missed."""
+def pictures(report: Report) -> dict[str, Plot]:
+    """The plots of a summary by the names of their files: of the first weight and of the first model."""
+    chosen = {"speedup": plots.speedup_by_sparsity(report)[:1], "model": plots.model_rates(report)[:1]}
+    return {f"{name}.svg": plot for name, found in chosen.items() for plot in found}
+
+
+def summary(report: Report, folder: str | None = None) -> str:
+    """Markdown of one report: a paragraph on the device, the findings, the plots in ``folder``, and the bars that are
+    missed."""
     found = [[each.question, f"**{each.figure}**", each.sentence] for each in headline.findings(report)]
     parts = [_about(report), markdown(["question", "answer", "in full"], found, right=1) if found else ""]
+    if folder is not None:
+        parts += [f"![{plot.description}]({folder}/{name})" for name, plot in pictures(report).items()]
     decided = [bar for bar in report.bars if bar.met is not None]
     missed = [f"{b.name}: {tables.measured_text(b)} ({tables.required_text(b)})" for b in decided if not b.met]
     if decided:
@@ -258,13 +272,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not pages or len(pages) == len(given.files):
             raise ValueError("files: got no page, or no figures; accepted: .md files and JSON files")
-        reports = [runner.read(path) for path in given.files if path not in pages]
+        figures = [path for path in given.files if path not in pages]
+        reports = [runner.read(path) for path in figures]
         ops = [(row.op, row.backend) for row in served.op_table()]
         before = {page: page.read_text(encoding="utf-8") for page in pages}
-        after = {page: update(text, reports, ops) for page, text in before.items()}
+        after = {
+            page: update(text, reports, ops, [relpath(path.parent, page.parent) for path in figures])
+            for page, text in before.items()
+        }
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    drawn = {
+        path.parent / name: plot
+        for path, report in zip(figures, reports, strict=True)
+        for name, plot in pictures(report).items()
+    }
+    stale = [path for path, plot in drawn.items() if not _tells(path, plot)]
     changed = [page for page in pages if before[page] != after[page]]
     for page in changed:
         if given.check:
@@ -274,7 +298,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(lines), file=sys.stderr)
         else:
             page.write_text(after[page], encoding="utf-8")
-    return 1 if given.check and changed else 0
+    for path in stale:
+        if given.check:
+            print(f"{path}: is missing, or tells of other figures", file=sys.stderr)
+        else:
+            path.write_text(plots.standalone(drawn[path]), encoding="utf-8")
+    return 1 if given.check and (changed or stale) else 0
+
+
+def _tells(path: Path, plot: Plot) -> bool:
+    """Whether a file holds a plot of the same figures; how it is drawn differs between versions of matplotlib."""
+    return path.is_file() and plots.label(plot) in path.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
