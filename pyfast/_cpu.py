@@ -36,9 +36,21 @@ def cache_bytes_under(folder: Path) -> int | None:
 def cpu_name() -> str:
     """The CPU's model name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.split(":", 1)[1].split())
+        found = name_in(Path("/proc/cpuinfo").read_text())
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        found = None
+    return found or platform.processor() or platform.machine()
+
+
+def name_in(cpuinfo: str) -> str | None:
+    """The model name in the text of /proc/cpuinfo, None where there is none. One without a number, as virtual machines
+    have it, is that of many processors: family and model are added."""
+    facts: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            facts.setdefault(key.strip(), " ".join(value.split()))
+    name = facts.get("model name")
+    if name is None or re.search(r"\d", name) or "model" not in facts:
+        return name
+    return f"{name}, family {facts.get('cpu family')} model {facts['model']}"

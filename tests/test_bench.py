@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from bench_samples import FLOORS, loss_result, report, result
 
+from pyfast._cpu import name_in
 from pyfast._cuda_clock import Captured
 from pyfast.bench import bars, baselines, environment, floors, hardware, timing
 from pyfast.bench.breakeven import break_even, break_even_text, speedup_points, stays_dense
@@ -232,6 +233,13 @@ def test_the_largest_cache_level_is_found(tmp_path):
     (tmp_path / "index7").mkdir()
     assert hardware.cache_bytes_under(tmp_path) == 33 << 20
     assert hardware.cache_bytes_under(tmp_path / "index7") is None
+
+
+def test_a_name_that_many_processors_have_gets_family_and_model():
+    lines = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t:  AMD  EPYC\n"
+    assert name_in(lines) == "AMD EPYC, family 26 model 2"
+    assert name_in(lines.replace("EPYC", "EPYC 9654") + lines) == "AMD EPYC 9654"
+    assert name_in("model name : Some CPU\n") == "Some CPU" and name_in("Hardware : a board\n") is None
 
 
 def test_peak_growth_sees_what_was_touched():
