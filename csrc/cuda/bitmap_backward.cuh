@@ -4,25 +4,15 @@
 //   grad_x [tokens, k] = grad·W         up to 32 tokens; more of them decompress and use the dense library
 //   grad_values [stored]: Σ over tokens of grad[token, row]·x[token, column], for the stored places alone
 //
-// grad_x moves the weight's bytes once, as the forward product does, with the same decode (bitmap_expand.cuh). A warp
-// goes down a part of a column of tiles, two a stage; the four warps of a block have parts below each other. Tiles
-// below each other do not follow each other in memory: each has a slot that a full tile fits in, and its offsets are
-// read. grad comes from L2, 16·tokens elements for each tile. W is wanted transposed: the registers of a run (columns
-// 16t + 2p and + 1 of the row g, for lane 4g + t) are an 8×8 matrix of rows against columns, and movmatrix, one
-// instruction, turns it into the fragment of Wᵀ:
-//
-//   a[0]  columns 16(g / 2) + 4q + g % 2,      rows 2t, 2t + 1       c[0], c[1]  these columns, tokens 2t, 2t + 1
-//   a[1]  columns 16(g / 2) + 4q + 2 + g % 2,  the same rows         c[2], c[3]  the columns of a[1]
-//   a[2]  columns of a[0], rows 2t + 8, 2t + 9
-//   a[3]  columns of a[1], the same                                  q = 0 … 3: 16 columns each
+// grad_x moves the weight's bytes once, as the forward product does, with the same decode (bitmap_expand.cuh), and
+// multiplies by grad_x_tiles.cuh. A warp goes down a part of a column of tiles, two a stage; the four warps of a block
+// have parts below each other. Tiles below each other do not follow each other in memory: each has a slot that a full
+// tile fits in, and its offsets are read. grad comes from L2, 16·tokens elements for each tile.
 //
 // Instructions of a warp for a tile, counted in the code for sm_90: about 205 at 8 tokens and 240 at 32, and 12 for
 // each 512 bytes of values.
 //
-// grad_values does the dense product's arithmetic, 2·n·k·tokens, tile by tile of 128 × 128, and stores d·n·k values: no
-// dense matrix of n·k is written or held, and reading grad and x again from L2 costs 2·(1/128 + 1/128) bytes for each
-// multiplication. Both operands have the summed index, the token, as their outer one: ldmatrix.trans. At many tokens
-// mma.sync reaches about 60 % of what the dense library does on an H100; what is bought is the memory.
+// grad_values sums by grad_values_tiles.cuh and stores d·n·k of the values.
 //
 // Resources:
 //
@@ -34,40 +24,29 @@
 
 #include "bitmap_convert.cuh"
 #include "bitmap_linear.cuh"
+#include "grad_values_tiles.cuh"
+#include "grad_x_tiles.cuh"
 
 namespace pyfast::cuda {
 
+inline constexpr int kBitmapGradXWarps = 4;  // of a block, one below the other
+
 template <int TokenTiles>
-struct BitmapGradXPlan {
-  static constexpr int kWarps = 4;  // one below the other, their sums are added
+struct BitmapGradXPlan : GradXSums<TokenTiles, kTileColumns, kBitmapGradXWarps> {
+  static constexpr int kWarps = kBitmapGradXWarps;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTokens = 8 * TokenTiles;
   static constexpr int kRowTiles = 2;  // of a warp's stage
   static constexpr int kStageTiles = kRowTiles * kWarps;
-  static constexpr int kColumns = kTileColumns;
   static constexpr int kSlotBytes = 2 * kTileElements + 16;  // of a tile's values, which may begin within a chunk
   static constexpr int kPipelineBytes = kWarps * 2 * kRowTiles * kSlotBytes;
-  static constexpr int kSumStride = kColumns + 4;  // floats from token to token
-  static constexpr int kSumBytes = kTokens * kSumStride * 4;
-  static constexpr int kAllSumBytes = kWarps * kSumBytes;
-  static constexpr int kSharedBytes = kPipelineBytes > kAllSumBytes ? kPipelineBytes : kAllSumBytes;
+  static constexpr int kSharedBytes = BitmapGradXPlan::or_sums(kPipelineBytes);
 };
 
-struct BitmapGradValuesPlan {
-  static constexpr int kThreads = 256;
-  static constexpr int kRows = 128, kColumns = 128;
-  static constexpr int kTokens = 32;                   // of a stage
-  static constexpr int kOperandBytes = kTokens * 256;  // grad or x of a stage
-  static constexpr int kStages = 3;
-  static constexpr int kSharedBytes = kStages * 2 * kOperandBytes;
-};
+static_assert(kTileRows == kGradXRows && kTileColumns == kGradXColumns);
 
 struct BitmapGradValuesArgs {
-  const uint16_t *grad, *x;       // [tokens, n], [tokens, k]: rows at multiples of 16 bytes
-  int64_t grad_stride, x_stride;  // elements from token to token
-  int64_t tokens;
-  int32_t grad_columns, x_columns;  // that may be read, multiples of 8
-  BitmapWeight<uint16_t> weight;    // the values are written
+  GradValuesOperands operands;
+  BitmapWeight<uint16_t> weight;  // the values are written
 };
 
 #if defined(PYFAST_KERNELS)
@@ -90,7 +69,6 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   using Plan = BitmapGradXPlan<TokenTiles>;
   PYFAST_DYNAMIC_SHARED(shared);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int g = lane / 4, t = lane % 4;
   const int tiles_a_row = static_cast<int>(args.weight.tiles_a_row), row_tiles = args.k / kTileRows;
 
   // `left` tiles from row tile `first` on. Tiles 0 and 1 are those of a stage.
@@ -100,8 +78,7 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
   const int64_t number = static_cast<int64_t>(first) * tiles_a_row + blockIdx.y;
   const int64_t* offsets = args.weight.offsets + number;
   const uint16_t* quarters = reinterpret_cast<const uint16_t*>(args.weight.bitmaps) + number * 64 + lane;
-  const unsigned char* grad = reinterpret_cast<const unsigned char*>(args.x) +
-                              2 * ((g < args.tokens ? g : 0) * args.x_stride + int64_t{first} * kTileRows + 2 * t);
+  const unsigned char* grad = first_grad(args, int64_t{first} * kTileRows);
 
   // The bits of a stage are fetched a stage ahead, where its values begin and end two stages. Where no tile follows,
   // those of another one come once more: bitmap_linear.cuh says why.
@@ -191,29 +168,13 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     for (int tile = 0; tile < 2; ++tile) {
       if (left <= tile) break;
       uint32_t b[TokenTiles][2];
-      PYFAST_UNROLL
-      for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) {
-        const unsigned char* const row = grad + (token_tile == 0 ? 0 : args.token_tiles[token_tile]);
-        b[token_tile][0] = ptx::ld_global(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile));
-        b[token_tile][1] = ptx::ld_global(reinterpret_cast<const uint32_t*>(row + 2 * kTileRows * tile + 16));
-      }
+      load_grad(b, grad + 2 * kTileRows * tile, args.token_tiles);
       const auto multiply = [&](auto half) {
         constexpr int kHalf = decltype(half)::value;
         uint32_t upper[4], lower[4];
         expand_half<0, kHalf>(runs[tile], from[tile][0], upper);
         expand_half<1, kHalf>(runs[tile], from[tile][1], lower);
-        PYFAST_UNROLL
-        for (int pair = 0; pair < 4; ++pair) {
-          upper[pair] = ptx::transpose_matrix(upper[pair]);
-          lower[pair] = ptx::transpose_matrix(lower[pair]);
-        }
-        PYFAST_UNROLL
-        for (int token_tile = 0; token_tile < TokenTiles; ++token_tile) PYFAST_UNROLL
-        for (int q = 0; q < 2; ++q) {
-          const uint32_t a[4] = {upper[2 * q], upper[2 * q + 1], lower[2 * q], lower[2 * q + 1]};
-          float (&sum)[4] = sums[2 * kHalf + q][token_tile];
-          ptx::mma_m16n8k16<T>(sum, a, b[token_tile], sum);
-        }
+        multiply_transposed<T, kHalf>(sums, upper, lower, b);
       };
       multiply(std::integral_constant<int, 0>{});
       multiply(std::integral_constant<int, 1>{});
@@ -221,85 +182,22 @@ __global__ void __launch_bounds__(BitmapGradXPlan<TokenTiles>::kThreads)
     grad += 2 * Plan::kRowTiles * kTileRows;
   }
   ptx::syncthreads();
-
-  float* const totals = reinterpret_cast<float*>(shared);
-  float* const own = totals + warp * (Plan::kSumBytes / 4) + 16 * (g / 2) + g % 2;
-  store_token_sums<Plan::kSumStride, 4, 2>(own, sums, args.tokens);
-  ptx::syncthreads();
-  finish_sums<T, Plan::kThreads, Plan::kTokens, Plan::kColumns, Plan::kSumStride, Plan::kWarps, Plan::kSumBytes / 4>(
-      totals, args.out, args.partial, args.tokens, 0, static_cast<int64_t>(blockIdx.y) * Plan::kColumns);
-}
-
-// Begins the copies of 32 tokens × 128 columns from `column` on; chunk c of token m lies at c ^ (m & 7).
-PYFAST_DEVICE void fetch_operand(unsigned char* to, const uint16_t* from, int64_t stride, int columns, int64_t tokens,
-                                 int64_t first_token, int column) {
-  PYFAST_UNROLL
-  for (int i = static_cast<int>(threadIdx.x); i < BitmapGradValuesPlan::kTokens * 16;
-       i += BitmapGradValuesPlan::kThreads) {
-    const int token = i / 16, chunk = i % 16, at = column + 8 * chunk;
-    const bool there = first_token + token < tokens && at < columns;
-    ptx::cp_async<16>(to + token * 256 + (chunk ^ (token & 7)) * 16,
-                      from + (there ? (first_token + token) * stride + at : 0), there);
-  }
+  finish_grad_x<T, Plan>(shared, sums, args, warp, 0);
 }
 
 // Grid: x over 128 columns, y over 128 rows of W. 8 warps, 4 down and 2 across: 2 row tiles and a column tile each.
 template <class T>
-__global__ void __launch_bounds__(BitmapGradValuesPlan::kThreads, 2)
+__global__ void __launch_bounds__(GradValuesPlan::kThreads, 2)
     bitmap_grad_values_kernel(const BitmapGradValuesArgs args) {
-  using Plan = BitmapGradValuesPlan;
+  using Plan = GradValuesPlan;
   PYFAST_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
-  const int warp_row = warp / 2 * 32, warp_column = warp % 2 * kTileColumns;
+  const int warp_row = warp / 2 * Plan::kWarpRows, warp_column = warp % 2 * Plan::kWarpColumns;
   const int first_row = static_cast<int>(blockIdx.y) * Plan::kRows;
   const int first_column = static_cast<int>(blockIdx.x) * Plan::kColumns;
-  const int stages = static_cast<int>((args.tokens + Plan::kTokens - 1) / Plan::kTokens);
-
-  const auto fetch = [&](int stage) {
-    if (stage < stages) {
-      unsigned char* const to = shared + stage % Plan::kStages * 2 * Plan::kOperandBytes;
-      const int64_t token = static_cast<int64_t>(stage) * Plan::kTokens;
-      fetch_operand(to, args.grad, args.grad_stride, args.grad_columns, args.tokens, token, first_row);
-      fetch_operand(to + Plan::kOperandBytes, args.x, args.x_stride, args.x_columns, args.tokens, token, first_column);
-    }
-    ptx::cp_async_commit();
-  };
-  for (int stage = 0; stage < Plan::kStages - 1; ++stage) fetch(stage);
-
   float sums[2][8][4] = {};  // row tile, 8 columns each
-  for (int stage = 0; stage < stages; ++stage) {
-    ptx::cp_async_wait<Plan::kStages - 2>();
-    ptx::syncthreads();
-    fetch(stage + Plan::kStages - 1);
-    const unsigned char* const grad = shared + stage % Plan::kStages * 2 * Plan::kOperandBytes;
-    const unsigned char* const x = grad + Plan::kOperandBytes;
-    PYFAST_UNROLL
-    for (int step = 0; step < Plan::kTokens / 16; ++step) {
-      uint32_t a[2][4];
-      PYFAST_UNROLL
-      for (int tile = 0; tile < 2; ++tile) {
-        const int token = 16 * step + lane / 16 * 8 + lane % 8;
-        const int chunk = (warp_row + 16 * tile) / 8 + lane / 8 % 2;
-        ptx::ldmatrix<4, true>(a[tile], grad + token * 256 + (chunk ^ (token & 7)) * 16);
-      }
-      PYFAST_UNROLL
-      for (int columns = 0; columns < 4; ++columns) {  // 16 each
-        const int token = 16 * step + lane / 8 % 2 * 8 + lane % 8;
-        const int chunk = (warp_column + 16 * columns) / 8 + lane / 16;
-        uint32_t b[4];
-        ptx::ldmatrix<4, true>(b, x + token * 256 + (chunk ^ (token & 7)) * 16);
-        const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-        PYFAST_UNROLL
-        for (int tile = 0; tile < 2; ++tile) {
-          ptx::mma_m16n8k16<T>(sums[tile][2 * columns], a[tile], left, sums[tile][2 * columns]);
-          ptx::mma_m16n8k16<T>(sums[tile][2 * columns + 1], a[tile], right, sums[tile][2 * columns + 1]);
-        }
-      }
-    }
-  }
-  ptx::cp_async_wait<0>();
-  ptx::syncthreads();
+  sum_tokens<T>(sums, shared, args.operands, first_row, first_column, warp_row, warp_column);
 
   // The sums at the stored places, a tile after the other, through shared memory.
   uint16_t* const staged = reinterpret_cast<uint16_t*>(shared) + warp * (kTileElements + 8);

@@ -33,9 +33,4 @@ BitmapWeight<U> bitmap_view(U* values, int64_t stored, const Tensor& bitmaps, co
           static_cast<uint32_t>(ceil_div(k, kTileColumns))};
 }
 
-// The tensor, copied where it does not start at a multiple of 16 bytes.
-inline Tensor aligned_start(const Tensor& tensor) {
-  return is_aligned(tensor.const_data_ptr(), 16) ? tensor : torch::stable::clone(tensor);
-}
-
 }  // namespace pyfast::cuda

@@ -61,6 +61,14 @@ inline bool is_aligned(const void* pointer, std::uintptr_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
+// The tensor, copied where it does not start at a multiple of 16 bytes.
+inline Tensor aligned_start(const Tensor& tensor) {
+  return is_aligned(tensor.const_data_ptr(), 16) ? tensor : torch::stable::clone(tensor);
+}
+
+// Elements of 16 bits as kernels read them.
+inline const uint16_t* half_bits(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.const_data_ptr()); }
+
 // The dense output [rows, columns] as kernels see it.
 template <class U>
 Dense<U> dense_view(const Tensor& tensor) {

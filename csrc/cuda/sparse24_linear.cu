@@ -40,8 +40,6 @@ void choose(const Tensor& x, const Sparse24LinearArgs& args) {
     launch<T, 16>(x, args);
 }
 
-const uint16_t* bits_of(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.const_data_ptr()); }
-
 // x [tokens, k], values [n, K/2], metadata int16 [n, K/16], bias [n], mul [tokens, n] -> [tokens, n].
 Tensor sparse24_linear_mma(const Tensor& x, const Tensor& values, const Tensor& metadata,
                            const std::optional<Tensor>& bias, int64_t activation, const std::optional<Tensor>& mul) {
@@ -66,9 +64,9 @@ Tensor sparse24_linear_mma(const Tensor& x, const Tensor& values, const Tensor& 
   args.out = make_epilogue(y, bias, activation, mul);
   if (tokens == 0 || n == 0) return y;
   const Tensor rows = aligned_rows(x);
-  args.x = bits_of(rows);
-  args.values = bits_of(values);
-  args.metadata = bits_of(metadata);
+  args.x = half_bits(rows);
+  args.values = half_bits(values);
+  args.metadata = half_bits(metadata);
   args.n = n;
   args.x_stride = rows.stride(0);
   args.tokens = static_cast<int32_t>(tokens);

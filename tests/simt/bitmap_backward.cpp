@@ -49,15 +49,10 @@ SIMT_EXPORT bitmap_grad_values(const uint16_t* grad, const uint16_t* x, const ui
                                uint16_t* values, int64_t tokens, int64_t n, int64_t grad_stride, int64_t k,
                                int64_t x_stride, int64_t stored, int64_t bfloat16) {
   const uint32_t across = parts(k, kTileColumns);
-  const BitmapGradValuesArgs args{grad,
-                                  x,
-                                  grad_stride,
-                                  x_stride,
-                                  tokens,
-                                  static_cast<int32_t>(grad_stride),
-                                  static_cast<int32_t>(x_stride),
-                                  {values, bitmaps, offsets, stored, across * parts(n, kTileRows), across}};
-  using Plan = BitmapGradValuesPlan;
+  const GradValuesOperands operands{
+      grad, x, grad_stride, x_stride, tokens, static_cast<int32_t>(grad_stride), static_cast<int32_t>(x_stride)};
+  const BitmapGradValuesArgs args{operands, {values, bitmaps, offsets, stored, across * parts(n, kTileRows), across}};
+  using Plan = GradValuesPlan;
   simt::launch({{parts(k, Plan::kColumns), parts(n, Plan::kRows)}, {Plan::kThreads}, 1, Plan::kSharedBytes},
                bfloat16 ? bitmap_grad_values_kernel<BFloat16> : bitmap_grad_values_kernel<Float16>, args);
 }
@@ -66,5 +61,5 @@ SIMT_EXPORT bitmap_grad_values(const uint16_t* grad, const uint16_t* x, const ui
 SIMT_EXPORT bitmap_backward_shared_bytes(int32_t* bytes) {
   bytes[0] = BitmapGradXPlan<1>::kSharedBytes;
   bytes[1] = BitmapGradXPlan<4>::kSharedBytes;
-  bytes[2] = BitmapGradValuesPlan::kSharedBytes;
+  bytes[2] = GradValuesPlan::kSharedBytes;
 }
