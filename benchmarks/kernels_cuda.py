@@ -7,14 +7,14 @@ What is timed are the kernels, not the public calls. Products are graphs over co
 losses and conversions are calls, the cache flushed before each. A file holds the device, torch, and lists of rows:
 
     sparse        us of a product [tokens m, k] by [n, k]: ``dense``, ``2:4``, bitmap at 50 to 90 % by ``bitmap_linear``
-                  (b50 ...), ``sliced_linear`` (s50 ...) and ``scattered_linear`` (c50 ...), and gradx70 beside dgradx,
-                  the dense one. Of builds whose kernels all began in order, or all overlapped: ``sparse_in_order``,
-                  ``sparse_overlapping``; of the first form of scattered_linear, printed to 0.1 us by a
-                  script that is not kept: ``scattered_first``
+                  (b50 ...), ``sliced_linear`` (s50 ...) and ``scattered_linear`` (c50 ...), and gradx70 and gradx24
+                  beside dgradx, the dense one. Of builds whose kernels all began in order, or all overlapped:
+                  ``sparse_in_order``, ``sparse_overlapping``; of the first form of scattered_linear, printed to 0.1 us by
+                  a script that is not kept: ``scattered_first``
     kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
     topk          us, and TB/s at 2E, of the top-k loss (bucket) and its gradient, by cuda and by triton; a copy
     conversions   us, and TB/s at what must be moved
-    grad_values   us, and bytes beyond its arguments, of the gradient to the stored values of a bitmap weight
+    grad_values   us, and bytes beyond its arguments, of the gradient to the stored values, of a bitmap and of 2:4
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def products(n: int, k: int) -> list[dict]:
                 found[f"{letter}{sparsity}"] = [lambda w=w: w.linear(x, None, 0, None) for w in layouts]
         if tokens <= 32:
             found["gradx70"] = [lambda w=w: ops.bitmap_grad_x_few(grad, *w, k) for w in bitmaps[70]]
+            found["gradx24"] = [lambda w=w: ops.sparse24_grad_x_few(grad, *w, k) for w in two_four]
             found["dgradx"] = [lambda w=w: grad @ w for w in dense]
         return found
 
@@ -95,17 +96,22 @@ def products(n: int, k: int) -> list[dict]:
 
 
 def gradients(n: int, k: int) -> list[dict]:
-    """Rows of ``grad_values`` for one shape: the gradient to the stored values, 8192 tokens, 70 %, and its memory."""
+    """Rows of ``grad_values`` for one shape: the gradient to the stored values, of 70 % and of 2:4, at 8192 tokens, and
+    its memory."""
     import pyfast
     from pyfast.bench.timing import interleave
+    from pyfast.ops import sparse24_convert
 
     ops = torch.ops.pyfast
     weight = pyfast.BitmapWeight.from_dense(draw(n, k), mask=torch.rand(n, k, device="cuda") >= 0.7)
     x, grad = draw(8192, k), draw(8192, n)
     tables, stored = (weight.bitmaps, weight.offsets), weight.values.numel()
+    metadata = sparse24_convert.prune(draw(n, k))[1]
     calls = {
         "own": lambda: ops.bitmap_grad_values(grad, x, *tables, stored),
         "dense and gather": lambda: ops.bitmap_gather(grad.T @ x, *tables, stored),
+        "own 2:4": lambda: ops.sparse24_grad_values(grad, x, metadata),
+        "dense and gather 2:4": lambda: ops.sparse24_gather(grad.T @ x, metadata),
     }
     rows = []
     for impl, timing in interleave(calls, device="cuda", budget_s=SECONDS).items():

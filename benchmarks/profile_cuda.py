@@ -72,6 +72,7 @@ def launch() -> None:
         bitmap_convert.decompress(*tables, N, K)
     ops.bitmap_scan(dense)
     ops.bitmap_grad_x_few(grad, *tables, K)
+    ops.sparse24_grad_x_few(grad, two_four.values, two_four.metadata, K)
     for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
         ops.distill_kl(student, teacher, scale, divergence, 0.5, 1.0, 1.0, 0.0, 0.0, None, None, True)
     torch.cuda.synchronize()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 import pyfast
-from pyfast.ops import bitmap_convert
+from pyfast.ops import bitmap_convert, sparse24_convert
 from pyfast.ops.distill_kl import DIVERGENCES
 from pyfast.ops.topk_distill import TAILS
 from pyfast.sparse.scattered import ScatteredLayout
@@ -31,7 +31,7 @@ def products() -> None:
         mask = torch.rand(n, k, device="cuda") < 0.4
         bitmap = pyfast.BitmapWeight.from_dense(dense, mask=mask)
         assert torch.equal(bitmap.to_dense(), torch.where(mask, dense, 0))
-        pair = pyfast.ops.sparse24_convert.prune(dense)
+        pair = sparse24_convert.prune(dense)
         two_four = pyfast.Sparse24Weight(*pair, (n, k))
         sliced, scattered = SlicedLayout.of(bitmap), ScatteredLayout.of(bitmap)
         for tokens in TOKENS:
@@ -41,13 +41,19 @@ def products() -> None:
             near(scattered.linear(x, None, 0, None), x.double() @ bitmap.to_dense().double().T)
             if tokens <= 8:
                 near(sliced.linear(x, None, 0, None), x.double() @ bitmap.to_dense().double().T)
-        values = bitmap.values.requires_grad_()
-        x.requires_grad_()
-        grad = torch.randn(len(x), n, device="cuda", dtype=torch.bfloat16)
-        grad_x, grad_values = torch.autograd.grad(pyfast.sparse_linear(x, bitmap), (x, values), grad)
-        near(grad_x, grad.double() @ bitmap.to_dense().double())
-        exact = (grad.double().T @ x.detach().double()).float()
-        near(grad_values, bitmap_convert.gather(exact, bitmap.bitmaps, bitmap.offsets, grad_values.numel()))
+        for tokens in TOKENS[1::2]:
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            grad = torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16)
+            exact = (grad.double().T @ x.detach().double()).float()
+            stored = bitmap.values.numel()
+            for weight, truth in (
+                (bitmap, bitmap_convert.gather(exact, bitmap.bitmaps, bitmap.offsets, stored)),
+                (two_four, sparse24_convert.gather(exact, two_four.metadata)),
+            ):
+                wanted = (x, weight.values.requires_grad_())
+                grad_x, grad_values = torch.autograd.grad(pyfast.sparse_linear(x, weight), wanted, grad)
+                near(grad_x, grad.double() @ weight.to_dense().double())
+                near(grad_values, truth)
 
 
 def losses() -> None:

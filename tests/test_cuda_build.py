@@ -26,6 +26,7 @@ OPS = (
     "distill_kl",  # compiles longest
     "sparse24_convert",
     "sparse24_linear",
+    "sparse24_backward",
     "bitmap_convert",
     "bitmap_linear",
     "bitmap_backward",

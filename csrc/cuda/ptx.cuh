@@ -135,8 +135,14 @@ PYFAST_DEVICE int highest_bit(uint32_t word) {
 // shf.r.wrap: the 64 bits high:low shifted right by 0 to 31, their lower half.
 PYFAST_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t by) { return __funnelshift_r(low, high, by); }
 
-// prmt: nibble i of selector names the byte (0–3 of a, 4–7 of b) that becomes byte i.
-PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// prmt: nibble i of selector names the byte (0–3 of a, 4–7 of b) that becomes byte i; 8 more, and its sign bit fills
+// byte i. The upper half of selector does not count. (__byte_perm masks a selector that it does not know, an
+// instruction.)
+PYFAST_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(selector));
+  return word;
+}
 
 // No instruction: the value stays in its register, the compiler may not compute it again where it is used.
 template <class T>
@@ -299,21 +305,26 @@ PYFAST_DEVICE void st_shared(uint32_t address, const Words4& words) {
 
 // cp.async: Bytes (4, 8 or 16) from global to shared memory, both at multiples of Bytes; zeros, and nothing is read,
 // where they are not `there`. They lie there for this thread after its cp_async_wait, for others after a barrier
-// besides. Part of a chunk cannot be copied: of any source size but 0 the hardware reads all Bytes.
+// besides. Part of a chunk cannot be copied: of any source size but 0 the hardware reads all Bytes. `shared` may be an
+// address as ld_shared takes it.
 template <int Bytes>
-PYFAST_DEVICE void cp_async(void* shared, const void* global, bool there = true) {
+PYFAST_DEVICE void cp_async(uint32_t shared, const void* global, bool there = true) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   const int source_bytes = there ? Bytes : 0;
   if constexpr (Bytes == 16)
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+                 : "r"(shared), "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
                  : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                  :
-                 : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "n"(Bytes), "r"(source_bytes)
+                 : "r"(shared), "l"(__cvta_generic_to_global(global)), "n"(Bytes), "r"(source_bytes)
                  : "memory");
+}
+template <int Bytes>
+PYFAST_DEVICE void cp_async(void* shared, const void* global, bool there = true) {
+  cp_async<Bytes>(shared_address(shared), global, there);
 }
 
 // cp.async.commit_group: the copies begun since the last one are a group (perhaps an empty one).

@@ -3,12 +3,10 @@
 
 #include <optional>
 
-#include "launch.h"
+#include "sparse24_launch.h"
 
 namespace pyfast::cuda {
 namespace {
-
-constexpr int64_t kColumnUnit = 32;  // the container's
 
 // Threads side by side on the `units` of a row, the rest of the block on other rows, `rows` a thread and round.
 struct Plan {
@@ -60,8 +58,7 @@ struct Converted {
   Tensor values, metadata;
   int64_t padded_columns;
 
-  explicit Converted(const Tensor& dense)
-      : Converted(dense, dense.size(0), ceil_div(dense.size(1), kColumnUnit) * kColumnUnit) {}
+  explicit Converted(const Tensor& dense) : Converted(dense, dense.size(0), container_columns(dense.size(1))) {}
 
  private:
   Converted(const Tensor& dense, int64_t n, int64_t padded)
@@ -121,11 +118,8 @@ std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& dense, const std::option
 Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
   const Tensor rows = rows_of(dense);
   const bool wide = is_wide(dense, "dense");
-  check_tensor(metadata, "metadata", 2, dense);
-  const int64_t n = rows.size(0), padded = ceil_div(rows.size(1), kColumnUnit) * kColumnUnit;
-  STD_TORCH_CHECK(
-      metadata.scalar_type() == ScalarType::Short && metadata.size(0) == n && metadata.size(1) * kUnitColumns == padded,
-      "metadata: must be int16 [n, k rounded up to a multiple of 32, / 16]");
+  const int64_t n = rows.size(0), padded = container_columns(rows.size(1));
+  check_metadata(metadata, dense, n, rows.size(1));
   const torch::stable::accelerator::DeviceGuard guard(dense.get_device_index());
   Tensor values = torch::stable::new_empty(dense, {n, padded / 2});
   if (n == 0 || padded == 0) return values;

@@ -146,7 +146,12 @@ __global__ void by_address(const uint32_t* words, uint32_t* out) {
                           words[2 * lane + static_cast<int>(half / 2)] >> 16 * (half % 2));
   } else if (lane < 24) {
     const uint32_t line = static_cast<uint32_t>(lane) - 8;
-    ptx::st_shared(begin + 16 * line, ptx::ld_streaming(reinterpret_cast<const Words4*>(words) + line));
+    if (lane < 20)
+      ptx::st_shared(begin + 16 * line, ptx::ld_streaming(reinterpret_cast<const Words4*>(words) + line));
+    else
+      ptx::cp_async<16>(begin + 16 * line, words + 4 * line);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
   }
   out += blockIdx.x * 160;
   ptx::syncwarp();

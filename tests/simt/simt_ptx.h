@@ -159,6 +159,10 @@ PYFAST_DEVICE void cp_async(void* shared, const void* global, bool there = true,
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   simt::copy_async(shared, global, Bytes, there, where);
 }
+template <int Bytes>
+PYFAST_DEVICE void cp_async(uint32_t shared, const void* global, bool there = true, Where where = Where::current()) {
+  cp_async<Bytes>(shared_at(shared), global, there, where);
+}
 PYFAST_DEVICE void cp_async_commit() { simt::copy_commit(); }
 template <int Pending>
 PYFAST_DEVICE void cp_async_wait() {
