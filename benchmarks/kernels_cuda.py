@@ -9,8 +9,8 @@ losses and conversions are calls, the cache flushed before each. A file holds th
     sparse        us of a product [tokens m, k] by [n, k]: ``dense``, ``2:4``, bitmap at 50 to 90 % by ``bitmap_linear``
                   (b50 ...), ``sliced_linear`` (s50 ...) and ``scattered_linear`` (c50 ...), and gradx70 and gradx24
                   beside dgradx, the dense one. Of builds whose kernels all began in order, or all overlapped:
-                  ``sparse_in_order``, ``sparse_overlapping``; of the first form of scattered_linear, printed to 0.1 us by
-                  a script that is not kept: ``scattered_first``
+                  ``sparse_in_order``, ``sparse_overlapping``; of the first form of scattered_linear, printed to 0.1 us
+                  by a script that is not kept: ``scattered_first``
     kl            us, and TB/s at 3E, of loss and gradient of rows that lie apart; a copy at 2E. kl_near: of near ones
     topk          us, and TB/s at 2E, of the top-k loss (bucket) and its gradient, by cuda and by triton; a copy
     conversions   us, and TB/s at what must be moved
