@@ -17,7 +17,7 @@
 // Resources:
 //
 //   bitmap_grad_x_kernel<T, 1>         80 registers    33024 bytes of shared memory    up to 8 tokens
-//   bitmap_grad_x_kernel<T, 4>        152 registers    34816 bytes of shared memory    up to 32; 128 from sm_90 on
+//   bitmap_grad_x_kernel<T, 4>        152 registers    34816 bytes of shared memory    up to 32; 156 on sm_100
 //   bitmap_grad_values_kernel<T>      128 registers    49152 bytes of shared memory
 //   reduce_splits_kernel<T>            40 registers        0 bytes of shared memory
 #pragma once
