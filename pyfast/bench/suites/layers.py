@@ -105,7 +105,7 @@ def run(options: Options, floors: Floors, progress: Progress) -> tuple[list[Resu
 def measure(case: Case, options: Options, floors: Floors) -> list[Result]:
     """The results of one stack in one operation, the whole stack being the baseline."""
     stacks = case.stacks()
-    rounds = {"decode": (4, 8), "prefill": (2, 4)} if options.quick else {"decode": (10, 40), "prefill": (3, 12)}
+    rounds = {"decode": (4, 8), "prefill": (2, 4)} if options.quick else {"decode": (10, 40), "prefill": (2, 12)}
     by_variant = variants.time_op(
         list(stacks.values()),
         case.op,
