@@ -79,7 +79,7 @@ def test_any_shape_and_temperature(rows, vocab, temperature, teacher_temperature
     with backends.isa(variant):
         got, grad = loss_and_grad(s, t, reduction="none", scale_by_t2=False, **options)
     true_rows, true_grad = truth(s, t, **options)
-    # What float32 cannot hold: logits over the temperature, rounded, and in the value two log-sum-exps, half a unit each.
+    # What float32 cannot hold: logits over the temperature, rounded; in the value two log-sum-exps, half a unit each.
     rounding = 2.0**-23 * float(torch.stack([s, t]).abs().max()) / min(temperature, teacher_temperature or temperature)
     sums = 2.0**-23 * math.log(vocab)
     assert (got - true_rows).abs().max() <= 5e-6 * true_rows.abs().max() + rounding + sums + 1e-12
