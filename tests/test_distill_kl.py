@@ -61,7 +61,7 @@ def test_matches_float64(isa, dtype, vocab):
     assert relative_error(grad, true_grad) < GRAD_TOLERANCE[dtype]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)  # many, and the same ones in every run
 @given(
     rows=st.integers(1, 5),
     vocab=st.integers(1, 3000),
@@ -79,10 +79,9 @@ def test_any_shape_and_temperature(rows, vocab, temperature, teacher_temperature
     with backends.isa(variant):
         got, grad = loss_and_grad(s, t, reduction="none", scale_by_t2=False, **options)
     true_rows, true_grad = truth(s, t, **options)
-    # What float32 cannot hold: logits over the temperature, rounded; in the value two log-sum-exps, half a unit each.
+    # What float32 cannot hold: logits over the temperature, rounded.
     rounding = 2.0**-23 * float(torch.stack([s, t]).abs().max()) / min(temperature, teacher_temperature or temperature)
-    sums = 2.0**-23 * math.log(vocab)
-    assert (got - true_rows).abs().max() <= 5e-6 * true_rows.abs().max() + rounding + sums + 1e-12
+    assert (got - true_rows).abs().max() <= 5e-6 * true_rows.abs().max() + rounding + 1e-12
     absolute = 1e-6 + rounding if dtype == torch.float32 else 1e-3 + rounding
     assert (grad - true_grad).abs().max() <= GRAD_TOLERANCE[dtype] * true_grad.abs().max() + absolute / temperature
 

@@ -171,13 +171,13 @@ MUTANTS = {
         run_address,
         "begin = ptx::shared_address(bytes)",
         "begin = ptx::shared_address(bytes) & 0xffffff",
-        "outside|may not have begun|exited|not in the shared memory of the block",
+        "outside|may not have begun|exited",
     ),
     "an address from the beginning of all shared memory": (
         run_address,
         "begin = ptx::shared_address(bytes)",
         "begin = ptx::shared_address(bytes) & ~0xfffu",
-        "outside|not in the shared memory of the block",
+        "outside",
     ),
     "missing barrier": (
         run_sums,

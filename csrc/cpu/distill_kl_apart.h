@@ -44,7 +44,7 @@ struct PairSums {
 };
 
 struct ChunkSums {
-  float student, teacher, log_ratio, excluded;
+  double student, teacher, log_ratio, excluded;
 };
 
 // What pass 1 leaves for pass 2. Of the words of a chunk, pairs lie as [es a, es b, et or x a, b], single vectors of n
@@ -95,8 +95,12 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
   struct Sums {
     Vec student, teacher, log_ratio;
   };
-  Sums total{zero, zero, zero}, even = total, odd = total;
-  Vec excluded = zero;
+  struct Totals {
+    Total student, teacher, log_ratio;
+  };
+  Totals total{};
+  Sums even{zero, zero, zero}, odd = even;
+  Total excluded{};
   const auto add = [&](Vec zs, Vec zt, Sums& sums, Vec& first, Vec& second) __attribute__((always_inline)) {
     const Vec es = student_probability(zs, row), et = teacher_probability(zt, row), x = log_ratio(zs, zt, row);
     sums.student = sums.student + es;
@@ -148,7 +152,8 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
     }
   }
   fold();
-  return {reduce_add(total.student), reduce_add(total.teacher), reduce_add(total.log_ratio), reduce_add(excluded)};
+  return {static_cast<double>(reduce_add(total.student)), static_cast<double>(reduce_add(total.teacher)),
+          static_cast<double>(reduce_add(total.log_ratio)), static_cast<double>(reduce_add(excluded))};
 }
 
 // Pass 1. `row` has the scales, and is left with the shifts and the estimate of the last chunk. The estimate is made
@@ -202,10 +207,10 @@ PairSums pair_sums(const T* student, const T* teacher, int64_t vocab, int64_t he
       ground[1] = row.teacher_shift;
       ground[2] = row.log_ratio_offset;
     }
-    sums.student.sum += static_cast<double>(chunk.student);
-    sums.teacher.sum += static_cast<double>(chunk.teacher);
-    sums.log_ratio += static_cast<double>(chunk.log_ratio);
-    sums.excluded += static_cast<double>(chunk.excluded);
+    sums.student.sum += chunk.student;
+    sums.teacher.sum += chunk.teacher;
+    sums.log_ratio += chunk.log_ratio;
+    sums.excluded += chunk.excluded;
     if (begin != head) return;
     const LogSums logs = log_sums(sums, student_inverse, teacher_inverse);
     const float estimate = static_cast<float>(logs.teacher - logs.student);

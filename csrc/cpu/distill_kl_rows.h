@@ -94,7 +94,7 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
   T* grad = static_cast<T*>(out);
   float* scratch = static_cast<float*>(out);
   const Vec factor = broadcast(scale), middle = broadcast(center);
-  Vec value = broadcast(0.0f), slope = broadcast(0.0f);
+  Total value{}, slope{};
   Center total{0.0, 0.0};
   auto keep = [&](const Terms& e) __attribute__((always_inline)) {
     value = value + e.value;
@@ -139,10 +139,10 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
       },
       [&]() __attribute__((always_inline)) {
         total.value += static_cast<double>(reduce_add(value));
-        value = broadcast(0.0f);
+        value = Total{};
         if constexpr (centered && into == Into::scratch) {
           total.center += static_cast<double>(reduce_add(slope));
-          slope = broadcast(0.0f);
+          slope = Total{};
         }
       });
   return total;

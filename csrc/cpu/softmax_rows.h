@@ -50,9 +50,9 @@ float chunk_max(const T* z, int64_t n) {
 
 // Σ 2^((z - shift) * scale) of one chunk.
 template <class T>
-float chunk_sum(const T* z, int64_t n, float shift, float scale) {
+double chunk_sum(const T* z, int64_t n, float shift, float scale) {
   const Vec m = broadcast(shift), a = broadcast(scale);
-  Vec sum0 = broadcast(0.0f), sum1 = broadcast(0.0f);
+  Total sum0{}, sum1{};
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
     const VecPair p = load_pair(z + i);
@@ -63,7 +63,7 @@ float chunk_sum(const T* z, int64_t n, float shift, float scale) {
     const Vec last = load_up_to(z + i, n - i < Vec::width ? n - i : Vec::width, kNegInf);
     sum0 = sum0 + exp2((last - m) * a);
   }
-  return reduce_add(sum0 + sum1);
+  return static_cast<double>(reduce_add(sum0 + sum1));
 }
 
 // The first shift: any logit of the row will do.
@@ -82,12 +82,12 @@ void raise_shift(RowSum& r, const T* z, int64_t n, float scale) {
 // One chunk more. A chunk that rises too far above the shift is summed again with a new one.
 template <class T>
 void add_chunk(RowSum& r, const T* z, int64_t n, float scale) {
-  float sum = chunk_sum(z, n, r.shift, scale);
+  double sum = chunk_sum(z, n, r.shift, scale);
   if (!(sum <= kMuch)) {
     raise_shift(r, z, n, scale);
     sum = chunk_sum(z, n, r.shift, scale);
   }
-  r.sum += static_cast<double>(sum);
+  r.sum += sum;
 }
 
 // One pass over a row: log-sum-exp as (shift, sum). The shift need not be the maximum, only so near that no chunk's sum

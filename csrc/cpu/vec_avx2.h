@@ -16,6 +16,8 @@ struct Vec {
   __m256 v;
 };
 
+using Total = Vec;  // what sums of a row are added up in: lanes enough for float32
+
 inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }

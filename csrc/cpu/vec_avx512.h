@@ -16,6 +16,8 @@ struct Vec {
   __m512 v;
 };
 
+using Total = Vec;  // what sums of a row are added up in: lanes enough for float32
+
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }

@@ -28,6 +28,14 @@ inline Vec reciprocal(Vec a) { return {1.0f / a.v}; }
 inline float reduce_add(Vec a) { return a.v; }
 inline float reduce_max(Vec a) { return a.v; }
 
+// What sums of a row are added up in: in one lane a thousand words would cost digits of a float.
+struct Total {
+  double v;
+};
+inline Total operator+(Total a, Vec b) { return {a.v + static_cast<double>(b.v)}; }
+inline Total operator+(Total a, Total b) { return {a.v + b.v}; }
+inline double reduce_add(Total a) { return a.v; }
+
 inline bool equal(Vec a, Vec b) { return a.v == b.v; }
 inline bool not_at_most(Vec a, Vec b) { return !(a.v <= b.v); }  // true where either is NaN
 inline bool above(Vec a, Vec b) { return a.v > b.v; }

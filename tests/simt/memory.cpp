@@ -169,7 +169,7 @@ void copy_async(void* shared, const void* global, int bytes, bool there, Where w
   }
   Region* const region = find(copy.to);
   if (region == nullptr || region->owner != lane.block)
-    fail(where, format("cp_async<%d>: the target is not in the shared memory of the block", bytes));
+    fail(where, format("cp_async<%d>: the target is outside the shared memory of the block", bytes));
   touch(copy.to, bytes, Use::write, true, where);
   for (int i = 0; i < bytes; ++i) region->bytes[copy.to - region->begin + i].content = Content::in_flight;
   lane.copies.push_back(copy);
