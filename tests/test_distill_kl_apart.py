@@ -107,7 +107,41 @@ def test_streamed_gradients_of_odd_rows(isa, dtype, divergence):
     check(student, teacher, divergence, temperature=4.0)
 
 
-@pytest.mark.parametrize("moved", [700.0, -3000.0])
+@pytest.mark.parametrize("divergence", KLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [700, 1500, 4800])
+@pytest.mark.parametrize("level", [-90.0, -200.0, -torch.inf, 60.0, 120.0])
+def test_words_far_from_the_rest(isa, dtype, divergence, at, level):
+    """Logits for which powers of two are not looked up in a table, in one chunk of several and on one side or both."""
+    sides = [{"student", "teacher"}]
+    if level < 0:  # else all the mass of one side lies where the other has none, and the gradient is a difference of ones
+        sides.append({"teacher"})
+    if level < 0 and (divergence == "reverse_kl" or level > -torch.inf):  # else the value is infinite
+        sides.append({"student"})
+    for far in sides:
+        student, teacher = torch.randn(3, 5056), torch.randn(3, 5056)
+        if "teacher" in far:
+            teacher[1, at : at + 3] += level
+        if "student" in far or (divergence == "reverse_kl" and level == -torch.inf):
+            student[1, at : at + 3] += level
+        check(student.to(dtype), teacher.to(dtype), divergence)
+
+
+@pytest.mark.parametrize("divergence", KLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_what_is_no_number_stays_in_its_row(isa, dtype, divergence, value, whose):
+    logits = {"student": torch.randn(3, 4096).to(dtype), "teacher": torch.randn(3, 4096).to(dtype)}
+    logits[whose][1, 2600] = value
+    rows, grad, true_rows, true_grad = outcome(logits["student"], logits["teacher"], divergence)
+    assert rows[1].isnan() and grad[1].isnan().all()
+    others = [0, 2]
+    torch.testing.assert_close(rows[others].double(), true_rows[others], rtol=1e-5, atol=0)
+    assert grad[others].isfinite().all() and true_grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("moved", [700.0, -3000.0, 1e5])  # the last one is beyond the steps of a table of powers
 @pytest.mark.parametrize("divergence", KLS)
 def test_logits_that_lie_elsewhere(isa, divergence, moved):
     """A constant added to all logits of one of the two costs what rounding them costs."""

@@ -205,11 +205,10 @@ struct Known {
 // Pass 1. `row` has the scales, and is left with the shifts and sums.
 template <Divergence divergence, class T>
 Known pass_one(const T* student, const T* teacher, int64_t vocab, int64_t head, RowPair& row, double student_inverse,
-               double teacher_inverse, Search search, const Kept& kept, const T* next_student, const T* next_teacher) {
+               double teacher_inverse, Search search, const Kept& kept) {
   PairSums sums{};
   if constexpr (is_kl(divergence)) {
-    sums = pair_sums<divergence>(student, teacher, vocab, head, row, student_inverse, teacher_inverse, search, kept,
-                                 next_student, next_teacher);
+    sums = pair_sums<divergence>(student, teacher, vocab, head, row, student_inverse, teacher_inverse, search, kept);
   } else {
     sums.student = row_sum(student, vocab, row.student_scale);
     sums.teacher = row_sum(teacher, vocab, row.teacher_scale);
@@ -218,7 +217,7 @@ Known pass_one(const T* student, const T* teacher, int64_t vocab, int64_t head, 
   Known known{0.0, 0.0, log_sums(sums, student_inverse, teacher_inverse), false};
   const double log_ratio = known.logs.teacher - known.logs.student;
   if constexpr (is_kl(divergence)) {
-    const double value = kl_of(divergence, sums, log_ratio);
+    const double value = kl_of(divergence, sums, log_ratio, student_inverse);
     if constexpr (divergence == Divergence::reverse_kl)  // h = x, and -1 for words that the teacher excludes
       known.center = value - sums.excluded / s.sum;
     known.apart = sums.looks_apart && !(value <= kNear);  // NaN too
@@ -269,12 +268,11 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   const int64_t head = grad == nullptr ? 0 : words_to_alignment(grad, streaming, a.vocab);
   const bool direct = is_kl(divergence) && kSame<T, G> && !has_extras;  // no third pass
   scratch += (kScratchPad - 2 * head % kScratchPad) % kScratchPad;      // pairs begin at whole vectors
-  const Kept kept{scratch, scratch + 2 * a.vocab};
+  const Kept kept{scratch, reinterpret_cast<Ground*>(scratch + 2 * a.vocab)};
   const Search search = !direct || !kSearched<T> ? Search::nothing : grad == nullptr ? Search::value : Search::gradient;
   Known known{};
   if (compared)
-    known = pass_one<divergence>(student, teacher, a.vocab, head, row, student_inverse, teacher_inverse, search, kept,
-                                 next_student, next_teacher);
+    known = pass_one<divergence>(student, teacher, a.vocab, head, row, student_inverse, teacher_inverse, search, kept);
   double value = known.value, center = known.center;
   if (grad == nullptr) {
     if (compared && !known.apart)

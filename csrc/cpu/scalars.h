@@ -35,8 +35,8 @@ inline void clear_bytes(void* to, uint64_t bytes) {
   if (bytes != 0) __builtin_memset(to, 0, bytes);
 }
 
-inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
-inline float from_bits(uint32_t u) { return __builtin_bit_cast(float, u); }
+constexpr uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+constexpr float from_bits(uint32_t u) { return __builtin_bit_cast(float, u); }
 
 inline float widen(float x) { return x; }
 inline float widen(int8_t x) { return static_cast<float>(x); }

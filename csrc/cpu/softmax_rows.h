@@ -6,12 +6,14 @@
 #include <cstdint>
 
 #include "../exp_log.h"
+#include "ranged_exp2.h"
 #include "scalars.h"
 
 namespace pyfast {
 namespace {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
+inline void soon(const void* p) { __builtin_prefetch(p, 0, 3); }      // into L1
 
 constexpr int64_t kPair = 2 * Vec::width;
 constexpr float kLowest = -3.40282347e+38f;  // stands in for -inf as a shift, so that -inf - shift is -inf
@@ -32,6 +34,7 @@ void store_up_to(T* p, int64_t n, Vec a) {
 struct RowSum {
   float shift;  // a logit of the row, or kLowest
   double sum;   // of 2^((z - shift) * scale)
+  Ranged near;  // the same shift; not usable either once logits were found to lie too far from it
 
   double log2() const { return __builtin_log2(sum); }
 };
@@ -48,9 +51,9 @@ float chunk_max(const T* z, int64_t n) {
   return reduce_max(top);
 }
 
-// Σ 2^((z - shift) * scale) of one chunk.
+// Σ 2^((z - shift) * scale) of one chunk, whose logits need not lie near the shift.
 template <class T>
-double chunk_sum(const T* z, int64_t n, float shift, float scale) {
+double any_sum(const T* z, int64_t n, float shift, float scale) {
   const Vec m = broadcast(shift), a = broadcast(scale);
   Total sum0{}, sum1{};
   int64_t i = 0;
@@ -66,26 +69,59 @@ double chunk_sum(const T* z, int64_t n, float shift, float scale) {
   return static_cast<double>(reduce_add(sum0 + sum1));
 }
 
-// The first shift: any logit of the row will do.
-inline float first_shift(float logit) { return logit >= kLowest && logit <= -kLowest ? logit : kLowest; }
+// The same of logits near the shift, n a multiple of 2 kPair; marks `near` where they are not, and is no sum then.
+template <class T>
+double near_sum(const T* z, int64_t n, Ranged& near) {
+  const Ranged of[1] = {near};
+  const Powers powers;
+  Outside outside;
+  Total sum[4] = {};
+  for (int64_t i = 0; i < n; i += 2 * kPair) {
+    const VecPair p = load_pair(z + i), q = load_pair(z + i + kPair);
+    Vec e[4] = {p.a, p.b, q.a, q.b};
+    ranged_exp2(e, of, powers, outside);
+    for (int j = 0; j < 4; ++j) sum[j] = sum[j] + e[j];
+  }
+  near.usable = !outside.any();
+  return static_cast<double>(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]))) * near.unit;
+}
+
+template <bool may_be_near, class T>
+double chunk_sum(RowSum& r, const T* z, int64_t n, float scale) {
+  if (may_be_near && r.near.usable) {
+    const int64_t whole = n / (2 * kPair) * (2 * kPair);
+    const double sum = near_sum(z, whole, r.near);
+    if (r.near.usable) return sum + any_sum(z + whole, n - whole, r.shift, scale);
+  }
+  return any_sum(z, n, r.shift, scale);
+}
+
+// Nothing summed yet. The first shift: any logit of the row will do.
+inline RowSum no_sum(float logit, float scale) {
+  const float shift = logit >= kLowest && logit <= -kLowest ? logit : kLowest;
+  return {shift, 0.0, ranged(shift, scale)};
+}
 
 // Moves the shift to the largest logit of a chunk whose sum is large or NaN; a logit of +inf leaves the row NaN.
 template <class T>
 void raise_shift(RowSum& r, const T* z, int64_t n, float scale) {
   const float top = chunk_max(z, n);
   if (top > -kLowest) r.sum = __builtin_nan("");
-  if (!(top > r.shift)) return;
-  r.sum *= __builtin_exp2((static_cast<double>(r.shift) - top) * scale);
-  r.shift = top;
+  if (top > r.shift) {
+    r.sum *= __builtin_exp2((static_cast<double>(r.shift) - top) * scale);
+    r.shift = top;
+  }
+  r.near = ranged(r.shift, scale);
 }
 
-// One chunk more. A chunk that rises too far above the shift is summed again with a new one.
-template <class T>
+// One chunk more. A chunk that rises too far above the shift is summed again with a new one. may_be_near: false for a
+// chunk of which words were made -inf.
+template <bool may_be_near = true, class T>
 void add_chunk(RowSum& r, const T* z, int64_t n, float scale) {
-  double sum = chunk_sum(z, n, r.shift, scale);
+  double sum = chunk_sum<may_be_near>(r, z, n, scale);
   if (!(sum <= kMuch)) {
     raise_shift(r, z, n, scale);
-    sum = chunk_sum(z, n, r.shift, scale);
+    sum = chunk_sum<may_be_near>(r, z, n, scale);
   }
   r.sum += sum;
 }
@@ -94,7 +130,7 @@ void add_chunk(RowSum& r, const T* z, int64_t n, float scale) {
 // is large.
 template <class T>
 RowSum row_sum(const T* z, int64_t vocab, float scale) {
-  RowSum r{first_shift(widen(z[0])), 0.0};
+  RowSum r = no_sum(widen(z[0]), scale);
   for (int64_t begin = 0; begin < vocab; begin += kChunk)
     add_chunk(r, z + begin, vocab - begin < kChunk ? vocab - begin : kChunk, scale);
   return r;

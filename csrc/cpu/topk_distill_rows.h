@@ -113,7 +113,7 @@ RowSum outside_sum(const T* z, int64_t vocab, const TeacherRow& teacher, float s
   const TopkEntry* e = teacher.begin;
   int64_t first = 0;
   for (; e != teacher.end && e->id == first; ++e) ++first;
-  RowSum r{first_shift(widen(z[first])), 0.0};
+  RowSum r = no_sum(widen(z[first]), scale);
   e = teacher.begin;
   for (int64_t begin = 0; begin < vocab; begin += kChunk) {
     const int64_t n = vocab - begin < kChunk ? vocab - begin : kChunk;
@@ -125,7 +125,7 @@ RowSum outside_sum(const T* z, int64_t vocab, const TeacherRow& teacher, float s
     for (; i + Vec::width <= n; i += Vec::width) store(rest + i, load(z + begin + i));
     if (i < n) store_partial(rest + i, n - i, load_partial(z + begin + i, n - i, kNegInf));
     for (; e != teacher.end && e->id < begin + n; ++e) rest[e->id - begin] = kNegInf;
-    add_chunk(r, rest, n, scale);
+    add_chunk<false>(r, rest, n, scale);
   }
   return r;
 }
@@ -195,7 +195,7 @@ void write_grad(T* grad, int64_t vocab, const TeacherRow& teacher, double scale,
     const bool mixed = e != teacher.end && e->id < end;
     const bool aligned = streaming && (begin > 0 || past == 0);
     T* const out = mixed ? merged : grad + begin;
-    int64_t i = 0;
+    int64_t i = outside.write_near(out, begin, n, aligned && !mixed);
     for (; i + kPair <= n; i += kPair) write_pair(out + i, outside.pair(begin + i), aligned && !mixed);
     for (; i < n; i += Vec::width) {
       const int64_t left = n - i < Vec::width ? n - i : Vec::width;
@@ -208,27 +208,51 @@ void write_grad(T* grad, int64_t vocab, const TeacherRow& teacher, double scale,
 }
 
 // Every word alike.
+template <class T>
 struct Constant {
   Vec value;
+  int64_t write_near(T*, int64_t, int64_t, bool) const { return 0; }
   VecPair pair(int64_t) const { return {value, value}; }
   Vec operator()(int64_t, int64_t) const { return value; }
 };
 
 // u_v times a factor, u the softmax over the words outside. Reads ahead in the row that the thread takes next: this
-// pass computes while memory would rest.
+// pass computes while memory would rest, and that row's first reads are of the teacher's words, anywhere in it.
 template <class T>
 struct Softmax {
   const T* z;
   const T* next;
   Vec shift, scale, factor;
+  Ranged near;
   Vec of(Vec logits) const { return exp2((logits - shift) * scale) * factor; }
-  VecPair pair(int64_t i) const {
+  VecPair logits(int64_t i) const {
     for (int64_t byte = 0; byte < kPair * static_cast<int64_t>(sizeof(T)); byte += 64)
       prefetch(reinterpret_cast<const char*>(next + i) + byte);
-    const VecPair logits = load_pair(z + i);
-    return {of(logits.a), of(logits.b)};
+    return load_pair(z + i);
+  }
+  VecPair pair(int64_t i) const {
+    const VecPair p = logits(i);
+    return {of(p.a), of(p.b)};
   }
   Vec operator()(int64_t i, int64_t n) const { return of(load_up_to(z + i, n, kNegInf)); }
+
+  // As many of n words from word i as are two pairs, if all of those lie near the shift; how many it has written.
+  int64_t write_near(T* out, int64_t i, int64_t n, bool streaming) const {
+    if (!near.usable) return 0;
+    const Ranged of[1] = {near};
+    const Vec by = factor * broadcast(static_cast<float>(near.unit));
+    const int64_t whole = n / (2 * kPair) * (2 * kPair);
+    const Powers powers;
+    Outside outside;
+    for (int64_t j = 0; j < whole; j += 2 * kPair) {
+      const VecPair p = logits(i + j), q = logits(i + j + kPair);
+      Vec e[4] = {p.a, p.b, q.a, q.b};
+      ranged_exp2(e, of, powers, outside);
+      write_pair(out + j, {e[0] * by, e[1] * by}, streaming);
+      write_pair(out + j + kPair, {e[2] * by, e[3] * by}, streaming);
+    }
+    return outside.any() ? 0 : whole;
+  }
 };
 
 template <class T>
@@ -248,26 +272,30 @@ void topk_distill(const TopkDistillArgs& a, int64_t begin, int64_t end, TopkEntr
     if (!teacher.valid) {
       a.rows[i] = __builtin_nanf("");
       if (grad != nullptr)
-        write_grad(grad, a.vocab, teacher, 0.0, a.stream_grad, Constant{broadcast(__builtin_nanf(""))});
+        write_grad(grad, a.vocab, teacher, 0.0, a.stream_grad, Constant<T>{broadcast(__builtin_nanf(""))});
       continue;
     }
     const ShiftedSum in = inside_sum(student, teacher, inverse);
     const bool covered = teacher.end - teacher.begin == a.vocab;
     const bool partial = a.tail == TopkTail::renormalise;
-    RowSum out{kNegInf, 0.0};
+    RowSum out{kNegInf, 0.0, {}};
     if (!covered && !partial) out = outside_sum(student, a.vocab, teacher, scale);
     const RowResult result = row_terms(teacher, a.tail, in, {out.shift * inverse, out.sum}, covered);
     a.rows[i] = weight * static_cast<float>(result.value);
     if (grad == nullptr) continue;
     const double grad_scale = weight * inverse;
     if (partial) {
-      write_grad(grad, a.vocab, teacher, grad_scale, a.stream_grad, Constant{broadcast(0.0f)});
+      write_grad(grad, a.vocab, teacher, grad_scale, a.stream_grad, Constant<T>{broadcast(0.0f)});
       continue;
     }
     // Where all words outside are -inf they have no softmax and take no gradient.
     const double factor = out.sum == 0.0 ? 0.0 : result.outside / out.sum * grad_scale;
-    const Softmax<T> outside{student, i + 1 < end ? student + a.student_stride : student, broadcast(out.shift),
-                             broadcast(scale), broadcast(static_cast<float>(factor))};
+    const Softmax<T> outside{student,
+                             i + 1 < end ? student + a.student_stride : student,
+                             broadcast(out.shift),
+                             broadcast(scale),
+                             broadcast(static_cast<float>(factor)),
+                             out.near};
     write_grad(grad, a.vocab, teacher, grad_scale, a.stream_grad, outside);
   }
   if (a.stream_grad) stream_fence();

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "power_table.h"
 #include "scalars.h"
 
 namespace pyfast {
@@ -204,6 +205,35 @@ struct Four {
   Vec one() const {
     return {_mm256_permute_ps(v, i * 0x55)};
   }
+};
+
+// power_table.h: 8 powers in a register. The steps are wider than those of 32: degree 3 (minimax, error below 3e-8).
+constexpr PowerTable<3> kPowers8{1.0};
+
+struct Powers {
+  static constexpr int kBits = 3;
+  static constexpr float kOffset = 0.0f;
+  __m256 table;
+  Powers() : table(_mm256_load_ps(reinterpret_cast<const float*>(kPowers8.entry))) {}
+  Vec at(Vec n) const {
+    const __m256i bits = _mm256_castps_si256(n.v);
+    const __m256i found = _mm256_castps_si256(_mm256_permutevar8x32_ps(table, bits));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(found, _mm256_slli_epi32(bits, 23 - kBits)))};
+  }
+  static Vec times(Vec power, Vec f) {
+    const Vec p = fma(fma(broadcast(0.055496223f), f, broadcast(0.24025764f)), f, broadcast(0.69314724f));
+    return fma(power, p * f, power);
+  }
+};
+
+struct Outside {
+  __m256i bits;
+  Outside() : bits(_mm256_setzero_si256()) {}
+  void note(Vec n) {
+    const __m256i magic = _mm256_castps_si256(_mm256_set1_ps(kMagic<Powers::kBits>));
+    bits = _mm256_or_si256(bits, _mm256_xor_si256(_mm256_castps_si256(n.v), magic));
+  }
+  bool any() const { return _mm256_testz_si256(bits, _mm256_set1_epi32(static_cast<int>(kPlace<Powers::kBits>))) == 0; }
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "power_table.h"
 #include "scalars.h"
 
 namespace pyfast {
@@ -202,6 +203,31 @@ struct Four {
   template <int i>
   Vec one() const {
     return {_mm512_permute_ps(v, i * 0x55)};
+  }
+};
+
+// power_table.h: 32 powers in two registers, looked up by the last five bits of the sum.
+struct Powers {
+  static constexpr int kBits = 5;
+  static constexpr float kOffset = kCenter;  // of what `times` takes
+  __m512 low, high;
+  Powers() : low(_mm512_load_ps(kPowers32.entry)), high(_mm512_load_ps(kPowers32.entry + 16)) {}
+  Vec at(Vec n) const {
+    const __m512i bits = _mm512_castps_si512(n.v), found = _mm512_castps_si512(_mm512_permutex2var_ps(low, bits, high));
+    return {_mm512_castsi512_ps(_mm512_add_epi32(found, _mm512_slli_epi32(bits, 23 - kBits)))};
+  }
+  static Vec times(Vec power, Vec f) { return power * fma(f, f, broadcast(kSquare)); }
+};
+
+struct Outside {
+  __m512i bits;
+  Outside() : bits(_mm512_setzero_si512()) {}
+  void note(Vec n) {  // bits | (n ^ magic)
+    const __m512i magic = _mm512_castps_si512(_mm512_set1_ps(kMagic<Powers::kBits>));
+    bits = _mm512_ternarylogic_epi32(bits, _mm512_castps_si512(n.v), magic, 0xf6);
+  }
+  bool any() const {
+    return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(static_cast<int>(kPlace<Powers::kBits>))) != 0;
   }
 };
 

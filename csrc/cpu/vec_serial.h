@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "power_table.h"
 #include "scalars.h"
 
 namespace pyfast {
@@ -122,6 +123,20 @@ struct Four {
   Vec one() const {
     return {p[i]};
   }
+};
+
+// power_table.h: 32 powers.
+struct Powers {
+  static constexpr int kBits = 5;
+  static constexpr float kOffset = kCenter;  // of what `times` takes
+  Vec at(Vec n) const { return {from_bits(kPowers32.entry[to_bits(n.v) % 32] + (to_bits(n.v) << (23 - kBits)))}; }
+  static Vec times(Vec power, Vec f) { return power * fma(f, f, broadcast(kSquare)); }
+};
+
+struct Outside {
+  uint32_t bits = 0;
+  void note(Vec n) { bits |= to_bits(n.v) ^ to_bits(kMagic<Powers::kBits>); }
+  bool any() const { return (bits & kPlace<Powers::kBits>) != 0; }
 };
 
 }  // namespace
