@@ -229,7 +229,7 @@ def break_even(
 @dataclass(frozen=True)
 class _Cycles:
     """Cycles of one thread: heuristics from the instructions of each kernel, those of AVX2 and AVX-512 brought near to
-    what a Zen 5 takes (docs/kernels.md has the tables)."""
+    what a Zen 5 and a Zen 4 take (docs/kernels.md has the tables)."""
 
     bitmap: tuple[Row, ...]  # a position, as Rates.bitmap
     sparse24: Row
@@ -249,7 +249,7 @@ _CYCLES = {
         32,
     ),
     "avx2": _Cycles(
-        ((0.35, 0.35, 0.4, 0.4), (0.5, 0.5, 0.6, 0.6), (0.9, 0.9, 1.0, 1.0)),
+        ((0.3, 0.3, 0.35, 0.35), (0.42, 0.42, 0.5, 0.5), (0.9, 0.9, 1.0, 1.0)),
         (0.4, 0.5, 0.8),
         0.6,
         (0.9, 0.9, 1.5, 3.0, 5.7),
@@ -265,7 +265,7 @@ _CYCLES = {
         64,
     ),
     "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
-        ((0.09, 0.11, 0.14, 0.14), (0.13, 0.15, 0.19, 0.19), (0.2, 0.22, 0.26, 0.26)),
+        ((0.12, 0.13, 0.14, 0.14), (0.14, 0.15, 0.19, 0.19), (0.2, 0.22, 0.26, 0.26)),
         (0.15, 0.25, 0.4),
         0.5,
         (0.45, 0.9, 1.1, 1.7, 3.1),
@@ -276,7 +276,7 @@ _CYCLES = {
 # bfloat16 multiplied as it is, which processors with VBMI2 and BF16 do.
 _BF16_BITMAP_CYCLES = ((0.075,) * 4, (0.12,) * 4, (0.18,) * 4)
 _GHZ = 3.0
-_READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 10.0, 200.0
+_READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 15.0, 200.0
 _DENSE_EFFICIENCY = 0.85
 _TURN_CYCLES = 1.0  # of an activation or an output of the indexed kernel
 _PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
@@ -286,7 +286,7 @@ _FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without in
 def built_in(
     isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, looks_up: bool = True, bf16: bool = False
 ) -> Constants:
-    """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 10 GB/s a thread.
+    """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 15 GB/s a thread.
 
     Good enough to order kernels that are far apart; where two are near each other, :func:`pyfast.sparse.plan` takes the
     one that needs no memory. ``packs``: whether torch comes with a library that packs weights. ``bfloat16``: time of a
