@@ -105,7 +105,7 @@ def test_time_grows_with_tokens_and_falls_with_sparsity(isa, format):
 
 @pytest.mark.parametrize(("looks_up", "kernel"), [(True, "direct"), (False, "indexed")])
 def test_one_token_goes_by_lists_where_the_processor_cannot_look_up(looks_up, kernel):
-    expected = predict(built_in("avx512", 2, looks_up=looks_up), work(0.9, 1))
+    expected = predict(built_in("avx512", 2, looks_up=looks_up), work(0.85, 1))
     assert planning.pick(expected) == kernel
 
 
@@ -186,7 +186,8 @@ def test_a_plan_says_what_it_expects():
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_built_in_constants_choose_as_the_kernels_are_meant(isa):
-    """One token: as stored. Several, at high sparsity: by the entries. Nearly dense: the dense library."""
+    """One token: as stored, up to where the zeros cost more than the entries. Several, at high sparsity: by the entries.
+    Nearly dense: the dense library."""
     constants = built_in(isa, 2)
 
     def best(*arguments, **options):
@@ -194,7 +195,7 @@ def test_built_in_constants_choose_as_the_kernels_are_meant(isa):
         return planning.pick(expected)
 
     assert best(0.5, 1) == best(0.5, 1, format="2:4") == "direct"
-    assert isa == "avx2" or best(0.8, 1) == best(0.9, 1) == "direct"
+    assert isa == "avx2" or (best(0.8, 1), best(0.9, 1)) == ("direct", "indexed")
     assert best(0.9, 16) == best(0.95, 128) == best(0.9, 512) == "indexed"
     assert best(0.05, 512) in ("dense", "packed")
 
