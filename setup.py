@@ -36,7 +36,7 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *W
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 if os.environ.get("PYFAST_SANITIZE") == "1":
     CXX_FLAGS += SANITIZE
-ABI3_MACROS = [("Py_LIMITED_API", "0x030a0000"), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
+ABI3_MACROS = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", TORCH_TARGET)]
 
 
 def sources(*patterns: str) -> list[str]:
@@ -44,11 +44,15 @@ def sources(*patterns: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found]
 
 
+def cpu_kernels() -> list[str]:
+    variants = ("serial", "avx2", "avx512*")
+    return sources("csrc/cpu/isa.cpp", "csrc/cpu/tables.cpp", *(f"csrc/cpu/*_{isa}.cpp" for isa in variants))
+
+
 def cpu_extensions() -> list[Extension]:
     import pybind11
 
-    variants = ("serial", "avx2", "avx512*")
-    kernels = sources("csrc/cpu/isa.cpp", "csrc/cpu/tables.cpp", *(f"csrc/cpu/*_{isa}.cpp" for isa in variants))
+    kernels = cpu_kernels()
     torch_side = [path for path in sources("csrc/cpu/*.cpp") if path not in kernels]
     headers = sources("csrc/*.h", "csrc/cpu/*.h")
     return [
@@ -130,6 +134,15 @@ class BuildNative(BuildExtension):
         for extension in every:
             if extension.name == "pyfast._cuda":
                 self.build_cuda(extension)
+
+    def build_extension(self, extension: Extension) -> None:
+        """pyfast._host takes the kernels' objects that pyfast._C, which is built before, was linked from."""
+        if extension.name == "pyfast._host":
+            objects = {source: Path(self.build_temp, source).with_suffix(".o") for source in cpu_kernels()}
+            made = {source for source, compiled in objects.items() if compiled.exists()}
+            extension.sources = [source for source in extension.sources if source not in made]
+            extension.extra_objects = [str(objects[source]) for source in sorted(made)]
+        super().build_extension(extension)
 
     def build_cuda(self, extension: Extension) -> None:
         home = find_cuda_home()
