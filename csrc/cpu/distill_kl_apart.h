@@ -20,7 +20,7 @@ namespace pyfast {
 namespace {
 
 // A value from which on a row lies apart: |x| is then about 0.2, and float32 leaves 2e-6 of s − t.
-constexpr double kNear = 0.03;
+constexpr double kNear = 0.025;
 
 constexpr bool is_kl(Divergence divergence) {
   return divergence == Divergence::forward_kl || divergence == Divergence::reverse_kl;
