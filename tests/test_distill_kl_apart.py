@@ -114,7 +114,7 @@ def test_streamed_gradients_of_odd_rows(isa, dtype, divergence):
 def test_words_far_from_the_rest(isa, dtype, divergence, at, level):
     """Logits for which powers of two are not looked up in a table, in one chunk of several and on one side or both."""
     sides = [{"student", "teacher"}]
-    if level < 0:  # else all the mass of one side lies where the other has none, and the gradient is a difference of ones
+    if level < 0:  # else all mass of one side lies where the other has none, and the gradient is a difference of ones
         sides.append({"teacher"})
     if level < 0 and (divergence == "reverse_kl" or level > -torch.inf):  # else the value is infinite
         sides.append({"student"})

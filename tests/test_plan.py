@@ -186,7 +186,7 @@ def test_a_plan_says_what_it_expects():
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_built_in_constants_choose_as_the_kernels_are_meant(isa):
-    """One token: as stored, up to where the zeros cost more than the entries. Several, at high sparsity: by the entries.
+    """One token: as stored, to where zeros cost more than the entries. Several, at high sparsity: by the entries.
     Nearly dense: the dense library."""
     constants = built_in(isa, 2)
 

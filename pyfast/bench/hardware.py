@@ -63,15 +63,20 @@ def reset_peak() -> bool:
     return True
 
 
+def give_back_memory() -> bool:
+    """Give memory that earlier work freed back to the system. False where that cannot be asked for."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def peak_growth_bytes(run: Callable[[], object]) -> int | None:
     """By how much the resident memory grew at its highest while ``run`` ran, its result alive; None where
     the system does not tell. Everything that the process touches anew counts, whoever allocated it; pages
     make it coarse by a few hundred KiB. Memory that earlier work freed is first given back to the system."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return None
-    if not reset_peak():
+    if not give_back_memory() or not reset_peak():
         return None
     before = resident_bytes()
     result = run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import tempfile
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from pyfast import backends
 from pyfast.bench import environment, floors
+from pyfast.bench.hardware import give_back_memory
 from pyfast.bench.options import SUITES, Options
 from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Report
@@ -77,8 +80,16 @@ def run(
                     if json_path is not None:
                         write(outcome.report, json_path)
                     on_suite(name, outcome.report)
+                _tidy()
                 progress.advance()
     return outcome
+
+
+def _tidy() -> None:
+    """What a suite leaves in memory must not be missing to the next one."""
+    gc.collect()
+    backends.release_memory()
+    give_back_memory()
 
 
 def write(report: Report, path: Path) -> None:

@@ -247,17 +247,14 @@ def _contenders(dense: Sequence[Variant], first: _Timings) -> tuple[list[Variant
 
 
 def _plan(recipes: Sequence[_Recipe], dense: _Dense, device: str) -> tuple[list[list[_Recipe]], list[_Recipe]]:
-    """Groups of recipes that fit beside the dense model, and those that fit only in place of it.
-
-    The estimate is twice the stored bytes, for a kernel may keep a second layout of its own.
-    """
+    """Groups of recipes that fit beside the dense model, and those that fit only in place of it."""
     room = models.available_bytes(device) * 0.9
     groups: list[list[_Recipe]] = [[]]
     alone: list[_Recipe] = []
     used = 0.0
     for dtype, what in recipes:
         bytes_dense = variants.weight_bytes(dense.plain[dtype].model)
-        needed = 2 * bytes_dense * what.stored_fraction(DTYPES[dtype].itemsize)
+        needed = bytes_dense * what.resident_fraction(DTYPES[dtype].itemsize)
         if needed > room:
             alone.append((dtype, what))
             continue
