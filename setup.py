@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
+from setuptools.modified import newer_group
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 ROOT = Path(__file__).parent
@@ -136,12 +137,13 @@ class BuildNative(BuildExtension):
                 self.build_cuda(extension)
 
     def build_extension(self, extension: Extension) -> None:
-        """pyfast._host takes the kernels' objects that pyfast._C, which is built before, was linked from."""
+        """pyfast._host takes the kernels' objects that pyfast._C, which is built before, was linked from; one that is
+        older than its source or a header, as where that module was up to date, is compiled again."""
         if extension.name == "pyfast._host":
-            objects = {source: Path(self.build_temp, source).with_suffix(".o") for source in cpu_kernels()}
-            made = {source for source, compiled in objects.items() if compiled.exists()}
+            compiled = {source: str(Path(self.build_temp, source).with_suffix(".o")) for source in cpu_kernels()}
+            made = {s: target for s, target in compiled.items() if not newer_group([s, *extension.depends], target)}
             extension.sources = [source for source in extension.sources if source not in made]
-            extension.extra_objects = [str(objects[source]) for source in sorted(made)]
+            extension.extra_objects = list(made.values())
         super().build_extension(extension)
 
     def build_cuda(self, extension: Extension) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from functools import partial
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from bench_samples import FLOORS, loss_result, other_losses, report, result
 from rich.console import Console
 
+from pyfast import _native
 from pyfast.bench import bars, baselines, hardware, headline, plots, readme, runner, tables
 from pyfast.bench.cases import is_pyfast, keep_runnable, relative_error
 from pyfast.bench.options import Options
@@ -18,6 +22,7 @@ from pyfast.bench.progress import Progress
 from pyfast.bench.schema import Bar, Report, Result
 from pyfast.bench.suites import losses, losses_attention, losses_linear, losses_topk, sparse
 from pyfast.bench.timing import ImplementationError
+from pyfast.ops._memory import reusable_empty
 from pyfast.reference import distill_kl as reference
 
 QUIET = Progress(quiet=True)
@@ -214,6 +219,29 @@ def test_figures_are_written_after_each_suite(fake_suites, tmp_path):
     assert list(outcome.failures) == ["sparse"]
     assert runner.read(path) == outcome.report
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def test_a_suite_leaves_no_memory_to_the_next(monkeypatch):
+    """Neither what waits to be collected nor what is kept for reuse is there when the next suite begins."""
+    left, seen = [], []
+
+    class Leaving:
+        def run(self, options, measured, progress):
+            assert not any(reference() for reference in left)
+            seen.append(0 if _native.CPU is None else _native.CPU.kept_memory())
+            tensor = reusable_empty(torch.empty(0), 4096, 4096)
+            tensor.itself = SimpleNamespace(tensor=tensor)
+            left.append(weakref.ref(tensor))
+            return [], []
+
+    monkeypatch.setattr(runner.importlib, "import_module", lambda name: Leaving())
+    monkeypatch.setattr(runner.floors, "measure", lambda device, quick: FLOORS)
+    gc.disable()
+    try:
+        outcome = runner.run(["losses", "sparse"], Options())
+    finally:
+        gc.enable()
+    assert not outcome.failures and seen[1] == 0
 
 
 def test_threads_are_set_and_put_back(fake_suites):

@@ -220,6 +220,30 @@ def setup_py(tree: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def test_the_host_module_takes_the_objects_that_are_up_to_date(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the kernels that pyfast._C has compiled; one that is older than its source is compiled again."""
+    torch_side, host = setup_py.cpu_extensions()
+    kernels = setup_py.cpu_kernels()
+    assert host.sources == ["csrc/host.cpp", *kernels] and set(kernels) < set(torch_side.sources)
+    command = setup_py.BuildNative(setuptools.Distribution({"name": "pyfast-kernels"}))
+    command.build_temp = str(tmp_path)
+    for source in kernels[1:]:
+        compiled = (tmp_path / source).with_suffix(".o")
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        compiled.touch()
+    old, *fresh = kernels[1:]
+    os.utime((tmp_path / old).with_suffix(".o"), (0, 0))
+    built = []
+    monkeypatch.setattr(setup_py.BuildExtension, "build_extension", lambda self, extension: built.append(extension))
+    command.build_extension(torch_side)
+    command.build_extension(host)
+    assert built == [torch_side, host] and not torch_side.extra_objects
+    assert host.sources == ["csrc/host.cpp", kernels[0], old]
+    assert host.extra_objects == [str((tmp_path / source).with_suffix(".o")) for source in fresh]
+
+
 def test_pyfast_cuda_takes_0_or_1(tree: Path) -> None:
     done = run([sys.executable, "setup.py", "--name"], cwd=tree, env=environment(PYFAST_CUDA="maybe"))
     assert done.returncode == 1

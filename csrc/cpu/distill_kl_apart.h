@@ -96,8 +96,10 @@ constexpr int64_t kFold = 8 * kPair;
 // processor to see far ahead by itself.
 constexpr int64_t kAhead = 2048;
 
-// The powers of two that a pair of rows needs, in place of its logits: student's and teacher's in turn. Of any logits,
+// Both give the powers of two of a row pair in place of its logits, the student's and the teacher's in turn. AnyPowers
+// of any logits; NearPowers of those near their shifts, none of which is infinite, and `outside` tells if one was not.
 struct AnyPowers {
+  static constexpr bool finite = false;
   RowPair row;
   template <int count>
   PYFAST_INLINE void operator()(Vec (&z)[count]) {
@@ -106,8 +108,8 @@ struct AnyPowers {
   }
 };
 
-// and of those near their shifts, none of which is infinite.
 struct NearPowers {
+  static constexpr bool finite = true;
   Ranged of[2];
   Powers powers;
   Outside outside;
@@ -117,8 +119,8 @@ struct NearPowers {
   }
 };
 
-// near: NearPowers, for n a multiple of kPair.
-template <Divergence divergence, bool keeps, bool near, class T, class PairPowers>
+// One chunk by AnyPowers, or by NearPowers where n is a multiple of kPair.
+template <Divergence divergence, bool keeps, class T, class PairPowers>
 ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n, float teacher_share, float offset,
                      PairPowers& pair_powers) {
   constexpr bool forward = divergence == Divergence::forward_kl;
@@ -147,7 +149,7 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
       sums[j].student = sums[j].student + es;
       sums[j].teacher = sums[j].teacher + et;
       const Vec more = fma(weight, x[j], sums[j].log_ratio);
-      if constexpr (near) {
+      if constexpr (PairPowers::finite) {
         sums[j].log_ratio = more;
       } else if constexpr (forward) {
         sums[j].log_ratio = select(equal(et, zero), sums[j].log_ratio, more);
@@ -172,8 +174,8 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
     for (; i + kPair <= end; i += kPair) {
       if constexpr (kSearched<T>) {
         for (int64_t byte = kAhead; byte < kAhead + kPair * static_cast<int64_t>(sizeof(T)); byte += 64) {
-          soon(reinterpret_cast<const char*>(student + i) + byte);
-          soon(reinterpret_cast<const char*>(teacher + i) + byte);
+          prefetch_l1(reinterpret_cast<const char*>(student + i) + byte);
+          prefetch_l1(reinterpret_cast<const char*>(teacher + i) + byte);
         }
       }
       const VecPair ps = load_pair(student + i), pt = load_pair(teacher + i);
@@ -186,7 +188,7 @@ ChunkSums pair_chunk(const T* student, const T* teacher, float* kept, int64_t n,
     }
     fold();
   }
-  if constexpr (!near) {
+  if constexpr (!PairPowers::finite) {
     for (; i < n; i += Vec::width) {
       const int64_t left = n - i < Vec::width ? n - i : Vec::width;
       Vec zs[1] = {load_up_to(student + i, left, kNegInf)}, zt[1] = {load_up_to(teacher + i, left, kNegInf)};
@@ -214,7 +216,7 @@ ChunkSums sum_chunk(PairSums& sums, const T* student, const T* teacher, float* k
   if (s.usable && t.usable && n % kPair == 0) {
     NearPowers powers{{s, t}, {}, {}};
     const ChunkSums near =
-        pair_chunk<divergence, keeps, true>(student, teacher, kept, n, row.teacher_share, sums.offset, powers);
+        pair_chunk<divergence, keeps>(student, teacher, kept, n, row.teacher_share, sums.offset, powers);
     if (!powers.outside.any()) {
       ground.student_unit = static_cast<float>(s.unit);
       ground.teacher_unit = static_cast<float>(t.unit);
@@ -224,7 +226,7 @@ ChunkSums sum_chunk(PairSums& sums, const T* student, const T* teacher, float* k
     sums.student.near.usable = false;  // the next chunk, too: words that are excluded are seldom alone
   }
   AnyPowers powers{row};
-  return pair_chunk<divergence, keeps, false>(student, teacher, kept, n, row.teacher_share, sums.offset, powers);
+  return pair_chunk<divergence, keeps>(student, teacher, kept, n, row.teacher_share, sums.offset, powers);
 }
 
 // Pass 1. `row` has the scales, and is left with the shifts of the last chunk. The offset is chosen anew once, by the

@@ -1,5 +1,5 @@
-// 2^n for logits that lie near the shift of their row, over Vec: half of the operations of exp2 in exp_log.h, which
-// knows every number. Here the logits must have n = z rate − shift in [−112, 16), and `Outside` tells where one has
+// 2^n for logits that lie near the shift of their row, over Vec: fewer operations than exp2 in exp_log.h, which knows
+// every number. Here the logits must have n = z rate − shift in [−112, 16), and `Outside` tells where one has
 // not: the caller then takes exp2. The rounded part of n is subtracted from z rate itself, inside a multiply-add: what
 // is left keeps its digits however far from 0 n is.
 #pragma once
@@ -25,8 +25,8 @@ inline Ranged ranged(float shift, float rate) {
           usable ? __builtin_exp2(rounded - at) : 1.0, usable};
 }
 
-// z[j] by of[j % sides]. Each step of all vectors before the next step of any: the scheduler of a Zen 4 holds the
-// operations of few vectors, and one vector after the other would wait for itself.
+// z[j] by of[j % sides]. Each step of all vectors before the next step of any, which is a few per cent faster than one
+// vector after the other: a scheduler holds the operations of few vectors, and each step waits for the one before.
 template <int count, int sides>
 PYFAST_INLINE void ranged_exp2(Vec (&z)[count], const Ranged (&of)[sides], const Powers& powers, Outside& outside) {
   Vec n[count], k[count];

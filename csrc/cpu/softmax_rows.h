@@ -12,8 +12,8 @@
 namespace pyfast {
 namespace {
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
-inline void soon(const void* p) { __builtin_prefetch(p, 0, 3); }      // into L1
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }     // into L2
+inline void prefetch_l1(const void* p) { __builtin_prefetch(p, 0, 3); }  // and into L1
 
 constexpr int64_t kPair = 2 * Vec::width;
 constexpr float kLowest = -3.40282347e+38f;  // stands in for -inf as a shift, so that -inf - shift is -inf
