@@ -141,7 +141,7 @@ def test_what_is_no_number_stays_in_its_row(isa, dtype, divergence, value, whose
     assert grad[others].isfinite().all() and true_grad[others].isfinite().all()
 
 
-@pytest.mark.parametrize("moved", [700.0, -3000.0, 1e5])  # the last one is beyond the steps of a table of powers
+@pytest.mark.parametrize("moved", [700.0, -3000.0, 1e5, 1e6])  # the last one is beyond the steps of a table of powers
 @pytest.mark.parametrize("divergence", KLS)
 def test_logits_that_lie_elsewhere(isa, divergence, moved):
     """A constant added to all logits of one of the two costs what rounding them costs."""
