@@ -8,15 +8,18 @@ conversions by instruction set, and dense products by MKL or by oneDNN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from generated import publish
+from torch import Tensor
 
 from pyfast import BitmapWeight, _products, backends
 from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast.bench.timing import Rotating, cold, interleave
 from pyfast.ops.nm_mask import nm_mask
+from pyfast.sparse import layouts
 from pyfast.sparse.layouts import IndexedLayout
 
 ROWS, WORDS = 512, 32000
@@ -122,26 +125,31 @@ def by_bitmap_warm() -> list[dict[str, Any]]:
 
 
 def by_lists_warm() -> list[dict[str, Any]]:
-    """Nanoseconds of one core for a stored value of float32, by the indexed layout, outputs included."""
+    """Nanoseconds of one core for a stored value by the indexed layout, outputs included: float32, and bfloat16 where
+    the ISA multiplies it in pairs."""
     found = []
     large, small, k = WARM
-    for sparsity in LIST_SPARSITIES:
-        masks = {n: torch.rand(n, k) >= sparsity for n in (large, small)}
-        layouts = {
-            n: IndexedLayout.of(BitmapWeight.from_dense(torch.randn(n, k), mask=mask)) for n, mask in masks.items()
-        }
-        more = int(masks[large].sum() - masks[small].sum())
-        for tokens in LIST_TOKENS:
-            x = torch.randn(tokens, k)
-
-            def call(n: int, layouts: dict[int, IndexedLayout] = layouts, x: torch.Tensor = x) -> Callable[[], object]:
-                return lambda: layouts[n].linear(x, None, 0, None)
-
-            for isa in backends.isas_supported():
-                if isa == "serial":
+    for sparsity, isa in product(LIST_SPARSITIES, backends.isas_supported()):
+        if isa == "serial":
+            continue
+        with backends.isa(isa):
+            masks = {n: torch.rand(n, k) >= sparsity for n in (large, small)}
+            more = int(masks[large].sum() - masks[small].sum())
+            for dtype in (torch.float32, torch.bfloat16):
+                if dtype == torch.bfloat16 and not layouts.pairs(dtype):
                     continue
-                with backends.isa(isa):
-                    found.append({"sparsity": sparsity, "tokens": tokens, "isa": isa, "ns": _warm_ns(call) / more})
+                made = {
+                    n: IndexedLayout.of(BitmapWeight.from_dense(torch.randn(n, k).to(dtype), mask=mask))
+                    for n, mask in masks.items()
+                }
+                row = {"sparsity": sparsity, "dtype": str(dtype).removeprefix("torch."), "isa": isa}
+                for tokens in LIST_TOKENS:
+                    x = torch.randn(tokens, k).to(dtype)
+
+                    def call(n: int, made: dict[int, IndexedLayout] = made, x: Tensor = x) -> Callable[[], object]:
+                        return lambda: made[n].linear(x, None, 0, None)
+
+                    found.append({**row, "tokens": tokens, "ns": _warm_ns(call) / more})
     return found
 
 
@@ -234,8 +242,9 @@ def text(figures: dict[str, Any]) -> str:
         "",
     ]
     lines += _by_isa(figures["by_bitmap_warm"], lambda r: r["dtype"], "{:.1f}")
-    lines += ["", "One core, weights in the cache, float32, ns of a stored value by lists, by tokens and sparsity:", ""]
-    lines += _by_isa(figures["by_lists_warm"], lambda r: f"{r['sparsity']:.0%}".replace("%", " %"), "{:.2f}")
+    lines += ["", "One core, weights in the cache, ns of a stored value by lists, by tokens and sparsity:", ""]
+    by_lists = figures["by_lists_warm"]
+    lines += _by_isa(by_lists, lambda r: f"{r['sparsity']:.0%}, {r['dtype']}".replace("%", " %"), "{:.2f}")
     isas = list(dict.fromkeys(r["isa"] for r in figures["conversions"]))
     size = "x".join(map(str, CONVERTED))
     lines += ["", f"Conversions of a {size} weight that stores one half, 10⁹ elements a second:", ""]

@@ -10,23 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_cases import DTYPES, TOLERANCE, awkward, same_bits, weight_24, weight_unstructured
 
-from pyfast import BitmapWeight, Sparse24Weight, backends
+from pyfast import BitmapWeight, Sparse24Weight, _native, backends
 from pyfast.ops.indexed_linear import indexed_linear
 from pyfast.reference import indexed_linear as reference
 from pyfast.reference.epilogue import ACTIVATIONS, epilogue
 from pyfast.sparse.layouts import IndexedLayout, block_columns, panel_rows
 
 OPS = torch.ops.pyfast
+KINDS = [(dtype, False) for dtype in DTYPES] + [(torch.bfloat16, True)]  # dtype, whether entries are pairs
+each_kind = pytest.mark.parametrize(("dtype", "pairs"), KINDS)
+ONE_AND_TWO = [(torch.float32, False), (torch.bfloat16, True)]
+one_and_two = pytest.mark.parametrize(("dtype", "pairs"), ONE_AND_TWO)
 
 
-def layout(dense, format="bitmap", panel=32, block=128):
+def layout(dense, format="bitmap", panel=32, block=128, pairs=False):
     """values, columns, starts, rows of a dense matrix."""
     n, k = dense.shape
     if format == "2:4":
         weight = Sparse24Weight.from_dense(dense)
-        return OPS.sparse24_to_indexed(weight.values, weight.metadata, None, k, panel, block)
+        return OPS.sparse24_to_indexed(weight.values, weight.metadata, None, k, panel, block, pairs)
     weight = BitmapWeight.from_dense(dense)
-    return OPS.bitmap_to_indexed(weight.values, weight.bitmaps, weight.offsets, None, n, k, panel, block)
+    return OPS.bitmap_to_indexed(weight.values, weight.bitmaps, weight.offsets, None, n, k, panel, block, pairs)
 
 
 def check(x, dense, made, panel, block, bias=None):
@@ -44,38 +48,39 @@ def check(x, dense, made, panel, block, bias=None):
     k=st.integers(1, 600),
     tokens=st.integers(0, 140),
     sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
-    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
     panel=st.sampled_from([16, 32, 48, 256]),
     block=st.sampled_from([64, 128, 192]),
     variant=st.sampled_from(backends.isas_supported() or ["serial"]),
 )
-def test_any_shape(format, n, k, tokens, sparsity, dtype, panel, block, variant):
+def test_any_shape(format, n, k, tokens, sparsity, kind, panel, block, variant):
+    dtype, pairs = kind
     dense = weight_24(n, k, dtype) if format == "2:4" else weight_unstructured(n, k, sparsity, dtype)
-    made = layout(dense, format, panel, block)
+    made = layout(dense, format, panel, block, pairs)
     with backends.isa(variant):
         check(torch.randn(tokens, k).to(dtype), dense, made, panel, block, torch.randn(n).to(dtype))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0])
 @pytest.mark.parametrize("block", [64, 128, 192])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_token(isa, dtype, block, sparsity):
+@each_kind
+def test_one_token(isa, dtype, pairs, block, sparsity):
     """Lists of every length about 16 entries, the last ones at the end of the tensors."""
     for n, k in ((1, 1), (33, 500), (150, 1030)):
         dense = weight_unstructured(n, k, sparsity, dtype)
-        check(
-            torch.randn(1, k).to(dtype), dense, layout(dense, "bitmap", 32, block), 32, block, torch.randn(n).to(dtype)
-        )
+        made = layout(dense, "bitmap", 32, block, pairs)
+        check(torch.randn(1, k).to(dtype), dense, made, 32, block, torch.randn(n).to(dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 30, 70])
 @pytest.mark.parametrize("block", [64, 128, 192])
-def test_an_activation_reaches_the_rows_that_store_its_column(isa, block, tokens, bad):
+@one_and_two
+def test_an_activation_reaches_the_rows_that_store_its_column(isa, dtype, pairs, block, tokens, bad):
     """One that is no number, or infinite, spoils the outputs of those rows, no others, whatever fills up the quads."""
-    dense = weight_unstructured(70, 300, 0.8)
+    dense = weight_unstructured(70, 300, 0.8, dtype)
     dense[::7] = 0.0
-    x, made = torch.randn(tokens, 300), layout(dense, panel=48, block=block)
+    x, made = torch.randn(tokens, 300).to(dtype), layout(dense, panel=48, block=block, pairs=pairs)
     clean = indexed_linear(x, *made, None, 70, 48, block, 0, None)
     for column in (0, 1, 63, 64, 127, 128, 130, 191, 192, 256, 299):
         dirty = x.clone()
@@ -88,8 +93,9 @@ def test_an_activation_reaches_the_rows_that_store_its_column(isa, block, tokens
             assert torch.equal(y[-1, stores], dense[stores, column].sign() * bad)
 
 
-def by_hand(dense, panel, block):
-    """The layout by its definition, for any block that the product takes; conversions make some of them."""
+def by_hand(dense, panel, block, a_step=1):
+    """The layout by its definition, for any block that the product takes; conversions make some of them. A step has
+    ``a_step`` entries of a row."""
     n, k = dense.shape
     values, columns, starts, rows = [], [], [0], []
     for first_row in range(0, n, panel):
@@ -100,15 +106,17 @@ def by_hand(dense, panel, block):
             order = (part != 0).sum(1).argsort(descending=True, stable=True).tolist()
             for quad in range(0, panel, 4):
                 entries = [[(float(part[r, c]), c) for c in part[r].nonzero()[:, 0].tolist()] for r in order[quad:][:4]]
-                steps = max(map(len, entries))
-                filled = [row + [(0.0, block)] * (steps - len(row)) for row in entries]
-                values += [[row[step][0] for row in filled] for step in range(steps)]
-                columns += [[row[step][1] for row in filled] for step in range(steps)]
+                steps = -(-max(map(len, entries)) // a_step)
+                filled = [row + [(0.0, block)] * (a_step * steps - len(row)) for row in entries]
+                of_steps = [[row[step * a_step :][:a_step] for row in filled] for step in range(steps)]
+                values += [[[value for value, _ in some] for some in step] for step in of_steps]
+                columns += [[[column for _, column in some] for some in step] for step in of_steps]
                 starts.append(len(values))
                 rows.append(order[quad:][:4])
+    size = (-1, 4, a_step) if a_step > 1 else (-1, 4)
     return (
-        torch.tensor(values).reshape(-1, 4),
-        torch.tensor(columns, dtype=torch.uint8).reshape(-1, 4),
+        torch.tensor(values, dtype=dense.dtype).reshape(size),
+        torch.tensor(columns, dtype=torch.uint8).reshape(size),
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor(rows, dtype=torch.uint8),
     )
@@ -116,19 +124,28 @@ def by_hand(dense, panel, block):
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
 @pytest.mark.parametrize(("panel", "block"), [(4, 1), (16, 17), (12, 33), (8, 65), (20, 97), (16, 129), (16, 192)])
-def test_any_block_and_panel(isa, tokens, panel, block):
-    dense = weight_unstructured(29, 2 * block + 5, 0.4)
-    check(torch.randn(tokens, dense.shape[1]), dense, by_hand(dense, panel, block), panel, block)
+@one_and_two
+def test_any_block_and_panel(isa, dtype, pairs, tokens, panel, block):
+    dense = weight_unstructured(29, 2 * block + 5, 0.4, dtype)
+    made = by_hand(dense, panel, block, 2 if pairs else 1)
+    check(torch.randn(tokens, dense.shape[1]).to(dtype), dense, made, panel, block)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_kind
 @pytest.mark.parametrize("format", ["bitmap", "2:4"])
-def test_the_layout_holds_the_weight_bit_for_bit(format, dtype):
+def test_the_layout_holds_the_weight_bit_for_bit(format, dtype, pairs):
     dense = weight_24(70, 200, dtype) if format == "2:4" else weight_unstructured(70, 200, 0.7, dtype)
-    made = layout(dense, format, 32, 128)
+    made = layout(dense, format, 32, 128, pairs)
     assert same_bits(reference.decompress(*made, 70, 200, 32, 128).to(dtype), dense)
     values, columns, starts, _ = made
     assert starts.diff().min() >= 0 and int(starts[-1]) == len(values) == len(columns)
+
+
+def test_conversions_make_what_the_definition_says():
+    """Of pairs; what single entries are is looked at below."""
+    dense = weight_unstructured(90, 300, 0.8, torch.bfloat16)
+    for one, other in zip(layout(dense, panel=48, pairs=True), by_hand(dense, 48, 128, 2), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("n", "panel", "block"), [(16, 16, 128), (50, 16, 64), (200, 112, 192)])
@@ -157,38 +174,39 @@ def test_quads_hold_the_rows_of_a_panel_once_fullest_first(n, panel, block):
 
 
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_epilogue(isa, dtype, activation):
+@each_kind
+def test_epilogue(isa, dtype, pairs, activation):
     dense, x = weight_unstructured(40, 100, 0.6, dtype), torch.randn(9, 100).to(dtype)
     bias, mul = torch.randn(40).to(dtype), torch.randn(9, 80).to(dtype)[:, ::2]
-    y = indexed_linear(x, *layout(dense), bias, 40, 32, 128, activation, mul)
+    y = indexed_linear(x, *layout(dense, pairs=pairs), bias, 40, 32, 128, activation, mul)
     true = epilogue(x.double() @ dense.double().T + bias.double(), activation, mul.double())
     assert relative_error(y, true) < 3 * TOLERANCE[dtype]
 
 
+@one_and_two
 @pytest.mark.parametrize("tokens", [1, 7, 20, 33, 70])
-def test_nan_and_infinity_stay_in_their_token_and_their_row(isa, tokens):
-    dense = weight_unstructured(48, 130, 0.5)
-    x = torch.randn(tokens, 130)
-    clean = indexed_linear(x, *layout(dense), None, 48, 32, 128, 0, None)
+def test_nan_and_infinity_stay_in_their_token_and_their_row(isa, tokens, dtype, pairs):
+    dense = weight_unstructured(48, 130, 0.5, dtype)
+    x = torch.randn(tokens, 130).to(dtype)
+    clean = indexed_linear(x, *layout(dense, pairs=pairs), None, 48, 32, 128, 0, None)
     dirty = x.clone()
     dirty[tokens - 1] = float("nan")
-    y = indexed_linear(dirty, *layout(dense), None, 48, 32, 128, 0, None)
+    y = indexed_linear(dirty, *layout(dense, pairs=pairs), None, 48, 32, 128, 0, None)
     stored = (dense != 0).any(1)
     assert torch.equal(y[: tokens - 1], clean[: tokens - 1]) and y[tokens - 1, stored].isnan().all()
     for bad in (float("nan"), float("inf")):
         dense[17, int(dense[17].nonzero()[0])] = bad
-        y = indexed_linear(x, *layout(dense), None, 48, 32, 128, 0, None)
+        y = indexed_linear(x, *layout(dense, pairs=pairs), None, 48, 32, 128, 0, None)
         others = torch.arange(48) != 17
         assert torch.equal(y[:, others], clean[:, others]) and not torch.isfinite(y[:, 17]).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_awkward_values(isa, dtype):
+@pytest.mark.parametrize(("dtype", "pairs"), [*ONE_AND_TWO, (torch.bfloat16, False)])
+def test_awkward_values(isa, dtype, pairs):
     """Full and empty rows, −0.0, NaN, infinities, subnormals: as the dense product where that is finite."""
     dense = awkward(40, 300, dtype)
     x = torch.rand(20, 300).to(dtype) + 1
-    y = indexed_linear(x, *layout(dense, panel=16, block=192), None, 40, 16, 192, 0, None)
+    y = indexed_linear(x, *layout(dense, panel=16, block=192, pairs=pairs), None, 40, 16, 192, 0, None)
     true = x.double() @ dense.double().T
     finite = torch.isfinite(true)
     assert torch.equal(torch.isfinite(y), finite)
@@ -230,21 +248,22 @@ def test_uneven_rows_on_any_number_of_threads(case, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
+@each_kind
+def test_opcheck(dtype, pairs):
     dense = weight_unstructured(40, 150, 0.6, dtype)
     weight, two_four = BitmapWeight.from_dense(dense), Sparse24Weight.from_dense(weight_24(40, 150, dtype))
     x, bias, mul = torch.randn(5, 150).to(dtype), torch.randn(40).to(dtype), torch.randn(5, 40).to(dtype)
-    torch.library.opcheck(OPS.indexed_linear, (x, *layout(dense), bias, 40, 32, 128, 4, mul))
-    arguments = (weight.values, weight.bitmaps, weight.offsets, None, 40, 150, 32, 128)
+    torch.library.opcheck(OPS.indexed_linear, (x, *layout(dense, pairs=pairs), bias, 40, 32, 128, 4, mul))
+    arguments = (weight.values, weight.bitmaps, weight.offsets, None, 40, 150, 32, 128, pairs)
     torch.library.opcheck(OPS.bitmap_to_indexed, arguments)
-    torch.library.opcheck(OPS.sparse24_to_indexed, (two_four.values, two_four.metadata, None, 150, 32, 128))
+    torch.library.opcheck(OPS.sparse24_to_indexed, (two_four.values, two_four.metadata, None, 150, 32, 128, pairs))
 
 
-def test_reference_agrees():
-    dense, x = weight_unstructured(33, 130, 0.6), torch.randn(5, 130)
-    y = indexed_linear(x, *layout(dense), None, 33, 32, 128, 0, None, "reference")
-    assert relative_error(y, x.double() @ dense.double().T) < 1e-6
+@one_and_two
+def test_reference_agrees(dtype, pairs):
+    dense, x = weight_unstructured(33, 130, 0.6, dtype), torch.randn(5, 130).to(dtype)
+    y = indexed_linear(x, *layout(dense, pairs=pairs), None, 33, 32, 128, 0, None, "reference")
+    assert relative_error(y, x.double() @ dense.double().T) < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +297,33 @@ def test_tensors_that_do_not_fit_are_refused(name, change):
         OPS.indexed_linear(*arguments.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x", {"x": torch.randn(3, 150)}),
+        ("x", {"x": torch.randn(3, 150).half()}),
+        ("values", {"values": torch.zeros(0, 4, dtype=torch.bfloat16)}),
+        ("values", {"values": torch.zeros(0, 4, 1, dtype=torch.bfloat16)}),
+        ("columns", {"columns": torch.zeros(0, 8, dtype=torch.uint8)}),
+        ("columns", {"columns": torch.zeros(1, 4, 2, dtype=torch.uint8)}),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(name, change):
+    dense = weight_unstructured(40, 150, 0.6, torch.bfloat16)
+    made = dict(zip(("values", "columns", "starts", "rows"), layout(dense, pairs=True), strict=True))
+    rest = {"bias": None, "n": 40, "panel": 32, "block": 128, "activation": 0, "mul": None}
+    arguments = {"x": torch.randn(3, 150).bfloat16(), **made, **rest, **change}
+    with pytest.raises(RuntimeError, match=name):
+        OPS.indexed_linear(*arguments.values())
+
+
+@pytest.mark.parametrize("format", ["bitmap", "2:4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_only_bfloat16_makes_pairs(dtype, format):
+    with pytest.raises(RuntimeError, match="pairs"):
+        layout(weight_24(40, 150, dtype), format, pairs=True)
+
+
 @pytest.mark.parametrize(("panel", "block"), [(0, 128), (24, 128), (272, 128), (32, 0), (32, 100), (32, 256)])
 def test_panels_and_blocks_that_cannot_be_are_refused(panel, block):
     with pytest.raises(RuntimeError, match="panel" if block == 128 else "block"):
@@ -290,3 +336,16 @@ def test_panels_shrink_so_that_threads_share_evenly():
     assert panel_rows(14336, 2) == panel_rows(4096, 2) == 256 and panel_rows(4864, 8) == panel_rows(100, 8) == 64
     assert all(panel_rows(n, 3) % 16 == 0 for n in range(1, 20000, 97))
     assert block_columns(0.5) == 128 and block_columns(0.05) == 192
+
+
+def test_a_layout_holds_pairs_where_the_machine_multiplies_them(isa):
+    """And serves on every ISA, whichever it was made on."""
+    dense, x = weight_unstructured(100, 300, 0.6, torch.bfloat16), torch.randn(40, 300).bfloat16()
+    made = IndexedLayout.of(BitmapWeight.from_dense(dense))
+    paired = isa == "avx512" and _native.CPU.has_avx512_bf16()
+    assert made.values.dtype == (torch.bfloat16 if paired else torch.float32)
+    assert made.values.shape == made.columns.shape
+    for variant in backends.isas_supported():
+        with backends.isa(variant):
+            y = made.linear(x, None, 0, None)
+            assert relative_error(y, x.double() @ dense.double().T) < TOLERANCE[torch.bfloat16]

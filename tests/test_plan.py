@@ -54,7 +54,8 @@ def distinct(factor=1.0):
         for dtype, packed in (("float32", row(tokens)), ("bfloat16", ()))
     }
     tiles = len(cost_model.TILES)
-    return cost_model.Constants("calibrated", number(), number(), row(tiles), row(tiles), number(), rates)
+    singles, pairs = (cost_model.Lists(row(tiles), row(tiles), number()) for _ in range(2))
+    return cost_model.Constants("calibrated", number(), number(), singles, pairs, rates)
 
 
 # --- the cost model ---
@@ -148,7 +149,7 @@ def test_break_even_is_where_the_curves_cross():
 def test_break_even_never():
     """A machine whose sparse kernels are hopeless."""
     endless = (1e9,) * len(cost_model.TILES)
-    hopeless = dataclasses.replace(distinct(), entry=endless, list_start=endless)
+    hopeless = dataclasses.replace(distinct(), singles=cost_model.Lists(endless, endless, 1.0))
     slow = dataclasses.replace(hopeless.of("float32"), bitmap=((1e9,) * 4,) * 3, bitmap_decompress=1e9)
     constants = dataclasses.replace(hopeless, rates={"float32": slow})
     assert cost_model.break_even(constants, (1024, 1024), 16, "float32", 2, 32) is None
@@ -290,9 +291,10 @@ def test_calibration_is_kept_and_used(cache):
     assert sorted(os.listdir(cache.parent)) == [cache.name]
 
 
-def test_the_model_is_solved_for_its_constants(monkeypatch, cache):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_solved_for_its_constants(dtype):
     """A clock that follows the model: the calibration finds the constants that the clock was made from."""
-    true = dataclasses.replace(distinct(1.0), read_gbps=1e6, call_us=0.0)
+    true = distinct(1.0).singles
     calls = []
 
     def clock(call):
@@ -304,18 +306,18 @@ def test_the_model_is_solved_for_its_constants(monkeypatch, cache):
     calls.append(1e-12 * turn * 64 * 8 * k)
     generator = torch.Generator().manual_seed(0)
     twin = torch.Generator().manual_seed(0)
-    calibration._random_bitmap((16, 8 * k), 0.0, torch.float32, twin)
+    calibration._random_bitmap((16, 8 * k), 0.0, dtype, twin)
     counts = []
     for density in (0.02, 0.5):
-        weight = calibration._random_bitmap(shape, density, torch.float32, twin)
+        weight = calibration._random_bitmap(shape, density, dtype, twin)
         counts.append(cost_model.entries(planning.work_of(weight, 1)))
     for i, tile in enumerate(cost_model.TILES):
         for entries, lists in counts:
-            ps = entries * true.entry[i] + lists * true.list_start[i] + turn * tile * (n + k)
+            ps = entries * true.entry[i] + lists * true.start[i] + turn * tile * (n + k)
             calls.append(1e-12 * ps)
-    entry, list_start, found_turn = calibration._indexed(clock, shape, generator)
-    assert entry == pytest.approx(true.entry) and list_start == pytest.approx(true.list_start)
-    assert found_turn == pytest.approx(turn) and not calls
+    found = calibration._indexed(clock, shape, dtype, generator)
+    assert found.entry == pytest.approx(true.entry) and found.start == pytest.approx(true.start)
+    assert found.turn == pytest.approx(turn) and not calls
 
 
 def test_constants_survive_json():
@@ -355,7 +357,7 @@ DAMAGE = {
 
 def shortened(whole):
     for entry in whole["devices"].values():
-        entry["constants"]["entry"].pop()
+        entry["constants"]["singles"]["entry"].pop()
     return whole
 
 

@@ -2,6 +2,8 @@
 // indexed_convert.h.
 #include "indexed_convert.h"
 
+#include <vector>
+
 #include "sparse_driver.h"
 
 namespace pyfast {
@@ -9,7 +11,7 @@ namespace {
 
 using Layout = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // values, columns, starts, rows
 
-template <class Source>
+template <class Value, class Source>
 Layout build(const Tensor& like, const IndexedShape& s, const Source& source) {
   const int64_t parts = (s.n + s.panel - 1) / s.panel * s.blocks, quads = parts * s.quads();
   Tensor starts = torch::stable::new_empty(like, {quads + 1}, ScalarType::Int);
@@ -22,7 +24,7 @@ Layout build(const Tensor& like, const IndexedShape& s, const Source& source) {
       for (int64_t i = begin; i < end; ++i) body(i / s.blocks, i % s.blocks, i * s.quads());
     });
   };
-  each([&](int64_t p, int64_t b, int64_t q) { order_rows(s, source, p, b, row + kQuad * q, at + 1 + q); });
+  each([&](int64_t p, int64_t b, int64_t q) { order_rows<Value>(s, source, p, b, row + kQuad * q, at + 1 + q); });
   at[0] = 0;
   int64_t sum = 0;
   for (int64_t i = 1; i <= quads; ++i) {
@@ -30,11 +32,13 @@ Layout build(const Tensor& like, const IndexedShape& s, const Source& source) {
     STD_TORCH_CHECK(sum <= INT32_MAX, "weight: more than 2^33 stored elements have no indexed layout");
     at[i] = static_cast<int32_t>(sum);
   }
-  Tensor values = torch::stable::new_empty(like, {sum, kQuad}, ScalarType::Float);
-  Tensor columns = torch::stable::new_empty(like, {sum, kQuad}, ScalarType::Byte);
+  constexpr bool pairs = kEntriesOfStep<Value> == 2;
+  const std::vector<int64_t> size = pairs ? std::vector<int64_t>{sum, kQuad, 2} : std::vector<int64_t>{sum, kQuad};
+  Tensor values = torch::stable::new_empty(like, size, pairs ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor columns = torch::stable::new_empty(like, size, ScalarType::Byte);
   advise_huge_pages(values);
   advise_huge_pages(columns);
-  float* value = values.mutable_data_ptr<float>();
+  Value* value = static_cast<Value*>(values.mutable_data_ptr());
   uint8_t* column = columns.mutable_data_ptr<uint8_t>();
   each([&](int64_t p, int64_t b, int64_t q) { write_quads(s, source, p, b, at + q, row + kQuad * q, value, column); });
   return {values, columns, starts, rows};
@@ -57,24 +61,28 @@ const float* scales_of(const std::optional<Tensor>& scales, const Tensor& values
   return scales->const_data_ptr<float>();
 }
 
-// body(pointer to the values as what they are)
-template <class Body>
-Layout with_values(const Tensor& values, const Body& body) {
-  switch (stored_as(values)) {
+// The layout of a container. source(pointer to the values as what they are): where they are found.
+template <class SourceOf>
+Layout layout_of(const Tensor& values, const IndexedShape& shape, bool pairs, const SourceOf& source) {
+  const void* v = values.const_data_ptr();
+  const Stored stored = stored_as(values);
+  STD_TORCH_CHECK(!pairs || stored == Stored::bf16, "pairs: accepted: True for bfloat16 values alone");
+  switch (stored) {
     case Stored::f32:
-      return body(static_cast<const float*>(values.const_data_ptr()));
+      return build<float>(values, shape, source(static_cast<const float*>(v)));
     case Stored::bf16:
-      return body(static_cast<const bf16*>(values.const_data_ptr()));
+      if (pairs) return build<bf16>(values, shape, source(static_cast<const bf16*>(v)));
+      return build<float>(values, shape, source(static_cast<const bf16*>(v)));
     case Stored::f16:
-      return body(static_cast<const f16*>(values.const_data_ptr()));
+      return build<float>(values, shape, source(static_cast<const f16*>(v)));
     case Stored::i8:
-      return body(static_cast<const int8_t*>(values.const_data_ptr()));
+      return build<float>(values, shape, source(static_cast<const int8_t*>(v)));
   }
   STD_TORCH_CHECK(false, "values: unknown dtype");
 }
 
 Layout sparse24_to_indexed(const Tensor& values, const Tensor& metadata, const std::optional<Tensor>& scales, int64_t k,
-                           int64_t panel, int64_t block) {
+                           int64_t panel, int64_t block, bool pairs) {
   STD_TORCH_CHECK(values.dim() == 2 && values.is_contiguous(), "values: must be contiguous [out_features, k / 2]");
   const int64_t n = values.size(0), k_padded = 2 * values.size(1);
   const IndexedShape shape = shape_of(n, k, panel, block);
@@ -83,15 +91,14 @@ Layout sparse24_to_indexed(const Tensor& values, const Tensor& metadata, const s
                       metadata.size(0) == n && metadata.size(1) == k_padded / 16,
                   "metadata: must be contiguous int16 [out_features, k / 16]");
   const float* scale = scales_of(scales, values, n);
-  return with_values(values, [&](const auto* v) {
-    return build(values, shape,
-                 Sparse24Source<std::remove_cvref_t<decltype(*v)>>{
-                     v, static_cast<const uint16_t*>(metadata.const_data_ptr()), k_padded, scale});
+  return layout_of(values, shape, pairs, [&]<class T>(const T* v) {
+    return Sparse24Source<T>{v, static_cast<const uint16_t*>(metadata.const_data_ptr()), k_padded, scale};
   });
 }
 
 Layout bitmap_to_indexed(const Tensor& values, const Tensor& bitmaps, const Tensor& offsets,
-                         const std::optional<Tensor>& scales, int64_t n, int64_t k, int64_t panel, int64_t block) {
+                         const std::optional<Tensor>& scales, int64_t n, int64_t k, int64_t panel, int64_t block,
+                         bool pairs) {
   const IndexedShape shape = shape_of(n, k, panel, block);
   const int64_t tiles = (k + kTileColumns - 1) / kTileColumns;
   const int64_t all = tiles * ((n + kTileRows - 1) / kTileRows);
@@ -105,10 +112,8 @@ Layout bitmap_to_indexed(const Tensor& values, const Tensor& bitmaps, const Tens
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous() && values.size(0) == at[all],
                   "values: must be contiguous, with as many elements as the last offset says");
   const float* scale = scales_of(scales, values, n);
-  return with_values(values, [&](const auto* v) {
-    return build(values, shape,
-                 BitmapSource<std::remove_cvref_t<decltype(*v)>>{
-                     v, reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>()), at, tiles, scale});
+  return layout_of(values, shape, pairs, [&]<class T>(const T* v) {
+    return BitmapSource<T>{v, reinterpret_cast<const uint64_t*>(bitmaps.const_data_ptr<int64_t>()), at, tiles, scale};
   });
 }
 

@@ -100,7 +100,7 @@ struct BitmapSource {
 
 // The order of a panel's rows within a block, fullest first, to rows [panel], and the steps of its quads to
 // steps [panel / 4]. Rows beyond the weight's last are empty.
-template <class Source>
+template <class Value, class Source>
 void order_rows(const IndexedShape& s, const Source& source, int64_t p, int64_t b, uint8_t* rows, int32_t* steps) {
   int32_t count[kMostPanel] = {}, place[kMostBlock + 2] = {};
   const int64_t here = std::min(s.panel, s.n - p * s.panel);
@@ -111,29 +111,28 @@ void order_rows(const IndexedShape& s, const Source& source, int64_t p, int64_t 
   for (int64_t r = s.panel - 1; r >= 0; --r) {
     const int32_t at = --place[count[r]];
     rows[at] = static_cast<uint8_t>(r);
-    if (at % kQuad == 0) steps[at / kQuad] = count[r];
+    if (at % kQuad == 0) steps[at / kQuad] = (count[r] + kEntriesOfStep<Value> - 1) / kEntriesOfStep<Value>;
   }
 }
 
-// starts, rows: of this panel's block.
-template <class Source>
+// starts, rows: of this panel's block. bf16 is exact where the source is bfloat16.
+template <class Source, class Value>
 void write_quads(const IndexedShape& s, const Source& source, int64_t p, int64_t b, const int32_t* starts,
-                 const uint8_t* rows, float* values, uint8_t* columns) {
-  int64_t next[kMostPanel];  // of each row, where its next entry goes
-  for (int64_t i = 0; i < s.panel; ++i) next[rows[i]] = kQuad * int64_t{starts[i / kQuad]} + i % kQuad;
+                 const uint8_t* rows, Value* values, uint8_t* columns) {
+  constexpr int64_t a_step = kEntriesOfStep<Value>, a_quad = kQuad * a_step;
+  const auto put = [&](int64_t at, int64_t column, float value) {
+    narrow(value, values + at);
+    columns[at] = static_cast<uint8_t>(column);
+    return (at + 1) % a_step != 0 ? at + 1 : at + 1 + a_quad - a_step;  // where the row's next entry goes
+  };
+  int64_t next[kMostPanel];
+  for (int64_t i = 0; i < s.panel; ++i) next[rows[i]] = a_quad * starts[i / kQuad] + i % kQuad * a_step;
   const int64_t base = p * s.panel, last = std::min(s.n, base + s.panel);
   for (int64_t row = base; row < last; row += kTileRows)
-    source.strip(s, row, std::min<int64_t>(last, row + kTileRows), b, [&](int64_t r, int64_t column, float value) {
-      const int64_t i = next[r - base];
-      next[r - base] = i + kQuad;
-      values[i] = value;
-      columns[i] = static_cast<uint8_t>(column);
-    });
+    source.strip(s, row, std::min<int64_t>(last, row + kTileRows), b,
+                 [&](int64_t r, int64_t column, float value) { next[r - base] = put(next[r - base], column, value); });
   for (int64_t i = 0; i < s.panel; ++i)
-    for (int64_t e = next[rows[i]]; e < kQuad * int64_t{starts[i / kQuad + 1]}; e += kQuad) {
-      values[e] = 0.0f;
-      columns[e] = static_cast<uint8_t>(s.block);
-    }
+    for (int64_t at = next[rows[i]]; at < a_quad * starts[i / kQuad + 1];) at = put(at, s.block, 0.0f);
 }
 
 }  // namespace pyfast

@@ -16,10 +16,14 @@
 // as much as a short row's multiplications. The layout is derived from a weight's container for this machine, kept in
 // memory, and never saved: 5 bytes an entry.
 //
+// Pairs: bfloat16 values, which processors with BF16 multiply two by two. A step of a quad is two entries of each of
+// its rows then, values bfloat16 [steps, 4, 2] and columns uint8 [steps, 4, 2]: 3 bytes an entry.
+//
 // The tokens lie side by side in registers. For a tile of up to 64 tokens the activations are transposed once, and the
 // part of a block, [block, tile] floats, stays in L1 or L2 while a panel's rows pass by:
 //
 //     one entry:   broadcast w, then one FMA a register of tokens with x[column], read from the cache
+//     one pair:    broadcast both w, interleave the tokens of both columns, then one vdpbf16ps a register of tokens
 //
 // Multiplications by zero are skipped, whatever the number of tokens: at density d the work is d times that of a dense
 // product plus about a load and a broadcast an entry. Sums run in float32 in registers within a block and in a buffer
@@ -36,6 +40,7 @@
 
 #include "epilogue.h"
 #include "isa.h"
+#include "scalars.h"
 
 namespace pyfast {
 
@@ -43,23 +48,30 @@ inline constexpr int kQuad = 4;             // rows
 inline constexpr int64_t kMostPanel = 256;  // rows
 inline constexpr int64_t kMostBlock = 192;  // columns: a multiple of 64 that leaves a number for what fills up
 
+// Value: float, or bf16 for pairs.
+template <class Value>
+inline constexpr int kEntriesOfStep = sizeof(Value) == sizeof(bf16) ? 2 : 1;  // of each row
+
+template <class Value>
 struct IndexedLinearArgs {
-  const float* values;
+  const Value* values;
   const uint8_t* columns;
   const int32_t* starts;
   const uint8_t* rows;
   int64_t panel, block, blocks;
 };
 
+// Sums of all rows of one panel: sums [panel, tile] of x [blocks · (block + 1), tile], whose tokens lie as pair_slot()
+// says where they are bfloat16.
+template <class Value>
+using IndexedLinearKernel = void (*)(const IndexedLinearArgs<Value>& args, int64_t panel, const Value* x, float* sums);
+
 // Widths of a tile of tokens, in the order of the table.
 inline constexpr int kTokenTiles[] = {1, 8, 16, 32, 64};
 inline constexpr int kTokenTileCount = 5;
 
-// Sums of all rows of one panel: sums [panel, tile] of x [blocks · (block + 1), tile].
-using IndexedLinearKernel = void (*)(const IndexedLinearArgs& args, int64_t panel, const float* x, float* sums);
-
 struct IndexedLinearTable {
-  IndexedLinearKernel panel[kTokenTileCount];
+  IndexedLinearKernel<float> panel[kTokenTileCount];
 };
 
 extern const IndexedLinearTable kIndexedLinearSerial;
@@ -69,5 +81,30 @@ extern const IndexedLinearTable kIndexedLinearAvx512;
 #endif
 
 const IndexedLinearTable& indexed_linear_table(Isa isa);
+
+// Of pairs. Fewer than 32 tokens would save nothing: what a pair takes beside its products is most of it.
+inline constexpr int kPairTiles[] = {1, 32, 64};
+inline constexpr int kPairTileCount = 3;
+inline constexpr int kPairLanes = 32;  // bfloat16 of a register
+
+// Where token t of 32 lies in a register: such that interleaving the low halves of each 128 bits of two registers gives
+// the pairs of the tokens 0 … 15, and the high halves those of 16 … 31.
+//
+//     0 1 2 3 16 17 18 19 │ 4 5 6 7 20 21 22 23 │ 8 9 10 11 24 25 26 27 │ 12 13 14 15 28 29 30 31
+constexpr int pair_slot(int t) { return t % 16 / 4 * 8 + t / 16 * 4 + t % 4; }
+
+struct IndexedPairsTable {
+  IndexedLinearKernel<bf16> panel[kPairTileCount];
+  // out [columns, stride], the first 32 of each row: in [columns, 32] float32 that came from bfloat16, in their slots.
+  void (*pack)(const float* in, int64_t columns, bf16* out, int64_t stride);
+};
+
+extern const IndexedPairsTable kIndexedPairsSerial;
+#if defined(__x86_64__)
+extern const IndexedPairsTable kIndexedPairsAvx512Bf16;
+#endif
+
+// The portable one where the ISA has no instructions for pairs: layouts of pairs are not made there.
+const IndexedPairsTable& indexed_pairs_table(Isa isa);
 
 }  // namespace pyfast

@@ -50,7 +50,7 @@ struct Block {
 };
 
 template <int pairs>
-PYFAST_INLINE void add_block(const IndexedLinearArgs& a, const Quads& quads, const float* from, float* sums) {
+PYFAST_INLINE void add_block(const IndexedLinearArgs<float>& a, const Quads& quads, const float* from, float* sums) {
   const Block<pairs> x(from, a.block);
   const __m512i filled_up = _mm512_set1_epi32(static_cast<int>(a.block));
   for (int64_t q = 0; q < quads.count; ++q) {
@@ -78,7 +78,7 @@ PYFAST_INLINE void add_block(const IndexedLinearArgs& a, const Quads& quads, con
 // Quads of so few steps are done before the activations are in registers.
 constexpr int64_t kFewSteps = 6;
 
-void indexed_one_token(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
+void indexed_one_token(const IndexedLinearArgs<float>& a, int64_t panel, const float* x, float* sums) {
   const int64_t all = a.blocks * (a.panel / kQuad);
   const int32_t* starts = a.starts + panel * all;
   if (starts[all] - starts[0] < kFewSteps * all) return kIndexedLinearAvx2.panel[0](a, panel, x, sums);
@@ -97,7 +97,7 @@ void indexed_one_token(const IndexedLinearArgs& a, int64_t panel, const float* x
 }
 
 // 8 tokens have use for half a register.
-void indexed_8_tokens(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
+void indexed_8_tokens(const IndexedLinearArgs<float>& a, int64_t panel, const float* x, float* sums) {
   kIndexedLinearAvx2.panel[1](a, panel, x, sums);
 }
 

@@ -15,7 +15,8 @@ struct Quads {
   const uint8_t* rows;
   int64_t count;
 
-  Quads(const IndexedLinearArgs& a, int64_t panel, int64_t block)
+  template <class Value>
+  Quads(const IndexedLinearArgs<Value>& a, int64_t panel, int64_t block)
       : starts(a.starts + (panel * a.blocks + block) * (a.panel / kQuad)),
         rows(a.rows + (panel * a.blocks + block) * a.panel),
         count(a.panel / kQuad) {}
@@ -41,7 +42,7 @@ struct Columns {
 // Of one token. sum_steps: the sums of a quad's rows over its steps.
 using SumSteps = void (*)(const float* values, const uint8_t* columns, int64_t steps, const float* x, float* sum);
 template <SumSteps sum_steps>
-void indexed_single(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
+void indexed_single(const IndexedLinearArgs<float>& a, int64_t panel, const float* x, float* sums) {
   for (int64_t r = 0; r < a.panel; ++r) sums[r] = 0.0f;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const Quads quads(a, panel, block);
@@ -80,7 +81,7 @@ PYFAST_INLINE void add_step(Vec (&sum)[side][tile / Vec::width], const float* w,
 // take chains · side · tile / width registers. chains, 1 or 2: sums of a row, to which its steps are added in turn: an
 // FMA waits for the one before it of its chain, and fewer than eight chains at once leave units idle.
 template <int tile, int side, int chains = 1>
-void indexed_panel(const IndexedLinearArgs& a, int64_t panel, const float* x, float* sums) {
+void indexed_panel(const IndexedLinearArgs<float>& a, int64_t panel, const float* x, float* sums) {
   constexpr int vectors = tile / Vec::width;
   for (int64_t i = 0; i < a.panel * tile; i += Vec::width) store(sums + i, broadcast(0.0f));
   for (int64_t block = 0; block < a.blocks; ++block) {

@@ -59,6 +59,11 @@ const IndexedLinearTable& indexed_linear_table(Isa isa) {
   return pick(isa, kIndexedLinearSerial, kIndexedLinearAvx2, kIndexedLinearAvx512);
 }
 
+const IndexedPairsTable& indexed_pairs_table(Isa isa) {
+  static const bool bf16 = has_avx512_bf16();
+  return isa == Isa::avx512 && bf16 ? kIndexedPairsAvx512Bf16 : kIndexedPairsSerial;
+}
+
 const TopkDistillTable& topk_distill_table(Isa isa) {
   return pick(isa, kTopkDistillSerial, kTopkDistillAvx2, kTopkDistillAvx512);
 }
@@ -74,6 +79,7 @@ const Sparse24LinearTable& sparse24_linear_table(Isa) { return kSparse24LinearSe
 const BitmapLinearTable& bitmap_linear_table(Isa, double) { return kBitmapLinearSerial; }
 const BitmapConvertTable& bitmap_convert_table(Isa) { return kBitmapConvertSerial; }
 const IndexedLinearTable& indexed_linear_table(Isa) { return kIndexedLinearSerial; }
+const IndexedPairsTable& indexed_pairs_table(Isa) { return kIndexedPairsSerial; }
 const TopkDistillTable& topk_distill_table(Isa) { return kTopkDistillSerial; }
 const EpilogueTable& epilogue_table(Isa) { return kEpilogueSerial; }
 const TransposeTable& transpose_table(Isa) { return kTransposeSerial; }

@@ -12,7 +12,7 @@ from pyfast import backends
 from pyfast.bench import runner
 from pyfast.bench.progress import Progress
 from pyfast.sparse import break_even, calibration
-from pyfast.sparse.cost_model import DENSE_TOKENS, DENSITIES, GROUPS, TILES, Constants, Row
+from pyfast.sparse.cost_model import DENSE_TOKENS, DENSITIES, GROUPS, TILES, Constants, Lists, Row
 
 SHAPES = ((4096, 4096), (4864, 896), (896, 4864))  # a square layer and Qwen2.5-0.5B's MLP
 TOKENS = (1, 4, 16, 128, 512)
@@ -36,7 +36,8 @@ def _machine(found: Constants, kept: str) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("reading memory", f"{found.read_gbps:.1f} GB/s")
     table.add_row("a call", f"{found.call_us:.1f} us")
-    table.add_row("an activation turned", f"{found.turn:.1f} ps")
+    for kind, lists in _kinds(found):
+        table.add_row(f"an activation turned, {kind}", f"{lists.turn:.1f} ps")
     table.add_row("kept in", kept)
     return table
 
@@ -57,9 +58,14 @@ def cells(row: Row) -> list[str]:
 
 def _indexed(found: Constants) -> Table:
     table = plain_table("indexed kernel, ps", "tokens at once", [str(tile) for tile in TILES])
-    table.add_row("an entry", *cells(found.entry))
-    table.add_row("a list", *cells(found.list_start))
+    for kind, lists in _kinds(found):
+        table.add_row(f"an entry, {kind}", *cells(lists.entry))
+        table.add_row(f"a list, {kind}", *cells(lists.start))
     return table
+
+
+def _kinds(found: Constants) -> list[tuple[str, Lists]]:
+    return [("one by one", found.singles), *([("in pairs", found.pairs)] if found.pairs is not None else [])]
 
 
 def _direct(found: Constants) -> Table:

@@ -29,7 +29,8 @@ def indexed_linear(
     mul: Tensor | None,
     backend: str | None = None,
 ) -> Tensor:
-    """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]."""
+    """f(x Wᵀ + bias) · mul, x [tokens, k] to [tokens, n]. values, columns: float32 and uint8 [steps, 4]; or, of pairs,
+    bfloat16 and uint8 [steps, 4, 2], and x bfloat16 too."""
     if backends.select("indexed_linear", x.device.type, x.dtype, backend) == "reference":
         return reference.indexed_linear(x, values, columns, starts, rows, bias, n, panel, block, activation, mul)
     return torch.ops.pyfast.indexed_linear(x, values, columns, starts, rows, bias, n, panel, block, activation, mul)
@@ -41,11 +42,11 @@ define(
 )
 define(
     "bitmap_to_indexed(Tensor values, Tensor bitmaps, Tensor offsets, Tensor? scales, int n, int k, int panel, "
-    "int block) -> (Tensor values, Tensor columns, Tensor starts, Tensor rows)"
+    "int block, bool pairs) -> (Tensor values, Tensor columns, Tensor starts, Tensor rows)"
 )
 define(
-    "sparse24_to_indexed(Tensor values, Tensor metadata, Tensor? scales, int k, int panel, int block) "
-    "-> (Tensor values, Tensor columns, Tensor starts, Tensor rows)"
+    "sparse24_to_indexed(Tensor values, Tensor metadata, Tensor? scales, int k, int panel, int block, "
+    "bool pairs) -> (Tensor values, Tensor columns, Tensor starts, Tensor rows)"
 )
 
 
@@ -54,22 +55,25 @@ def _fake(x: Tensor, values, columns, starts, rows, bias, n: int, panel: int, bl
     return x.new_empty(x.shape[0], n)
 
 
-def _fake_layout(values: Tensor, n: int, k: int, panel: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_layout(
+    values: Tensor, n: int, k: int, panel: int, block: int, pairs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     steps = torch.library.get_ctx().new_dynamic_size()
     quads = -(-n // panel) * -(-k // block) * (panel // reference.QUAD)
+    size = (steps, reference.QUAD, 2) if pairs else (steps, reference.QUAD)
     return (
-        values.new_empty(steps, reference.QUAD, dtype=torch.float32),
-        values.new_empty(steps, reference.QUAD, dtype=torch.uint8),
+        values.new_empty(size, dtype=torch.bfloat16 if pairs else torch.float32),
+        values.new_empty(size, dtype=torch.uint8),
         values.new_empty(quads + 1, dtype=torch.int32),
         values.new_empty(quads, reference.QUAD, dtype=torch.uint8),
     )
 
 
 @torch.library.register_fake("pyfast::bitmap_to_indexed", lib=LIBRARY)
-def _fake_bitmap(values: Tensor, bitmaps, offsets, scales, n: int, k: int, panel: int, block: int):
-    return _fake_layout(values, n, k, panel, block)
+def _fake_bitmap(values: Tensor, bitmaps, offsets, scales, n: int, k: int, panel: int, block: int, pairs: bool):
+    return _fake_layout(values, n, k, panel, block, pairs)
 
 
 @torch.library.register_fake("pyfast::sparse24_to_indexed", lib=LIBRARY)
-def _fake_sparse24(values: Tensor, metadata, scales, k: int, panel: int, block: int):
-    return _fake_layout(values, values.shape[0], k, panel, block)
+def _fake_sparse24(values: Tensor, metadata, scales, k: int, panel: int, block: int, pairs: bool):
+    return _fake_layout(values, values.shape[0], k, panel, block, pairs)

@@ -15,7 +15,10 @@ def decompress(
     values: Tensor, columns: Tensor, starts: Tensor, rows: Tensor, n: int, k: int, panel: int, block: int
 ) -> Tensor:
     """Dense float32 [n, k] of quads in the order of panel, block, length. What fills up a quad lies in a column of its
-    own, behind those of its block."""
+    own, behind those of its block. Pairs, [steps, 4, 2], are two steps of single entries."""
+    if values.dim() == 3:
+        values, columns = (t.transpose(1, 2).flatten(0, 1) for t in (values.float(), columns))
+        starts = 2 * starts
     panels, blocks, quads = -(-n // panel), -(-k // block), panel // QUAD
     of_step = torch.repeat_interleave(torch.arange(len(rows), device=values.device), starts.diff().to(torch.int64))
     row = (of_step // (blocks * quads) * panel)[:, None] + rows[of_step]

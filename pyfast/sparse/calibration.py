@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,20 @@ from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast._version import __version__
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
-from pyfast.sparse import cache, dense
-from pyfast.sparse.cost_model import DENSE_TOKENS, DENSITIES, GROUPS, TILES, Constants, Rates, Row, built_in, entries
-from pyfast.sparse.cost_model import Work as _Work
+from pyfast.sparse import cache, dense, layouts
+from pyfast.sparse.cost_model import (
+    DENSE_TOKENS,
+    DENSITIES,
+    GROUPS,
+    TILES,
+    Constants,
+    Lists,
+    Rates,
+    Row,
+    Work,
+    built_in,
+    entries,
+)
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
 from pyfast.sparse.layouts import PACKED_TOKENS, IndexedLayout
 from pyfast.sparse.measured import number, sized
@@ -128,11 +139,14 @@ def from_json(plain: dict[str, Any]) -> Constants:
         source="calibrated",
         read_gbps=number(plain["read_gbps"]),
         call_us=number(plain["call_us"]),
-        entry=_row(plain["entry"], len(TILES)),
-        list_start=_row(plain["list_start"], len(TILES)),
-        turn=number(plain["turn"]),
+        singles=_lists(plain["singles"]),
+        pairs=None if plain["pairs"] is None else _lists(plain["pairs"]),
         rates=rates,
     )
+
+
+def _lists(plain: dict[str, Any]) -> Lists:
+    return Lists(_row(plain["entry"], len(TILES)), _row(plain["start"], len(TILES)), number(plain["turn"]))
 
 
 def _row(values: Any, size: int) -> Row:
@@ -190,7 +204,8 @@ def calibrate(
         say("memory and calls")
         read_gbps, call_us = _read_gbps(measure), _call_us(measure)
         say("the indexed kernel")
-        entry, list_start, turn = _indexed(measure, shape, generator)
+        singles = _indexed(measure, shape, torch.float32, generator)
+        pairs = _indexed(measure, shape, torch.bfloat16, generator) if layouts.pairs(torch.bfloat16) else None
         rates = {}
         for name, dtype in DTYPES.items():
             say(name)
@@ -199,7 +214,7 @@ def calibrate(
         raise RuntimeError(
             "calibrate: the machine is busy with something else and times do not repeat; try again later"
         )
-    found = Constants("calibrated", read_gbps, call_us, entry, list_start, turn, rates)
+    found = Constants("calibrated", read_gbps, call_us, singles, pairs, rates)
     save(found, torch.get_num_threads(), _native.CPU.active_isa())
     return found
 
@@ -264,25 +279,26 @@ def _rates(measure: Measure, shape: tuple[int, int], dtype: torch.dtype, generat
     )
 
 
-def _indexed(measure: Measure, shape: tuple[int, int], generator: torch.Generator) -> tuple[Row, Row, float]:
+def _indexed(measure: Measure, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Lists:
     """Times of an entry, of a list and of an activation turned: from a weight of short lists, one of long ones, and one
     of a few rows without entries, where turning is all that is done."""
     n, k = shape
     wide = 8 * k
-    empty = IndexedLayout.of(_random_bitmap((16, wide), 0.0, torch.float32, generator))
-    x = torch.ones(TILES[-1], wide)
+    empty = IndexedLayout.of(_random_bitmap((16, wide), 0.0, dtype, generator))
+    x = torch.ones(TILES[-1], wide, dtype=dtype)
     turn = 1e12 * measure(lambda: empty.linear(x, None, 0, None)) / x.numel()
     found = []
     short, long = 0.02, 0.5
-    weights = [_random_bitmap(shape, density, torch.float32, generator) for density in (short, long)]
-    layouts = [IndexedLayout.of(weight) for weight in weights]
-    counts = [entries(_Work("bitmap", n, k, weight.values.numel(), "float32", 1, 1, 0)) for weight in weights]
+    weights = [_random_bitmap(shape, density, dtype, generator) for density in (short, long)]
+    made = [IndexedLayout.of(weight) for weight in weights]
+    work = partial(Work, "bitmap", n, k, dtype="float32", tokens=1, threads=1, few_tokens=0, pairs=layouts.pairs(dtype))
+    counts = [entries(work(weight.values.numel())) for weight in weights]
     for tile in TILES:
-        x = torch.ones(tile, k)
-        a, b = (1e12 * measure(lambda: one.linear(x, None, 0, None)) - turn * tile * (n + k) for one in layouts)  # noqa: B023
+        x = torch.ones(tile, k, dtype=dtype)
+        a, b = (1e12 * measure(lambda: one.linear(x, None, 0, None)) - turn * tile * (n + k) for one in made)  # noqa: B023
         (e0, l0), (e1, l1) = counts
         # e·entry + l·list = time, for both weights; neither below nothing where the clock disagrees with the model
         entry = min(max((b * l0 - a * l1) / (e1 * l0 - e0 * l1), 0.0), b / e1)
         found.append((max(entry, 0.0), max((a - e0 * entry) / l0, 0.0)))
     entry_row, list_row = zip(*found, strict=True)
-    return tuple(entry_row), tuple(list_row), turn
+    return Lists(tuple(entry_row), tuple(list_row), turn)

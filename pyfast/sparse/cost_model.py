@@ -8,7 +8,7 @@ cold, as they are in a model that exceeds the caches. The operations are those t
     direct    positions of the matrix, zeros too, once for every 4, 2 or 1 tokens; above ``few_tokens`` the weight is
               decompressed, position by position, and multiplied by ``F.linear``
     indexed   entries once for every 64 tokens, the last ones as 64, 32, 16, 8 or 1; lists (a row's part of a block) as
-              often; activations and outputs turned once
+              often; activations and outputs turned once; entries in pairs are another kernel with times of its own
     dense     positions, at a cost that depends on the number of tokens: ``F.linear`` packs its weight at every call
     packed    positions likewise, packed in advance
 
@@ -32,6 +32,7 @@ TILES = (1, 8, 16, 32, 64)  # tokens that the indexed kernel takes at once
 DENSITIES = (0.05, 0.2, 0.5, 0.9)  # of the bitmaps whose positions were timed
 DENSE_TOKENS = (1, 2, 4, 16, 64, 256)
 LIST_BYTES = 2  # of the indexed layout: a quarter of a start, and a row
+ENTRY_BYTES = {False: 5, True: 3}  # of the indexed layout: a float32, or a bfloat16 of a pair, and a column
 
 Row = tuple[float, ...]
 
@@ -57,6 +58,20 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Lists:
+    """Times of the indexed kernel, in picoseconds, all threads at work.
+
+    Attributes:
+        entry, start: of an entry and of a list, for each of ``TILES``.
+        turn: of an activation or an output.
+    """
+
+    entry: Row
+    start: Row
+    turn: float
+
+
+@dataclass(frozen=True)
 class Constants:
     """What the cost model knows of a device.
 
@@ -64,17 +79,16 @@ class Constants:
         source: ``"built-in"`` or ``"calibrated"``.
         read_gbps: bandwidth of reading memory, 10⁹ bytes a second.
         call_us: the cost of one call, microseconds.
-        entry, list_start: of an entry and of a list of the indexed layout, for each of ``TILES``, picoseconds.
-        turn: of an activation or an output of the indexed kernel, picoseconds.
+        singles: of entries one by one.
+        pairs: of bfloat16 in pairs; None where the device does not multiply them so.
         rates: by the name of the dtype.
     """
 
     source: str
     read_gbps: float
     call_us: float
-    entry: Row
-    list_start: Row
-    turn: float
+    singles: Lists
+    pairs: Lists | None = None
     rates: dict[str, Rates] = field(default_factory=dict)
 
     def of(self, dtype: str) -> Rates:
@@ -84,7 +98,8 @@ class Constants:
 
 @dataclass(frozen=True)
 class Work:
-    """A product: a weight of shape (n, k) that stores ``stored`` elements, and a number of tokens."""
+    """A product: a weight of shape (n, k) that stores ``stored`` elements, and a number of tokens. ``pairs``: whether
+    its indexed layout holds pairs."""
 
     format: str
     n: int
@@ -94,6 +109,7 @@ class Work:
     tokens: int
     threads: int
     few_tokens: int
+    pairs: bool = False
 
     @property
     def density(self) -> float:
@@ -122,7 +138,7 @@ class Work:
 def entries(work: Work) -> tuple[int, int]:
     """Entries and lists of the indexed layout. Lists of about one length lie side by side; what fills them up is under
     half an entry a list, and part of what a list takes."""
-    return work.stored, work.n * -(-work.k // block_columns(work.density))
+    return work.stored, work.n * -(-work.k // block_columns(work.density, work.pairs))
 
 
 def layout_bytes(work: Work, kernel: str) -> int:
@@ -131,7 +147,7 @@ def layout_bytes(work: Work, kernel: str) -> int:
         return 0
     if kernel == "indexed":
         count, lists = entries(work)
-        return 5 * count + LIST_BYTES * lists
+        return ENTRY_BYTES[work.pairs] * count + LIST_BYTES * lists
     return work.dense_bytes
 
 
@@ -145,17 +161,9 @@ def predict(constants: Constants, work: Work) -> dict[str, float]:
         memory = (weight_bytes + vectors) / (constants.read_gbps * 1e6)
         return max(memory, picoseconds * 1e-9) + constants.call_us * 1e-3
 
-    count, lists = entries(work)
     found = {
         "direct": ms(work.container_bytes, _direct(rates, work) * positions),
-        "indexed": ms(
-            5 * count + LIST_BYTES * lists,
-            sum(
-                passes * (count * constants.entry[i] + lists * constants.list_start[i])
-                for i, passes in _passes(work.tokens)
-            )
-            + work.tokens * (work.n + work.k) * constants.turn,
-        ),
+        "indexed": ms(layout_bytes(work, "indexed"), _indexed(constants, work)),
     }
     if work.dtype == "int8":
         return found
@@ -177,6 +185,14 @@ def _direct(rates: Rates, work: Work) -> float:
         total += left // GROUPS[i] * one
         left %= GROUPS[i]
     return total
+
+
+def _indexed(constants: Constants, work: Work) -> float:
+    """Picoseconds of all entries."""
+    times = constants.pairs if work.pairs and constants.pairs is not None else constants.singles
+    count, lists = entries(work)
+    tiles = sum(passes * (count * times.entry[i] + lists * times.start[i]) for i, passes in _passes(work.tokens))
+    return tiles + work.tokens * (work.n + work.k) * times.turn
 
 
 def _passes(tokens: int) -> list[tuple[int, int]]:
@@ -215,10 +231,11 @@ def break_even(
     """The smallest sparsity, in steps of 1 %, from which on the best sparse kernel for a bitmap weight is expected to
     be as fast as the best dense one; None where not even 99 % is enough."""
     n, k = shape
+    pairs = dtype == "bfloat16" and constants.pairs is not None
     found = None
     for percent in range(99, -1, -1):
         stored = round((1 - percent / 100) * n * k)
-        expected = predict(constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens))
+        expected = predict(constants, Work("bitmap", n, k, stored, dtype, tokens, threads, few_tokens, pairs))
         dense = min(ms for kernel, ms in expected.items() if kernel in ("dense", "packed"))
         if min(expected["direct"], expected["indexed"]) > dense:
             break
@@ -234,7 +251,7 @@ class _Cycles:
     bitmap: tuple[Row, ...]  # a position, as Rates.bitmap
     sparse24: Row
     decompress: float
-    entry: Row  # of the indexed layout, as Constants.entry
+    entry: Row  # of the indexed layout, as Lists.entry
     list_start: Row
     flops: int  # a cycle, of a good dense library
 
@@ -275,6 +292,7 @@ _CYCLES = {
 }
 # bfloat16 multiplied as it is, which processors with VBMI2 and BF16 do.
 _BF16_BITMAP_CYCLES = ((0.075,) * 4, (0.12,) * 4, (0.18,) * 4)
+_PAIR_CYCLES = (0.3, 1.0, 1.0, 1.0, 1.7), (4.0, 10.0, 10.0, 10.0, 22.0)  # of an entry and of a list
 _GHZ = 3.0
 _READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 15.0, 200.0
 _DENSE_EFFICIENCY = 0.85
@@ -310,15 +328,19 @@ def built_in(
             packed=dense(slower, 0.0) if packed else (),
         )
 
+    def lists(entry: Row, start: Row) -> Lists:
+        return Lists(tuple(ps * c for c in entry), tuple(ps * c for c in start), ps * _TURN_CYCLES)
+
     plain, of_bfloat16 = rates(1.0, packs), rates(bfloat16, packs)
+    pairs = None
     if isa == "avx512" and bf16:
         of_bfloat16 = replace(of_bfloat16, bitmap=tuple(tuple(ps * c for c in row) for row in _BF16_BITMAP_CYCLES))
+        pairs = lists(*_PAIR_CYCLES)
     return Constants(
         source="built-in",
         read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
         call_us=10.0,
-        entry=tuple(ps * c for c in cycles.entry),
-        list_start=tuple(ps * c for c in cycles.list_start),
-        turn=ps * _TURN_CYCLES,
+        singles=lists(cycles.entry, cycles.list_start),
+        pairs=pairs,
         rates={"float32": plain, "bfloat16": of_bfloat16, "float16": rates(_FLOAT16_DENSE, False)},
     )

@@ -2,7 +2,7 @@
 
     container (what is stored, saved and trained)
         │  read as it is                                  "direct"     nothing more in memory
-        ├─ bitmap_to_indexed, sparse24_to_indexed ──►     "indexed"    CPU: about 5 bytes a stored element
+        ├─ bitmap_to_indexed, sparse24_to_indexed ──►     "indexed"    CPU: about 5 bytes a stored element, 3 in pairs
         ├─ rows in slices of 32 ────────────────────►     "sliced"     GPU: about 3 bytes a stored element
         ├─ tiles of 64 x 64 dealt to lanes ─────────►     "scattered"  GPU: about 3 bytes a stored element
         └─ to_dense ──┬─────────────────────────────►     "dense"      the dense weight
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyfast import _changes, _products
+from pyfast import _changes, _native, _products
 from pyfast.ops.indexed_linear import indexed_linear
 from pyfast.reference.epilogue import epilogue
 from pyfast.sparse.cusparselt import CusparseltLayout
@@ -93,9 +93,15 @@ def panel_rows(n: int, threads: int) -> int:
     return min(max(n // (8 * threads) // 16 * 16, 64), 256)
 
 
-def block_columns(density: float) -> int:
-    """Columns of a block of the indexed layout: a few dozen entries of a row."""
-    return 128 if density >= NARROW_BLOCK_DENSITY else 192
+def block_columns(density: float, pairs: bool = False) -> int:
+    """Columns of a block of the indexed layout: a few dozen entries of a row, whose activations fit L1."""
+    return 128 if density >= NARROW_BLOCK_DENSITY and not pairs else 192
+
+
+def pairs(dtype: torch.dtype) -> bool:
+    """Whether the indexed layout of a weight of this dtype holds pairs, which this machine multiplies two by two."""
+    cpu = _native.CPU
+    return dtype == torch.bfloat16 and cpu is not None and cpu.active_isa() == "avx512" and cpu.has_avx512_bf16()
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,15 @@ class IndexedLayout:
         tensors = {name: tensor.detach() for name, tensor in weight.tensors().items()}
         values, scales = tensors["values"], tensors.get("scales")
         density = values.numel() / max(n * k, 1)
-        panel, block = panel_rows(n, torch.get_num_threads()), block_columns(density)
+        in_pairs = pairs(weight.dtype)
+        panel, block = panel_rows(n, torch.get_num_threads()), block_columns(density, in_pairs)
         ops = torch.ops.pyfast
         if weight.format == "2:4":
-            made = ops.sparse24_to_indexed(values, tensors["metadata"], scales, k, panel, block)
+            made = ops.sparse24_to_indexed(values, tensors["metadata"], scales, k, panel, block, in_pairs)
         else:
-            made = ops.bitmap_to_indexed(values, tensors["bitmaps"], tensors["offsets"], scales, n, k, panel, block)
+            made = ops.bitmap_to_indexed(
+                values, tensors["bitmaps"], tensors["offsets"], scales, n, k, panel, block, in_pairs
+            )
         values, columns, starts, rows = made
         return cls(values, columns, starts, rows, n, panel, block)
 

@@ -124,7 +124,8 @@ def work_of(weight: SparseWeight, tokens: int) -> Work:
     few = 0
     if cpu is not None and weight.dtype in _DTYPES:
         few = cpu.few_tokens()
-    return Work(weight.format, n, k, stored, dtype, tokens, torch.get_num_threads(), few)
+    pairs = layouts.pairs(weight.dtype)
+    return Work(weight.format, n, k, stored, dtype, tokens, torch.get_num_threads(), few, pairs)
 
 
 def _isa() -> str:

@@ -27,7 +27,6 @@ from pyfast.bench.sparse_weights import ROWS_CHECKED, Variant, Weights, build, p
 from pyfast.sparse import layouts
 
 CONVERSION_SHAPE = (4096, 4096)
-_16_BIT_TOKENS = (1, 16)  # numbers of tokens at which bfloat16 is timed on a CPU
 _CSR_TOKENS = (1, 16, 128)
 _COMPILED_TOKENS = (1, 16)  # and on a GPU, at the first shape, torch.compile, which searches for seconds a case
 
@@ -61,9 +60,7 @@ class SparseCase:
             return self.tokens in _CSR_TOKENS
         if v.format == "cslt":
             return self.tokens % 8 == 0  # what cuSPARSELt takes
-        if self.device == "cpu":
-            return (v.dtype == "float32" or self.tokens in _16_BIT_TOKENS) and (v.isa is None or self.tokens == 1)
-        return True
+        return v.isa is None or self.tokens == 1
 
     @property
     def baselines(self) -> tuple[baselines.Baseline, ...]:
