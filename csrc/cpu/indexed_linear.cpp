@@ -34,11 +34,12 @@ struct Pairs {
     if (tile == 1) return copy_bytes(out, in, columns * sizeof(bf16));
     const TransposeKernel transpose = transpose_table(active_isa()).of[static_cast<int>(Dtype::bf16)];
     const auto pack = indexed_pairs_table(active_isa()).pack;
-    alignas(64) float wide[kMostBlock * kPairLanes];
-    for (int64_t t = 0; t < tile; t += kPairLanes) {
-      const int64_t here = std::min<int64_t>(tokens - t, kPairLanes);  // some: a tile is no wider than it need be
-      transpose(in + t * stride, stride, here, columns, wide, kPairLanes, kPairLanes);
-      pack(wide, columns, out + t, tile);
+    const int lanes = std::min(tile, kMostPairLanes);
+    alignas(64) float wide[kMostBlock * kMostPairLanes];
+    for (int64_t t = 0; t < tile; t += lanes) {
+      const int64_t here = std::min<int64_t>(tokens - t, lanes);  // some: a tile is no wider than it need be
+      transpose(in + t * stride, stride, here, columns, wide, lanes, lanes);
+      pack(wide, columns, lanes, out + t, tile);
     }
   }
 };

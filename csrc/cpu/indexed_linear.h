@@ -82,21 +82,22 @@ extern const IndexedLinearTable kIndexedLinearAvx512;
 
 const IndexedLinearTable& indexed_linear_table(Isa isa);
 
-// Of pairs. Fewer than 32 tokens would save nothing: what a pair takes beside its products is most of it.
-inline constexpr int kPairTiles[] = {1, 32, 64};
-inline constexpr int kPairTileCount = 3;
-inline constexpr int kPairLanes = 32;  // bfloat16 of a register
+// Of pairs. Fewer than 16 tokens would save nothing: what a pair takes beside its products is most of it.
+inline constexpr int kPairTiles[] = {1, 16, 32, 64};
+inline constexpr int kPairTileCount = 4;
+inline constexpr int kMostPairLanes = 32;  // bfloat16 of a register
 
-// Where token t of 32 lies in a register: such that interleaving the low halves of each 128 bits of two registers gives
-// the pairs of the tokens 0 … 15, and the high halves those of 16 … 31.
+// Where token t lies in a register of 16 or 32 tokens: such that interleaving the low halves of each 128 bits of two
+// registers gives the pairs of the first half of the tokens, and the high halves those of the second.
 //
-//     0 1 2 3 16 17 18 19 │ 4 5 6 7 20 21 22 23 │ 8 9 10 11 24 25 26 27 │ 12 13 14 15 28 29 30 31
-constexpr int pair_slot(int t) { return t % 16 / 4 * 8 + t / 16 * 4 + t % 4; }
+//     of 16:  0 1 2 3  8  9 10 11 │ 4 5 6 7 12 13 14 15
+//     of 32:  0 1 2 3 16 17 18 19 │ 4 5 6 7 20 21 22 23 │ 8 9 10 11 24 25 26 27 │ 12 13 14 15 28 29 30 31
+constexpr int pair_slot(int t, int lanes) { return t % (lanes / 2) / 4 * 8 + t / (lanes / 2) * 4 + t % 4; }
 
 struct IndexedPairsTable {
   IndexedLinearKernel<bf16> panel[kPairTileCount];
-  // out [columns, stride], the first 32 of each row: in [columns, 32] float32 that came from bfloat16, in their slots.
-  void (*pack)(const float* in, int64_t columns, bf16* out, int64_t stride);
+  // in [columns, lanes] float32 that came from bfloat16, to their slots in the first lanes of out [columns, stride].
+  void (*pack)(const float* in, int64_t columns, int lanes, bf16* out, int64_t stride);
 };
 
 extern const IndexedPairsTable kIndexedPairsSerial;

@@ -13,10 +13,10 @@ namespace {
 // and is slower.
 template <int step>
 inline __m128 look_up(const float* x, const auto& columns) {
-  __m128 found = _mm_load_ss(x + columns.at(step, 0));
-  found = _mm_insert_ps(found, _mm_load_ss(x + columns.at(step, 1)), 0x10);
-  found = _mm_insert_ps(found, _mm_load_ss(x + columns.at(step, 2)), 0x20);
-  return _mm_insert_ps(found, _mm_load_ss(x + columns.at(step, 3)), 0x30);
+  __m128 found = _mm_load_ss(x + columns.at(kQuad * step + 0));
+  found = _mm_insert_ps(found, _mm_load_ss(x + columns.at(kQuad * step + 1)), 0x10);
+  found = _mm_insert_ps(found, _mm_load_ss(x + columns.at(kQuad * step + 2)), 0x20);
+  return _mm_insert_ps(found, _mm_load_ss(x + columns.at(kQuad * step + 3)), 0x30);
 }
 
 PYFAST_INLINE void sum_steps(const float* w, const uint8_t* columns, int64_t steps, const float* x, float* sum) {

@@ -36,7 +36,18 @@ struct Columns {
     static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
     __builtin_memcpy(&word, columns, steps * kQuad);
   }
-  int64_t at(int step, int row) const { return (word >> (8 * (kQuad * step + row))) & 0xff; }
+  int64_t at(int i) const { return (word >> (8 * i)) & 0xff; }
+
+  // The same times `tile`, a power of 2. Of few tokens by a rotation and a mask in place of a copy, a shift and a mask:
+  // more tokens wait for loads.
+  template <int tile>
+  int64_t first_of(int i) const {
+    if constexpr (tile > 16) return at(i) * tile;
+    constexpr int log2_tile = __builtin_ctz(tile);
+    const int right = (8 * i - log2_tile) & 63;
+    const uint64_t turned = right == 0 ? word : (word >> right) | (word << (64 - right));
+    return static_cast<int64_t>(turned & (uint64_t{0xff} << log2_tile));
+  }
 };
 
 // Of one token. sum_steps: the sums of a quad's rows over its steps.
@@ -61,7 +72,7 @@ template <int tile, int side, int steps>
 PYFAST_INLINE void add_step(Vec (&sum)[side][tile / Vec::width], const float* w, const Columns<steps>& columns,
                             int step, int part, const float* x) {
   const auto add_entry = [&](int i, Vec value) __attribute__((always_inline)) {
-    const float* at = x + columns.at(step, part + i) * tile;
+    const float* at = x + columns.template first_of<tile>(kQuad * step + part + i);
 #pragma GCC unroll 8
     for (int v = 0; v < tile / Vec::width; ++v) sum[i][v] = fma(value, load(at + v * Vec::width), sum[i][v]);
   };

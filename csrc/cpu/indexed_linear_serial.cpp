@@ -15,6 +15,7 @@ PYFAST_INLINE void sum_steps(const float* w, const uint8_t* columns, int64_t ste
 // Pairs, two columns of `tile` tokens each. It serves where a layout of pairs meets an ISA that it was not made for.
 template <int tile>
 void pairs_panel(const IndexedLinearArgs<bf16>& a, int64_t panel, const bf16* x, float* sums) {
+  constexpr int lanes = tile < kMostPairLanes ? tile : kMostPairLanes;
   for (int64_t i = 0; i < a.panel * tile; ++i) sums[i] = 0.0f;
   for (int64_t block = 0; block < a.blocks; ++block) {
     const Quads quads(a, panel, block);
@@ -24,23 +25,25 @@ void pairs_panel(const IndexedLinearArgs<bf16>& a, int64_t panel, const bf16* x,
       for (int64_t step = quads.starts[row / kQuad]; step < quads.starts[row / kQuad + 1]; ++step) {
         for (int64_t e = 2 * (kQuad * step + row % kQuad), end = e + 2; e < end; ++e) {
           const bf16* at = xb + int64_t{a.columns[e]} * tile;
-          for (int t = 0; t < tile; ++t)
-            sum[t] +=
-                widen(a.values[e]) * widen(at[tile == 1 ? 0 : t / kPairLanes * kPairLanes + pair_slot(t % kPairLanes)]);
+          for (int t = 0; t < tile; ++t) {
+            const int slot = lanes == 1 ? 0 : t / lanes * lanes + pair_slot(t % lanes, lanes);
+            sum[t] += widen(a.values[e]) * widen(at[slot]);
+          }
         }
       }
     }
   }
 }
 
-void pack(const float* in, int64_t columns, bf16* out, int64_t stride) {
+void pack(const float* in, int64_t columns, int lanes, bf16* out, int64_t stride) {
   for (int64_t c = 0; c < columns; ++c)
-    for (int t = 0; t < kPairLanes; ++t) narrow(in[c * kPairLanes + t], out + c * stride + pair_slot(t));
+    for (int t = 0; t < lanes; ++t) narrow(in[c * lanes + t], out + c * stride + pair_slot(t, lanes));
 }
 
 }  // namespace
 
-const IndexedPairsTable kIndexedPairsSerial = {{pairs_panel<1>, pairs_panel<32>, pairs_panel<64>}, pack};
+const IndexedPairsTable kIndexedPairsSerial = {{pairs_panel<1>, pairs_panel<16>, pairs_panel<32>, pairs_panel<64>},
+                                               pack};
 
 const IndexedLinearTable kIndexedLinearSerial = {
     {indexed_single<sum_steps>, indexed_panel<8, 1>, indexed_panel<16, 1>, indexed_panel<32, 1>, indexed_panel<64, 1>},
