@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from bench_samples import FLOORS, loss_result, report, result
 
-from pyfast._cpu import name_in
+from pyfast._cpu import halves_in, name_in
 from pyfast._cuda_clock import Captured
 from pyfast.bench import bars, baselines, environment, floors, hardware, timing
 from pyfast.bench.breakeven import break_even, break_even_text, speedup_points, stays_dense
@@ -240,6 +240,15 @@ def test_a_name_that_many_processors_have_gets_family_and_model():
     assert name_in(lines) == "AMD EPYC, family 26 model 2"
     assert name_in(lines.replace("EPYC", "EPYC 9654") + lines) == "AMD EPYC 9654"
     assert name_in("model name : Some CPU\n") == "Some CPU" and name_in("Hardware : a board\n") is None
+
+
+def test_which_processors_take_512_bits_in_halves():
+    """A Zen 4 does; a Zen 3 has no AVX-512, a Zen 5 and Intel's have whole units."""
+    zen4 = "vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 17\nflags : fpu avx2 avx512f avx512bw\n"
+    assert halves_in(zen4)
+    for change in (("AuthenticAMD", "GenuineIntel"), (": 25", ": 26"), ("avx512f", "")):
+        assert not halves_in(zen4.replace(*change))
+    assert not halves_in("")
 
 
 def test_peak_growth_sees_what_was_touched():

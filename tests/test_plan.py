@@ -16,7 +16,8 @@ from sparse_cases import weight_24, weight_unstructured
 import pyfast
 from pyfast import BitmapWeight, Sparse24Weight, _changes, backends, sparse
 from pyfast.sparse import calibration, cost_model, layouts, planning
-from pyfast.sparse.cost_model import Work, built_in, predict
+from pyfast.sparse.built_in import built_in
+from pyfast.sparse.cost_model import Work, predict
 
 pytestmark = pytest.mark.skipif(not backends.isas_supported(), reason="no native kernels, nothing to choose")
 AVX512 = built_in("avx512", 2)
@@ -104,9 +105,43 @@ def test_time_grows_with_tokens_and_falls_with_sparsity(isa, format):
         assert all(b < a for a, b in itertools.pairwise(sparser))
 
 
+def test_memory_and_arithmetic_add_up():
+    """What takes as long by either alone takes 1.4 times that together."""
+    constants = dataclasses.replace(distinct(), read_gbps=1e9, call_us=0.0)
+    arithmetic = predict(constants, work(0.5, 16))["packed"]
+    both = dataclasses.replace(constants, read_gbps=work(0.5, 16).dense_bytes / (arithmetic * 1e6))
+    assert predict(both, work(0.5, 16))["packed"] == pytest.approx(2**0.5 * arithmetic, rel=0.01)
+
+
+def test_bfloat16_in_pairs_has_times_and_bytes_of_its_own():
+    constants = dataclasses.replace(distinct(), read_gbps=1e9, call_us=0.0)
+    single, pair = (dataclasses.replace(work(0.5, 64, dtype="bfloat16"), pairs=pairs) for pairs in (False, True))
+    for one, times, columns in ((single, constants.singles, 128), (pair, constants.pairs, 192)):
+        count, lists = one.stored, 4096 * -(-4096 // columns)
+        ps = count * times.entry[-1] + lists * times.start[-1] + 64 * 8192 * times.turn
+        assert predict(constants, one)["indexed"] == pytest.approx(1e-9 * ps)
+    assert cost_model.layout_bytes(single, "indexed") == 5 * single.stored + 2 * 4096 * 32
+    assert cost_model.layout_bytes(pair, "indexed") == 3 * pair.stored + 2 * 4096 * 22
+    weight = BitmapWeight.from_dense(weight_unstructured(512, 1024, 0.5, torch.bfloat16))
+    assert planning.work_of(weight, 16).pairs == layouts.pairs(torch.bfloat16)
+    expected = cost_model.layout_bytes(planning.work_of(weight, 16), "indexed")
+    assert abs(expected - layouts.IndexedLayout.of(weight).nbytes) < 0.1 * expected
+
+
+def test_bfloat16_that_is_multiplied_in_pairs_pays_earlier():
+    """With several tokens, against a dense library that has the same instructions."""
+    for halves in (False, True):
+        widened, paired = (built_in("avx512", 2, bfloat16=0.5, bf16=bf16, halves=halves) for bf16 in (False, True))
+        of = {
+            name: cost_model.break_even(constants, (4096, 4096), 512, "bfloat16", 2, 32)
+            for name, constants in (("widened", widened), ("paired", paired))
+        }
+        assert of["paired"] < of["widened"] - 0.1
+
+
 @pytest.mark.parametrize(("looks_up", "kernel"), [(True, "direct"), (False, "indexed")])
 def test_one_token_goes_by_lists_where_the_processor_cannot_look_up(looks_up, kernel):
-    expected = predict(built_in("avx512", 2, looks_up=looks_up), work(0.85, 1))
+    expected = predict(built_in("avx512", 2, vbmi2=looks_up), work(0.8, 1))
     assert planning.pick(expected) == kernel
 
 

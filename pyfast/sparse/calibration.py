@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pyfast import _changes, _native, _products
-from pyfast._cpu import cpu_name, last_level_cache_bytes
+from pyfast._cpu import cpu_name, last_level_cache_bytes, takes_512_bits_in_halves
 from pyfast._version import __version__
 from pyfast.ops.bitmap_linear import bitmap_linear
 from pyfast.ops.sparse24_linear import sparse24_linear
 from pyfast.sparse import cache, dense, layouts
+from pyfast.sparse.built_in import built_in
 from pyfast.sparse.cost_model import (
     DENSE_TOKENS,
     DENSITIES,
@@ -35,7 +36,6 @@ from pyfast.sparse.cost_model import (
     Rates,
     Row,
     Work,
-    built_in,
     entries,
 )
 from pyfast.sparse.formats import BitmapWeight, Sparse24Weight, SparseWeight
@@ -79,9 +79,16 @@ def constants(threads: int, isa: str) -> Constants:
         except (KeyError, TypeError, ValueError) as error:
             cache.damaged(error)
     packs = dense.runs(dense.onednn_prepacked, torch.float32)
-    looks_up = _native.CPU is not None and _native.CPU.has_vbmi2()
-    bf16 = _native.CPU is not None and _native.CPU.has_avx512_bf16()
-    return built_in(isa, threads, packs=packs, bfloat16=_bfloat16(), looks_up=looks_up, bf16=bf16)
+    cpu = _native.CPU
+    return built_in(
+        isa,
+        threads,
+        packs=packs,
+        bfloat16=_bfloat16(),
+        vbmi2=cpu is not None and cpu.has_vbmi2(),
+        bf16=cpu is not None and cpu.has_avx512_bf16(),
+        halves=takes_512_bits_in_halves(),
+    )
 
 
 def _bfloat16() -> float:

@@ -1,6 +1,9 @@
 """What a product with a sparse weight is expected to take, by each kernel that can serve it.
 
-    time = max(bytes / bandwidth, operations · time of one) + the cost of a call
+    time = √((bytes / bandwidth)² + (operations · time of one)²) + the cost of a call
+
+Of memory and arithmetic neither hides the other whole: where both would take as long by themselves, together they were
+measured to take about 1.4 times that, by libraries and by the kernels here.
 
 Bytes are those of the weight as the kernel reads it, of the activations and of the outputs; weights are taken to be
 cold, as they are in a model that exceeds the caches. The operations are those the kernel does:
@@ -13,14 +16,15 @@ cold, as they are in a model that exceeds the caches. The operations are those t
     packed    positions likewise, packed in advance
 
 The constants come from :mod:`pyfast.sparse.calibration` where ``pyfast calibrate`` has been run on this device, else
-from :func:`built_in`.
+from :mod:`pyfast.sparse.built_in`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from math import hypot
 
 from pyfast.sparse.layouts import block_columns
 
@@ -159,7 +163,7 @@ def predict(constants: Constants, work: Work) -> dict[str, float]:
 
     def ms(weight_bytes: float, picoseconds: float) -> float:
         memory = (weight_bytes + vectors) / (constants.read_gbps * 1e6)
-        return max(memory, picoseconds * 1e-9) + constants.call_us * 1e-3
+        return hypot(memory, picoseconds * 1e-9) + constants.call_us * 1e-3
 
     found = {
         "direct": ms(work.container_bytes, _direct(rates, work) * positions),
@@ -241,106 +245,3 @@ def break_even(
             break
         found = percent / 100
     return found
-
-
-@dataclass(frozen=True)
-class _Cycles:
-    """Cycles of one thread: heuristics from the instructions of each kernel, those of AVX2 and AVX-512 brought near to
-    what a Zen 5 and a Zen 4 take (docs/kernels.md has the tables)."""
-
-    bitmap: tuple[Row, ...]  # a position, as Rates.bitmap
-    sparse24: Row
-    decompress: float
-    entry: Row  # of the indexed layout, as Lists.entry
-    list_start: Row
-    flops: int  # a cycle, of a good dense library
-
-
-_CYCLES = {
-    "serial": _Cycles(
-        ((0.5, 1.0, 2.0, 4.0), (0.6, 1.5, 3.0, 5.0), (1.0, 2.0, 5.0, 8.0)),
-        (2.0, 2.5, 4.0),
-        4.0,
-        (1.5, 8.0, 16.0, 32.0, 64.0),
-        (4.0, 24.0, 48.0, 96.0, 192.0),
-        32,
-    ),
-    "avx2": _Cycles(
-        ((0.3, 0.3, 0.35, 0.35), (0.42, 0.42, 0.5, 0.5), (0.9, 0.9, 1.0, 1.0)),
-        (0.4, 0.5, 0.8),
-        0.6,
-        (0.9, 0.9, 1.5, 3.0, 5.7),
-        (2.5, 4.5, 8.0, 18.0, 33.0),
-        32,
-    ),
-    "avx512": _Cycles(  # expands, whatever is stored
-        ((0.2, 0.2, 0.2, 0.2), (0.28, 0.28, 0.28, 0.28), (0.4, 0.4, 0.4, 0.4)),
-        (0.15, 0.25, 0.4),
-        0.5,
-        (0.45, 0.8, 1.0, 1.7, 3.1),
-        (4.0, 4.5, 6.0, 10.0, 22.0),
-        64,
-    ),
-    "avx512_vbmi2": _Cycles(  # up to a quarter stored, a row of a tile is one look-up
-        ((0.12, 0.13, 0.14, 0.14), (0.14, 0.15, 0.19, 0.19), (0.2, 0.22, 0.26, 0.26)),
-        (0.15, 0.25, 0.4),
-        0.5,
-        (0.45, 0.8, 1.0, 1.7, 3.1),
-        (4.0, 4.5, 6.0, 10.0, 22.0),
-        64,
-    ),
-}
-# bfloat16 multiplied as it is, which processors with VBMI2 and BF16 do.
-_BF16_BITMAP_CYCLES = ((0.075,) * 4, (0.12,) * 4, (0.18,) * 4)
-_PAIR_CYCLES = (0.22, 0.8, 0.8, 1.1, 1.85), (4.0, 6.0, 6.0, 10.0, 24.0)  # of an entry and of a list
-_GHZ = 3.0
-_READ_GBPS_A_THREAD, _READ_GBPS_AT_MOST = 15.0, 200.0
-_DENSE_EFFICIENCY = 0.85
-_TURN_CYCLES = 1.0  # of an activation or an output of the indexed kernel
-_PACK_CYCLES = 1.0  # of a position, where F.linear packs its weight at a call of several tokens
-_FLOAT16_DENSE = 8.0  # time of a dense product over that of float32, without instructions for it
-
-
-def built_in(
-    isa: str, threads: int, packs: bool = True, bfloat16: float = 1.0, looks_up: bool = True, bf16: bool = False
-) -> Constants:
-    """Neutral constants for a device that has not been calibrated: instructions counted, 3 GHz, 15 GB/s a thread.
-
-    Good enough to order kernels that are far apart; where two are near each other, :func:`pyfast.sparse.plan` takes the
-    one that needs no memory. ``packs``: whether torch comes with a library that packs weights. ``bfloat16``: time of a
-    dense product over that of float32, less than 1 where the processor has instructions for it. ``looks_up``: whether
-    it has VBMI2, which matters with AVX-512; ``bf16``: and BF16.
-    """
-    cycles = _CYCLES["avx512_vbmi2" if isa == "avx512" and looks_up else isa]
-    ps = 1e3 / _GHZ / threads  # of one cycle
-    flops = cycles.flops * _DENSE_EFFICIENCY
-
-    def dense(slower: float, pack: float) -> Row:
-        return tuple(ps * slower * (2 * t / flops + (pack if t > 1 else 0.0)) for t in DENSE_TOKENS)
-
-    def rates(slower: float, packed: bool) -> Rates:
-        return Rates(
-            bitmap=tuple(tuple(ps * c for c in row) for row in cycles.bitmap),
-            sparse24=tuple(ps * c for c in cycles.sparse24),
-            bitmap_decompress=ps * cycles.decompress,
-            sparse24_decompress=ps * cycles.decompress,
-            dense=dense(slower, _PACK_CYCLES),
-            packed=dense(slower, 0.0) if packed else (),
-        )
-
-    def lists(entry: Row, start: Row) -> Lists:
-        return Lists(tuple(ps * c for c in entry), tuple(ps * c for c in start), ps * _TURN_CYCLES)
-
-    plain, of_bfloat16 = rates(1.0, packs), rates(bfloat16, packs)
-    pairs = None
-    if isa == "avx512" and bf16:
-        of_bfloat16 = replace(of_bfloat16, bitmap=tuple(tuple(ps * c for c in row) for row in _BF16_BITMAP_CYCLES))
-        pairs = lists(*_PAIR_CYCLES)
-    return Constants(
-        source="built-in",
-        read_gbps=min(_READ_GBPS_A_THREAD * threads, _READ_GBPS_AT_MOST),
-        call_us=10.0,
-        singles=lists(cycles.entry, cycles.list_start),
-        pairs=pairs,
-        rates={"float32": plain, "bfloat16": of_bfloat16, "float16": rates(_FLOAT16_DENSE, False)},
-    )
