@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "indexed_pairs.h"
 #include "sparse_driver.h"
 #include "transpose.h"
 

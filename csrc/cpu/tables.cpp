@@ -4,6 +4,7 @@
 #include "distill_kl.h"
 #include "epilogue.h"
 #include "indexed_linear.h"
+#include "indexed_pairs.h"
 #include "nm_mask.h"
 #include "sparse24_linear.h"
 #include "topk_distill.h"

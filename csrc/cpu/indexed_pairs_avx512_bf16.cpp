@@ -1,4 +1,4 @@
-// indexed_linear of pairs, for AVX-512 with VBMI2 and BF16. See indexed_linear.h.
+// indexed_linear of pairs, for AVX-512 with VBMI2 and BF16. See indexed_pairs.h.
 //
 //   columns c, d of a pair:   x[c] ×32 ─┬─ vpunpcklwd ─► (c, d) of the tokens  0 … 15 ─► vdpbf16ps ─► sum
 //                             x[d] ×32 ─┴─ vpunpckhwd ─► (c, d) of the tokens 16 … 31 ─► vdpbf16ps ─► sum
@@ -12,6 +12,7 @@
 #include "vec_avx512.h"
 #include "../inline.h"
 #include "indexed_linear_rows.h"
+#include "indexed_pairs.h"
 
 namespace pyfast {
 namespace {
