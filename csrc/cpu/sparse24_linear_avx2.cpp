@@ -9,14 +9,18 @@ namespace {
 
 // 16 bits of metadata are 8 two-bit columns; lane j adds the base of its group, 4·(j/2), so the index has four
 // bits: vpermps looks up the low three in both registers and bit 3 chooses between them.
+struct Fields {
+  __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  __m256i base = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
+  __m256i two_bits = _mm256_set1_epi32(3);
+};
+
 struct Lookup {
   __m256i index;
 
-  explicit Lookup(const uint16_t* metadata) {
-    const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-    const __m256i base = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
-    const __m256i bits = _mm256_srlv_epi32(_mm256_set1_epi32(*metadata), shift);
-    index = _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(3)), base);
+  Lookup(const uint16_t* metadata, const Fields& f) {
+    const __m256i bits = _mm256_srlv_epi32(_mm256_set1_epi32(*metadata), f.shift);
+    index = _mm256_or_si256(_mm256_and_si256(bits, f.two_bits), f.base);
   }
 
   Vec operator()(Vec low, Vec high) const {

@@ -1,5 +1,5 @@
 // The vector algorithm of sparse24_linear over Vec. The ISA file that includes this says how kept columns are
-// looked up (struct Lookup): no gather from memory, the candidates of one step lie in two registers.
+// looked up (struct Lookup, of struct Fields): no gather from memory, the candidates of one step lie in two registers.
 //
 //   step = 2·width columns:   metadata ──► width indices (2 bits each, plus 4·(lane/2))
 //                             x[step]  ──► two registers ──(permute by index)──► width activations
@@ -22,6 +22,7 @@ void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
   const T* values = static_cast<const T*>(a.values) + row * (a.k / 2);
   const uint16_t* metadata = a.metadata + row * (a.k / 16);
   const float* x = a.x + token * a.x_stride;
+  const Fields fields{};
   Vec sum[rows][tokens];
   // Every loop over sums is unrolled, or gcc keeps them in memory: an array whose index is not a constant has an
   // address.
@@ -38,9 +39,9 @@ void sparse24_block(const Sparse24LinearArgs& a, int64_t row, int64_t token) {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      const Lookup kept(metadata + r * (a.k / 16) + k / 16);
+      const Lookup kept(metadata + r * (a.k / 16) + k / 16, fields);
       const Vec w = load(values + r * (a.k / 2) + k / 2);
-      if constexpr (tokens == 1) __builtin_prefetch(reinterpret_cast<const char*>(values + k / 2) + kAhead, 0, 3);
+      if constexpr (tokens == 1) __builtin_prefetch(reinterpret_cast<const char*>(values + k / 2) + kAhead, 0, 2);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) sum[r][t] = fma(w, kept(low[t], high[t]), sum[r][t]);
     }
