@@ -67,7 +67,7 @@ _AVX512_VBMI2 = _Cycles(  # up to a quarter stored, a row of a tile is one look-
 )
 _HALVES = _Cycles(  # Zen 4: every 512-bit instruction takes a unit twice
     bitmap=((0.15, 0.17, 0.23, 0.24), (0.2, 0.25, 0.3, 0.3), (0.34, 0.4, 0.47, 0.5)),
-    sparse24=(0.27, 0.3, 0.65),
+    sparse24=(0.16, 0.3, 0.65),
     decompress=0.8,
     entry=(0.42, 0.85, 1.25, 2.2, 4.4),
     start=(10.0, 12.0, 14.0, 16.0, 26.0),
