@@ -1,6 +1,6 @@
 """The generated tables of docs/kernels.md on what a CPU kernel does in more than one way: rows of the KL that lie near
-each other or apart, one token by a weight's bitmap or by its lists, what a row and a stored value cost from the cache,
-conversions by instruction set, and dense products by MKL or by oneDNN.
+each other or apart, one token by a weight's bitmap or by its lists, or by 2:4, what a row and a stored value cost from
+the cache, conversions by instruction set, and dense products by MKL or by oneDNN.
 
     python benchmarks/ways.py [--json benchmarks/results/<device>/ways.json] [--write docs/kernels.md]
 """
@@ -15,7 +15,7 @@ import torch
 from generated import publish
 from torch import Tensor
 
-from pyfast import BitmapWeight, _products, backends
+from pyfast import BitmapWeight, Sparse24Weight, _products, backends
 from pyfast._cpu import cpu_name, last_level_cache_bytes
 from pyfast.bench.timing import Rotating, cold, interleave
 from pyfast.ops.nm_mask import nm_mask
@@ -87,6 +87,31 @@ def one_token() -> list[dict[str, Any]]:
                     timings = interleave({"bitmap": by_bitmap, "lists": by_lists}, budget_s=0.5)
                 row = {"n": n, "k": k, "sparsity": sparsity, "isa": isa}
                 found.append({**row, **{f"{way}_us": 1e3 * timing.ms for way, timing in timings.items()}})
+    return found
+
+
+def two_four() -> list[dict[str, Any]]:
+    """Microseconds of one token by a cold 2:4 weight, and the bytes of the weight a nanosecond."""
+    found = []
+    for (n, k), dtype in product(SHAPES, (torch.float32, torch.bfloat16)):
+        dense, x = torch.randn(n, k).to(dtype), torch.randn(1, k).to(dtype)
+
+        def weight(dense: Tensor = dense) -> Sparse24Weight:
+            return Sparse24Weight.from_dense(dense, mask=nm_mask(dense.float().abs(), 2, 4))
+
+        ring = cold(weight, (nbytes := weight().nbytes), last_level_cache_bytes())
+
+        def by_two_four(ring: Rotating[Sparse24Weight] = ring, x: Tensor = x) -> object:
+            one = ring()
+            return torch.ops.pyfast.sparse24_linear(x, one.values, one.metadata, None, None, 0, None)
+
+        for isa in backends.isas_supported():
+            if isa == "serial":
+                continue
+            with backends.isa(isa):
+                ms = interleave({"2:4": by_two_four}, budget_s=0.5)["2:4"].ms
+            row = {"n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "isa": isa}
+            found.append({**row, "us": 1e3 * ms, "gbps": nbytes / ms / 1e6})
     return found
 
 
@@ -200,7 +225,13 @@ def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     with torch.inference_mode():
-        found = {"losses": losses(), "one_token": one_token(), "conversions": conversions(), "products": products()}
+        found = {
+            "losses": losses(),
+            "one_token": one_token(),
+            "two_four": two_four(),
+            "conversions": conversions(),
+            "products": products(),
+        }
         torch.set_num_threads(1)
         found |= {"by_bitmap_warm": by_bitmap_warm(), "by_lists_warm": by_lists_warm()}
         return {"device": cpu_name(), "threads": THREADS, **found}
@@ -236,6 +267,14 @@ def text(figures: dict[str, Any]) -> str:
             here = [r for r in figures["one_token"] if (r["n"], r["k"], r["isa"]) == (n, k, isa)]
             shown = [f"{r['bitmap_us']:.0f} / {r['lists_us']:.0f}" for r in here]
             lines.append(f"| {n}x{k}, {isa} | " + " | ".join(shown) + " |")
+    lines += ["", "One token, cold 2:4 weights, µs (GB/s):", ""]
+    rows = figures["two_four"]
+    isas = list(dict.fromkeys(r["isa"] for r in rows))
+    lines += ["| weight | " + " | ".join(isas) + " |", "| --- |" + " ---: |" * len(isas)]
+    weights: dict[str, list[str]] = {}
+    for r in rows:
+        weights.setdefault(f"{r['n']}x{r['k']}, {r['dtype']}", []).append(f"{r['us']:.0f} ({r['gbps']:.0f})")
+    lines += [f"| {name} | " + " | ".join(shown) + " |" for name, shown in weights.items()]
     lines += [
         "",
         "One core, weights in the cache, ns of a row of 64 columns by the bitmap, 50 % stored, by tokens:",

@@ -179,7 +179,7 @@ PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "Compiler, ISAs built, version, torch ABI target."},
     {"has_vbmi2", has_vbmi2, METH_NOARGS, "Whether this processor has AVX-512 VBMI2: the look-up of bitmap_linear."},
     {"has_avx512_bf16", has_avx512_bf16, METH_NOARGS,
-     "Whether it has AVX-512 BF16 besides: bitmap_linear of bfloat16."},
+     "Whether it has AVX-512 BF16 besides: bfloat16 multiplied as it is."},
     {"is_intel", is_intel, METH_NOARGS, "Whether this is a processor of Intel's."},
     {"multiply_by_onednn", multiply_by_onednn, METH_O,
      "Whether dense products of float32 are oneDNN's, see dense_linear.h."},

@@ -116,7 +116,7 @@ void order_rows(const IndexedShape& s, const Source& source, int64_t p, int64_t 
 }
 
 // starts, rows: of this panel's block. bf16 is exact where the source is bfloat16.
-template <class Source, class Value>
+template <class Value, class Source>
 void write_quads(const IndexedShape& s, const Source& source, int64_t p, int64_t b, const int32_t* starts,
                  const uint8_t* rows, Value* values, uint8_t* columns) {
   constexpr int64_t a_step = kEntriesOfStep<Value>, a_quad = kQuad * a_step;

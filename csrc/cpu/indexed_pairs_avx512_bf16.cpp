@@ -140,9 +140,8 @@ PYFAST_INLINE void add_block(const IndexedLinearArgs<bf16>& a, const Quads& quad
       add_steps(~__mmask32{0});
     }
     add_steps((__mmask32{1} << (2 * kQuad * steps)) - 1);  // none, as often as one, two or three
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
-    alignas(16) float of_rows[kQuad];
-    _mm_store_ps(of_rows, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    float of_rows[kQuad];
+    reduce_add_by_four({sum}, of_rows);
     for (int i = 0; i < kQuad; ++i) sums[quads.rows[kQuad * q + i]] += of_rows[i];
   }
 }

@@ -240,7 +240,7 @@ class SparseLinear(nn.Module):
     tensors as :meth:`SparseWeight.from_tensors` does and changes nothing where they are refused.
 
     Without gradients it may keep a second form of the weight in memory, made at the first call that wants it and never
-    saved: about 5 bytes a stored element for many tokens, or a dense copy where dense is faster.
+    saved: 3 to 5 bytes a stored element for many tokens, or a dense copy where dense is faster.
     :func:`pyfast.sparse.plan` tells, :func:`pyfast.sparse.set_layouts` forbids, :func:`pyfast.sparse.prepare` makes it
     ahead of the first call.
     """
