@@ -62,13 +62,8 @@ _AVX512_VBMI2 = _Cycles(  # up to a quarter stored, a row of a tile is one look-
     start=(4.0, 4.5, 6.0, 10.0, 22.0),
     flops=64,
     bf16_bitmap=((0.075,) * 4, (0.12,) * 4, (0.18,) * 4),
-    pair_entry=(
-        0.22,
-        0.7,
-        0.7,
-        1.0,
-        1.75,
-    ),  # not timed on a Zen 5: what single entries take, as much less as on a Zen 4
+    # Pairs were not timed on a Zen 5: as much less than single entries as on a Zen 4.
+    pair_entry=(0.22, 0.7, 0.7, 1.0, 1.75),
     pair_start=(4.0, 6.0, 6.0, 10.0, 24.0),
 )
 _HALVES = _Cycles(  # Zen 4: every 512-bit instruction takes a unit twice
