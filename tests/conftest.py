@@ -1,4 +1,5 @@
-"""What the tests share: every ISA this machine runs, one thread, relative errors, and offline transformers."""
+"""What the tests share: every ISA this machine runs, one thread, the CUDA module, relative errors, and offline
+transformers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ os.environ["PYFAST_CACHE_DIR"] = "none"  # no test goes by what was measured on 
 
 import pytest
 import torch
+from native_build import CudaModule, build_cuda
 from torch import Tensor
 
 from pyfast import backends
@@ -36,6 +38,13 @@ def one_thread():
 @pytest.fixture
 def quiet():
     return Progress(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def cuda_module(tmp_path_factory) -> CudaModule:
+    """pyfast._cuda, compiled once for all tests that read it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return build_cuda(tmp_path_factory.mktemp("cuda"), monkeypatch)
 
 
 @pytest.fixture(autouse=True)

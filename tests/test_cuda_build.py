@@ -11,31 +11,18 @@ import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from native_build import CUDA_TARGETS, CudaModule
 from sparse_cases import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SHAPES = [(1, 1), (3, 5), (16, 16), (16, 64), (17, 65), (5, 24), (40, 136), (33, 129), (64, 192), (130, 260)]
-OPS = (
-    "distill_kl",  # compiles longest
-    "sparse24_convert",
-    "sparse24_linear",
-    "sparse24_backward",
-    "bitmap_convert",
-    "bitmap_linear",
-    "bitmap_backward",
-    "sliced_linear",
-    "scattered_linear",
-    "topk_distill",
-    "scale_rows",
-)
-TARGETS = ("80", "90", "120")
+OPS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 
 
 def random_bits(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> np.ndarray:
@@ -86,42 +73,6 @@ def bitmap_case(n: int, k: int, size: int, density: float) -> tuple[np.ndarray, 
     return np.array(values, dtype=f"u{size}"), bitmaps, np.array(offsets, dtype=np.int64), dense
 
 
-def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
-    if found is None:
-        pytest.skip("no nvcc")
-    return found
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """For each op, the object file and what ptxas said, for TARGETS, warnings being errors."""
-    compiler = nvcc()
-    folder = tmp_path_factory.mktemp("nvcc")
-    include = Path(torch.__file__).parent / "include"
-    flags = [
-        "-std=c++20",
-        "-O3",
-        "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        "-isystem",
-        str(include),
-    ]
-    flags += ["-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,-Werror"]
-    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
-    flags += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
-
-    def build(op: str) -> tuple[Path, str]:
-        command = [compiler, *flags, "-c", str(SOURCES / f"{op}.cu"), "-o", str(folder / f"{op}.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return folder / f"{op}.o", done.stdout + done.stderr
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(OPS, pool.map(build, OPS), strict=True))
-
-
 def demangled(name: str) -> str:
     """The kernel's name with its template arguments, without namespaces and parameters."""
     if shutil.which("c++filt") is None:
@@ -137,22 +88,33 @@ def stated_resources(op: str) -> dict[str, tuple[int, int]]:
     return {name: (int(registers), int(shared)) for name, registers, shared in found}
 
 
+def cuobjdump(what: str, path: Path) -> str:
+    """What it prints; the program is that of the CUDA toolkit or of Triton."""
+    places = ["/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(places))
+    if found is None:
+        pytest.skip("no cuobjdump")
+    return subprocess.run([found, what, str(path)], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("op", OPS)
-def test_compiles_without_warnings_and_spills(objects: dict[str, tuple[Path, str]], op: str) -> None:
-    """No spill, no local memory, and no more registers than the head of the kernel's file says."""
-    _, report = objects[op]
-    kernels = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        report,
-        re.DOTALL,
-    )
-    assert {target for _, target, *_ in kernels} == set(TARGETS), report
+def test_compiles_without_warnings_and_spills(cuda_module: CudaModule, op: str) -> None:
+    """No stack and no local memory, where spills would be, and no more registers than the head of the kernel's file
+    says."""
+    report = cuobjdump("-res-usage", cuda_module.object_of(op))
     stated, most = stated_resources(op), dict[str, int]()
-    for name, target, stack, stores, loads, registers in kernels:
-        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on sm_{target}"
-        kernel = re.sub(r"<(BFloat16|Float16|float|unsigned \w+)", "<T", demangled(name))
-        most[kernel] = max(most.get(kernel, 0), int(registers))
+    by_target = re.findall(r"^arch = sm_(\d+)$(.*?)(?=^arch|\Z)", report, re.DOTALL | re.MULTILINE)
+    assert {target for target, _ in by_target} == set(CUDA_TARGETS), report
+    for target, functions in by_target:
+        kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", functions)
+        assert len(kernels) == functions.count("Function ") > 0, functions
+        for name, registers, stack, local in kernels:
+            assert (stack, local) == ("0", "0"), f"{name} spills on sm_{target}"
+            kernel = re.sub(r"<(BFloat16|Float16|float|unsigned \w+)", "<T", demangled(name))
+            most[kernel] = max(most.get(kernel, 0), int(registers))
     assert set(stated) <= set(most), f"the head of {op}.cuh names kernels that are not there"
     for kernel, registers in most.items():
         limit = stated[kernel][0] if stated else 80
@@ -163,24 +125,10 @@ def test_compiles_without_warnings_and_spills(objects: dict[str, tuple[Path, str
 OVERLAPPING = ("sparse24_linear", "bitmap_linear", "sliced_linear", "scattered_linear")
 
 
-def disassembler() -> str:
-    """cuobjdump, of the CUDA toolkit or of Triton."""
-    places = [Path(nvcc()).resolve().parent]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, places)))
-    if found is None:
-        pytest.skip("no cuobjdump")
-    return found
-
-
 @pytest.mark.parametrize("op", OVERLAPPING)
-def test_nothing_is_touched_before_the_grid_before_has_ended(objects: dict[str, tuple[Path, str]], op: str) -> None:
+def test_nothing_is_touched_before_the_grid_before_has_ended(cuda_module: CudaModule, op: str) -> None:
     """No load or store stands before griddepcontrol.wait in the machine code; ptxas may move ld.global.nc there."""
-    listing = subprocess.run(
-        [disassembler(), "-sass", str(objects[op][0])], capture_output=True, text=True, check=True
-    ).stdout
+    listing = cuobjdump("-sass", cuda_module.object_of(op))
     overlapping = 0
     for function in listing.split("Function : ")[1:]:
         found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", function)
@@ -194,10 +142,11 @@ def test_nothing_is_touched_before_the_grid_before_has_ended(objects: dict[str, 
     assert overlapping > 0
 
 
-def test_needs_nothing_of_torch_but_the_stable_interface(objects: dict[str, tuple[Path, str]]) -> None:
+def test_needs_nothing_of_torch_but_the_stable_interface(cuda_module: CudaModule) -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
-    for path, _ in objects.values():
+    for op in OPS:
+        path = cuda_module.object_of(op)
         symbols = subprocess.run(["nm", "-u", str(path)], capture_output=True, text=True, check=True).stdout.split()
         wanted = {symbol for symbol in symbols if re.search("torch|aten|c10", symbol, re.IGNORECASE)}
         assert "aoti_torch_get_current_cuda_stream" in wanted

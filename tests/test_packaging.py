@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import importlib.util
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import setuptools
+from native_build import CUDA_TARGETS, CudaModule, load_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 # The whole of what a limited-API module may need of Python under a private name: what its macros expand to.
@@ -208,16 +208,7 @@ def test_native_modules_need_only_stable_interfaces(installed: Path) -> None:
 
 @pytest.fixture
 def setup_py(tree: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, in its folder, without its call of setup()."""
-    for name in ("PYFAST_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYFAST_NATIVE", "0")
-    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
-    monkeypatch.chdir(tree)
-    spec = importlib.util.spec_from_file_location("pyfast_setup", tree / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup(tree, monkeypatch)
 
 
 def test_the_host_module_takes_the_objects_that_are_up_to_date(
@@ -315,24 +306,13 @@ def test_wrong_architectures_are_refused(setup_py: ModuleType, wrong: str) -> No
         setup_py.gencode_flags(wrong)
 
 
-def test_cuda_module_builds_against_this_torch(
-    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With nvcc the module compiles, links and needs nothing but the stable ABI, CUDA build of torch or not."""
-    if setup_py.find_cuda_home() is None:
-        pytest.skip("no nvcc")
-    monkeypatch.setenv("PYFAST_CUDA", "1")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    options = {"name": "pyfast-kernels", "ext_modules": setup_py.cuda_extensions()}
-    command = setup_py.BuildNative(setuptools.Distribution(options))
-    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
-    command.ensure_finalized()
-    command.run()
-    (library,) = (tmp_path / "lib").rglob("*.so")
-    assert library == tmp_path / "lib" / "pyfast" / "_cuda.abi3.so"
+def test_cuda_module_builds_against_this_torch(cuda_module: CudaModule) -> None:
+    """The module compiles, links and needs nothing but the stable ABI, CUDA build of torch or not."""
+    library = cuda_module.library
+    assert library.name == "_cuda.abi3.so" and library.parent.name == "pyfast"
     symbols = needed(library)
     assert outside_the_stable_abi(symbols) == set()
     assert "aoti_torch_get_current_cuda_stream" in symbols
     contents = library.read_bytes()
-    assert b"PyInit__cuda\0" in contents and b"\0009.0\0" in contents
-    assert set(re.findall(rb"sm_\d+", contents)) == {b"sm_90"}
+    assert b"PyInit__cuda\0" in contents and b"\0008.0 9.0 12.0\0" in contents
+    assert set(re.findall(rb"sm_\d+", contents)) == {f"sm_{target}".encode() for target in CUDA_TARGETS}

@@ -139,6 +139,17 @@ def test_bfloat16_that_is_multiplied_in_pairs_pays_earlier():
         assert of["paired"] < of["widened"] - 0.1
 
 
+def test_units_of_256_bits_have_constants_of_their_own(cache, monkeypatch):
+    whole, halves = (built_in("avx512", 2, halves=halves) for halves in (False, True))
+    assert all(slow > fast for slow, fast in zip(halves.singles.entry[1:], whole.singles.entry[1:], strict=True))
+    assert halves.of("float32").dense[-1] > whole.of("float32").dense[-1]
+    monkeypatch.setattr(calibration, "built_in", lambda *device, halves, **facts: halves)
+    for found in (False, True):
+        monkeypatch.setattr(calibration, "takes_512_bits_in_halves", lambda found=found: found)
+        calibration.forget()
+        assert calibration.constants(2, "avx512") is found
+
+
 @pytest.mark.parametrize(("looks_up", "kernel"), [(True, "direct"), (False, "indexed")])
 def test_one_token_goes_by_lists_where_the_processor_cannot_look_up(looks_up, kernel):
     constants = built_in("avx512", 2, vbmi2=looks_up)
@@ -316,6 +327,7 @@ def test_calibration_is_kept_and_used(cache):
     assert _changes.number > before  # choices that are remembered are asked for again
     assert found.source == "calibrated" and len(told) == 5
     assert set(found.rates) == {"float32", "bfloat16", "float16"}
+    assert (found.pairs is not None) == layouts.pairs(torch.bfloat16)
     assert found.of("float32").dense == pytest.approx((1e9 / (64 * 128),) * len(cost_model.DENSE_TOKENS))
     threads, isa = torch.get_num_threads(), backends.active_isa()
     assert calibration.kept_in(threads, isa) == cache

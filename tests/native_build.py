@@ -1,0 +1,55 @@
+"""setup.py as a module, and pyfast._cuda as it builds it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA_TARGETS = ("80", "90", "120")
+
+
+def load_setup(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The folder's setup.py without its call of setup(), and without what steers it in the environment; the folder is
+    the current one from now on."""
+    for name in ("PYFAST_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYFAST_NATIVE", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.chdir(folder)
+    spec = importlib.util.spec_from_file_location("pyfast_setup", folder / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class CudaModule:
+    library: Path
+    objects: Path  # the folder of one .o a source
+
+    def object_of(self, op: str) -> Path:
+        return self.objects / f"{op}.o"
+
+
+def build_cuda(folder: Path, monkeypatch: pytest.MonkeyPatch) -> CudaModule:
+    """The module in ``folder``, for CUDA_TARGETS; warnings are errors, and so are spills. Skips where there is no
+    nvcc."""
+    setup_py = load_setup(ROOT, monkeypatch)
+    if setup_py.find_cuda_home() is None:
+        pytest.skip("no nvcc")
+    monkeypatch.setenv("PYFAST_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " ".join(f"{target[:-1]}.{target[-1]}" for target in CUDA_TARGETS))
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-Xptxas --warn-on-spills,-Werror")
+    options = {"name": "pyfast-kernels", "ext_modules": setup_py.cuda_extensions()}
+    command = setup_py.BuildNative(setuptools.Distribution(options))
+    command.build_lib, command.build_temp = str(folder / "lib"), str(folder / "temp")
+    command.ensure_finalized()
+    command.run()
+    (library,) = (folder / "lib").rglob("*.so")
+    return CudaModule(library, folder / "temp" / "cuda")
