@@ -135,6 +135,7 @@ struct Ticket {
 struct Engine {
   Shape shape;
   unsigned order = 0;  // of lanes and blocks: 0 ascending, 1 descending, above: a shuffle with that seed
+  Errors errors;
   std::string error;
 
   Lane* lane = nullptr;  // the running one

@@ -16,7 +16,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -108,6 +109,16 @@ class Library:
         for buffer in buffers:
             if isinstance(buffer, Output):
                 buffer.unwritten = self.calls.simt_unwritten(_pointer(buffer.memory))
+
+    @contextmanager
+    def off_by(self, *, rough: float = 0.0, bias: float = 0.0) -> Iterator[None]:
+        """Meanwhile powers and logarithms are off by up to ``rough``, this way or that, reciprocals by half as much,
+        and all logarithms by ``bias``; all relative, but logarithms near 0."""
+        self.calls.simt_errors(ctypes.c_float(rough), ctypes.c_float(bias))
+        try:
+            yield
+        finally:
+            self.calls.simt_errors(ctypes.c_float(0.0), ctypes.c_float(0.0))
 
     def _with_lines(self, message: str) -> str:
         """Puts file and line where the message holds an address in the code."""

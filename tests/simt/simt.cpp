@@ -337,6 +337,8 @@ void execute(const Shape& shape, void (*body)(const void*), const void* closure,
   munmap(stacks, stack_bytes);
 }
 
+Errors errors() { return engine.errors; }
+
 void* scratch(size_t bytes) {
   auto storage = std::make_unique<char[]>(bytes + 256);
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(storage.get()) + 255) / 256 * 256;
@@ -355,6 +357,8 @@ EXPORT void simt_begin(unsigned order) {
   simt::engine.global.clear();
   simt::engine.order = order;
 }
+
+EXPORT void simt_errors(float rough, float bias) { simt::engine.errors = {rough, bias}; }
 
 // role: 0 input, 1 output (unwritten), 2 both (written)
 EXPORT void simt_buffer(const char* name, void* data, size_t bytes, int role) {

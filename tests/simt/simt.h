@@ -52,6 +52,13 @@ void* scratch(size_t bytes);
 void* shared_variable(const void* key, const char* name, size_t bytes);
 unsigned char* dynamic_shared();
 
+// How far approximate instructions may be off, 0 unless host.py says otherwise: `rough` this way or that, reciprocals
+// by half as much, `bias` all logarithms alike.
+struct Errors {
+  float rough = 0.0f, bias = 0.0f;
+};
+Errors errors();
+
 // What stands behind simt_ptx.h; instructions.cpp has the warp's, simt.cpp the rest.
 enum class Shuffle { index, up, down, exclusive_or };
 void block_barrier(Where where);

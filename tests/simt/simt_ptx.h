@@ -209,13 +209,11 @@ PYFAST_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const 
 PYFAST_DEVICE void fma_unless_zero(uint32_t bits, float& sum, float a, float b) {
   if (bits != 0) sum = __builtin_fmaf(a, b, sum);
 }
-// Subnormal numbers count as 0, before and after. How far the results may be off, where a test sets it: kRough this way
-// or that (reciprocals by half as much), kBias all logarithms alike. 2^0 and log2 1 are exact.
-constexpr float kRough = 0.0f, kBias = 0.0f;
+// Subnormal numbers count as 0, before and after. Off by simt::errors(); 2^0 and log2 1 are exact.
 PYFAST_DEVICE float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-PYFAST_DEVICE float deviation(float x) {  // kRough times a number from -1 to 1 that any bit of x changes
+PYFAST_DEVICE float deviation(float x) {  // `rough` times a number from -1 to 1 that any bit of x changes
   const uint32_t bits = to_bits(x) * 2654435761u;
-  return kRough * (static_cast<float>(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
+  return simt::errors().rough * (static_cast<float>(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
 }
 PYFAST_DEVICE float exp2_approx(float x) {
   const float y = flushed(std::exp2(flushed(x)));
@@ -223,7 +221,7 @@ PYFAST_DEVICE float exp2_approx(float x) {
 }
 PYFAST_DEVICE float log2_approx(float x) {
   const float y = std::log2(flushed(x));
-  return y == 0.0f ? y : y + std::fmax(1.0f, std::fabs(y)) * (kBias + deviation(x));
+  return y == 0.0f ? y : y + std::fmax(1.0f, std::fabs(y)) * (simt::errors().bias + deviation(x));
 }
 PYFAST_DEVICE float reciprocal_approx(float x) { return 1.0f / x + 0.5f / x * deviation(x); }
 PYFAST_DEVICE float to_float(float x) { return x; }
