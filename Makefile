@@ -17,7 +17,7 @@ bench: $(VENV)/.built
 	$(BIN)/pyfast bench --json report/bench.json --report report
 
 test: $(VENV)/.built
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_build import CUDA_TARGETS, CudaModule
+from native_build import CUDA_TARGETS, CudaModule, build_cuda, needed, outside_the_stable_abi
 from sparse_cases import same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +71,12 @@ def bitmap_case(n: int, k: int, size: int, density: float) -> tuple[np.ndarray, 
             offsets.append(len(values))
     bitmaps = np.array(words, dtype=np.uint64).reshape(-1, 16).view(np.int64)
     return np.array(values, dtype=f"u{size}"), bitmaps, np.array(offsets, dtype=np.int64), dense
+
+
+@pytest.fixture(scope="module")
+def cuda_module(tmp_path_factory: pytest.TempPathFactory) -> CudaModule:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return build_cuda(tmp_path_factory.mktemp("cuda"), monkeypatch)
 
 
 def demangled(name: str) -> str:
@@ -151,6 +157,18 @@ def test_needs_nothing_of_torch_but_the_stable_interface(cuda_module: CudaModule
         wanted = {symbol for symbol in symbols if re.search("torch|aten|c10", symbol, re.IGNORECASE)}
         assert "aoti_torch_get_current_cuda_stream" in wanted
         assert not {symbol for symbol in wanted if not re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", symbol)}
+
+
+def test_builds_against_this_torch(cuda_module: CudaModule) -> None:
+    """The module compiles, links and needs nothing but the stable ABI, CUDA build of torch or not."""
+    library = cuda_module.library
+    assert library.name == "_cuda.abi3.so" and library.parent.name == "pyfast"
+    symbols = needed(library)
+    assert outside_the_stable_abi(symbols) == set()
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    contents = library.read_bytes()
+    assert b"PyInit__cuda\0" in contents and b"\0008.0 9.0 12.0\0" in contents
+    assert set(re.findall(rb"sm_\d+", contents)) == {f"sm_{target}".encode() for target in CUDA_TARGETS}
 
 
 DTYPES = {"bfloat16": (torch.bfloat16, 2), "float16": (torch.float16, 2), "float32": (torch.float32, 4)}

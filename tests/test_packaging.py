@@ -16,18 +16,9 @@ from types import ModuleType
 
 import pytest
 import setuptools
-from native_build import CUDA_TARGETS, CudaModule, load_setup
+from native_build import load_setup, needed, outside_the_stable_abi
 
 ROOT = Path(__file__).resolve().parent.parent
-# The whole of what a limited-API module may need of Python under a private name: what its macros expand to.
-STABLE_PRIVATE = {
-    "_PyArg_ParseTuple_SizeT",
-    "_Py_BuildValue_SizeT",
-    "_Py_Dealloc",
-    "_Py_FalseStruct",
-    "_Py_NoneStruct",
-    "_Py_TrueStruct",
-}
 
 
 @dataclass
@@ -179,27 +170,6 @@ def test_triton_kernels_refuses_to_be_a_top_level_module(installed: Path) -> Non
     assert last.startswith("ImportError: ") and "pyfast.triton_kernels" in last
 
 
-def needed(library: Path) -> set[str]:
-    """Symbols that a library needs and that are not of glibc, libstdc++ or libgcc, whose symbols carry a version but
-    for the string streams that libtorch exports again."""
-    if shutil.which("nm") is None:
-        pytest.skip("no nm")
-    listed = run(["nm", "-D", "--undefined-only", library])
-    assert listed.returncode == 0, listed.stderr
-    lines = [line.split() for line in listed.stdout.splitlines()]
-    versioned = [symbol for _, symbol in lines if "@" in symbol]
-    assert versioned and all(re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", symbol) for symbol in versioned)
-    again = re.compile(r"_ZN[KRO]*St7__cxx11\d+basic_(o?stringstream|stringbuf)IcSt11char_traitsIcESaIcEE")
-    return {symbol for kind, symbol in lines if "@" not in symbol and kind != "w" and not again.match(symbol)}
-
-
-def outside_the_stable_abi(symbols: set[str]) -> set[str]:
-    torch_side = {symbol for symbol in symbols if re.fullmatch(r"(aoti_torch|torch)_[a-z0-9_]+", symbol)}
-    assert "aoti_torch_library_init_impl" in torch_side
-    python_side = {symbol for symbol in symbols if re.fullmatch(r"Py[A-Z]\w+|Py_\w+", symbol)}
-    return symbols - torch_side - python_side - STABLE_PRIVATE
-
-
 def test_native_modules_need_only_stable_interfaces(installed: Path) -> None:
     assert outside_the_stable_abi(needed(installed / "pyfast" / "_C.abi3.so")) == set()
     (host,) = (installed / "pyfast").glob("_host*.so")
@@ -304,15 +274,3 @@ def test_architectures(setup_py: ModuleType) -> None:
 def test_wrong_architectures_are_refused(setup_py: ModuleType, wrong: str) -> None:
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: got .*accepted: numbers such as 9\.0"):
         setup_py.gencode_flags(wrong)
-
-
-def test_cuda_module_builds_against_this_torch(cuda_module: CudaModule) -> None:
-    """The module compiles, links and needs nothing but the stable ABI, CUDA build of torch or not."""
-    library = cuda_module.library
-    assert library.name == "_cuda.abi3.so" and library.parent.name == "pyfast"
-    symbols = needed(library)
-    assert outside_the_stable_abi(symbols) == set()
-    assert "aoti_torch_get_current_cuda_stream" in symbols
-    contents = library.read_bytes()
-    assert b"PyInit__cuda\0" in contents and b"\0008.0 9.0 12.0\0" in contents
-    assert set(re.findall(rb"sm_\d+", contents)) == {f"sm_{target}".encode() for target in CUDA_TARGETS}
