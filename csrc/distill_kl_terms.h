@@ -15,9 +15,9 @@
 // B = s (w_t (t / s - 1) - (u - x)) to KL(s || m). Each is 0 where s = t, together with its first derivative: what is
 // added to the plain formula sums to 0 over the row, and nothing cancels near convergence.
 //
-// That is computed from t and x, one exponential each. Beyond |x| = 16 the rounding of x, |x| 2^-24, would show in
-// s = t e^x, so s takes an exponential of its own there; so do words that the teacher excludes (t = 0, x = +inf or
-// NaN), for which the limits stand.
+// That is computed from t and x, one exponential each; from s and -x where a mixture is nearer to s.
+// Beyond |x| = 16 the rounding of x, |x| 2^-24, would show in s = t e^x, so s takes an exponential of its own there; so
+// do words that the teacher excludes (t = 0, x = +inf or NaN), for which the limits stand.
 #pragma once
 
 #include "divergence.h"
@@ -95,19 +95,20 @@ PYFAST_INLINE Terms reverse_kl_terms(Vec zs, Vec zt, const RowPair& row) {
   return out;
 }
 
-// t and s, and s - t without cancellation.
+// Two probabilities p and q of a word, and q - p without cancellation: from p, y = log(q / p) and its exponential. Far
+// apart q is what `own` gives.
 struct Masses {
-  Vec t, s, gap;
+  Vec p, q, gap;
 };
 
-PYFAST_INLINE Masses masses(Vec zs, Vec zt, Vec x, const ExpParts& e, const RowPair& row) {
-  const Vec t = teacher_probability(zt, row), gap = t * e.expm1;
-  Masses out{t, t * e.exp, gap};
-  const auto far = is_far(x);
+template <class Own>
+PYFAST_INLINE Masses masses(Vec p, Vec y, const ExpParts& e, Own own) {
+  Masses out{p, p * e.exp, p * e.expm1};
+  const auto far = is_far(y);
   if (any(far)) [[unlikely]] {
-    const Vec s = student_probability(zs, row);
-    out.s = select(far, s, out.s);
-    out.gap = select(far, s - t, out.gap);
+    const Vec q = own();
+    out.q = select(far, q, out.q);
+    out.gap = select(far, q - p, out.gap);
   }
   return out;
 }
@@ -115,60 +116,106 @@ PYFAST_INLINE Masses masses(Vec zs, Vec zt, Vec x, const ExpParts& e, const RowP
 template <Divergence divergence>
 PYFAST_INLINE Terms distance_terms(Vec zs, Vec zt, const RowPair& row) {  // tvd, mse
   const Vec x = log_ratio(zs, zt, row);
-  const Masses p = masses(zs, zt, x, exp_parts(x), row);
-  if constexpr (divergence == Divergence::mse) return {p.gap * p.gap, (p.s + p.s) * p.gap, p.s};
-  const Vec zero = broadcast(0.0f), half = broadcast(0.5f) * p.s;
-  const Vec slope = select(above(p.gap, zero), half, select(above(zero, p.gap), zero - half, zero * p.gap));
-  return {broadcast(0.5f) * abs(p.gap), slope, p.s};
+  const Masses m = masses(teacher_probability(zt, row), x, exp_parts(x), [&] { return student_probability(zs, row); });
+  if constexpr (divergence == Divergence::mse) return {m.gap * m.gap, (m.q + m.q) * m.gap, m.q};
+  const Vec zero = broadcast(0.0f), half = broadcast(0.5f) * m.q;
+  const Vec slope = select(above(m.gap, zero), half, select(above(zero, m.gap), zero - half, zero * m.gap));
+  return {broadcast(0.5f) * abs(m.gap), slope, m.q};
 }
 
-// A, B, x - u and E / (1 + w_s E) of a mixture.
+// Of the mixture m = w_p p + w_q q, with y = log(q / p): what a word adds to KL(p || m) and KL(q || m), log(m / p),
+// log(q / m) and (q - p) / m. Computed from p, which KL(p || m) and log(m / p) suit best: q has the error of y, and
+// log(q / m) = y - log(m / p) loses digits where m is nearly q.
 struct MixtureParts {
-  Vec kl_teacher, kl_student, log_share, ratio;
+  Masses masses;
+  Vec kl_p, kl_q, log_m_p, log_q_m, ratio;
 };
 
-template <Divergence divergence>
-PYFAST_INLINE Terms mixture_terms(Vec zs, Vec zt, const RowPair& row) {  // jsd, skew_kl, skew_reverse_kl
-  const Vec x = log_ratio(zs, zt, row), wt = broadcast(row.mixture_teacher), ws = broadcast(row.mixture_student);
-  const Vec one = broadcast(1.0f), zero = broadcast(0.0f);
-  const ExpParts e = exp_parts(x);
-  const Masses p = masses(zs, zt, x, e, row);
-  const Vec v = ws * e.expm1;
-  const LogParts l = log_parts(v);
+template <class Own>
+PYFAST_INLINE MixtureParts mixture_parts(Vec p, Vec y, float weight_p, float weight_q, Own own) {
+  const Vec wp = broadcast(weight_p), wq = broadcast(weight_q), one = broadcast(1.0f), zero = broadcast(0.0f);
+  const ExpParts e = exp_parts(y);
   MixtureParts m;
-  m.kl_teacher = p.t * l.v_log1p;
-  m.log_share = x - l.log1p;
-  // B in two forms: the first keeps its digits near s = t, the second far from it.
-  const Vec near = p.t * fnma(e.expm1 + one, e.expm1_x - l.v_log1p, wt * e.expm1 * e.expm1);
-  m.kl_student = select(not_at_most(abs(x), one), fnma(wt, p.gap, p.s * m.log_share), near);
+  m.masses = masses(p, y, e, own);
+  const Vec q = m.masses.q, gap = m.masses.gap, v = wq * e.expm1;
+  const LogParts l = log_parts(v);
+  m.kl_p = p * l.v_log1p;
+  m.log_m_p = l.log1p;
+  m.log_q_m = y - l.log1p;
+  // KL(q || m) in two forms: the first keeps its digits near q = p, the second far from it.
+  const Vec near = p * fnma(e.expm1 + one, e.expm1_x - l.v_log1p, wp * e.expm1 * e.expm1);
+  m.kl_q = select(not_at_most(abs(y), one), fnma(wp, gap, q * m.log_q_m), near);
   m.ratio = e.expm1 * reciprocal(v + one);
-  const auto far = is_far(x);
-  if (any(far)) [[unlikely]] {  // r = e^-|x|; where x > 0, u = x + log(w_s + w_t r), else log(w_t + w_s r)
-    const auto more = above(x, zero);
-    const Vec r = exp2(broadcast(-kLog2e) * abs(x));
-    const Vec share = fma(select(more, wt, ws), r, select(more, ws, wt));
+  const auto far = is_far(y);
+  if (any(far)) [[unlikely]] {  // r = e^-|y|; g = log(m / the larger one)
+    const auto more = above(y, zero);
+    const Vec r = exp2(broadcast(-kLog2e) * abs(y));
+    const Vec share = fma(select(more, wp, wq), r, select(more, wq, wp));
     const Vec g = log_parts(share - one).log1p;
-    const Vec u = select(more, x + g, g), log_share = select(more, zero - g, x - g);
-    const Vec ratio = (one - r) * reciprocal(share);
-    m.kl_teacher = select(far, fma(ws, p.gap, zero - weigh(p.t, u)), m.kl_teacher);
-    m.kl_student = select(far, fnma(wt, p.gap, weigh(p.s, log_share)), m.kl_student);
-    const auto dead = equal(p.s, zero);
-    m.log_share = select(far, select(dead, zero, log_share), m.log_share);
-    m.ratio = select(far, select(dead, zero, select(more, ratio, zero - ratio)), m.ratio);
+    const Vec log_m_p = select(equal(p, zero), zero, select(more, y + g, g));  // its factor p is 0
+    const Vec log_q_m = select(equal(q, zero), zero, select(more, zero - g, y - g));
+    const Vec size = (one - r) * reciprocal(share), ratio = select(more, size, zero - size);
+    m.kl_p = select(far, fma(wq, gap, zero - p * log_m_p), m.kl_p);
+    m.kl_q = select(far, fnma(wp, gap, q * log_q_m), m.kl_q);
+    m.log_m_p = select(far, log_m_p, m.log_m_p);
+    m.log_q_m = select(far, log_q_m, m.log_q_m);
+    m.ratio = select(far, select(equal(p + q, zero), zero, ratio), m.ratio);
   }
-  if constexpr (divergence == Divergence::jsd)
-    return {fma(wt, m.kl_teacher, ws * m.kl_student), p.s * (ws * m.log_share), p.s};
-  if constexpr (divergence == Divergence::skew_kl) return {m.kl_teacher, p.s * (ws * ws * m.ratio), p.s};
-  return {m.kl_student, p.s * fnma(ws * wt, m.ratio, m.log_share), p.s};
+  return m;
 }
 
-template <Divergence divergence>
-PYFAST_INLINE Terms terms(Vec zs, Vec zt, const RowPair& row) {
+// A, B, log(s / m) = x - u, and (s - t) / m = E / (1 + w_s E).
+struct MixtureTerms {
+  Vec s, kl_teacher, kl_student, log_share, ratio;
+};
+
+// Which distribution the terms of a mixture are computed from: the one that is nearer to it; for skew_kl, which is
+// weighed by t alone, t.
+enum class From { teacher, student };
+
+PYFAST_INLINE From from_of(Divergence divergence, const RowPair& row) {
+  const bool student = divergence != Divergence::skew_kl && row.mixture_teacher < row.mixture_student;
+  return student ? From::student : From::teacher;
+}
+
+template <From from>
+PYFAST_INLINE MixtureTerms mixture_of(Vec zs, Vec zt, const RowPair& row) {
+  const Vec x = log_ratio(zs, zt, row), zero = broadcast(0.0f);
+  const float wt = row.mixture_teacher, ws = row.mixture_student;
+  const auto student = [&] { return student_probability(zs, row); };
+  const auto teacher = [&] { return teacher_probability(zt, row); };
+  if constexpr (from == From::student) {
+    const MixtureParts m = mixture_parts(student(), zero - x, ws, wt, teacher);
+    return {m.masses.p, m.kl_q, m.kl_p, zero - m.log_m_p, zero - m.ratio};
+  } else {
+    const MixtureParts m = mixture_parts(teacher(), x, wt, ws, student);
+    return {m.masses.q, m.kl_p, m.kl_q, m.log_q_m, m.ratio};
+  }
+}
+
+template <Divergence divergence, From from>
+PYFAST_INLINE Terms mixture_terms(Vec zs, Vec zt, const RowPair& row) {  // jsd, skew_kl, skew_reverse_kl
+  const Vec wt = broadcast(row.mixture_teacher), ws = broadcast(row.mixture_student);
+  const MixtureTerms m = mixture_of<from>(zs, zt, row);
+  if constexpr (divergence == Divergence::jsd)
+    return {fma(wt, m.kl_teacher, ws * m.kl_student), m.s * (ws * m.log_share), m.s};
+  if constexpr (divergence == Divergence::skew_kl) return {m.kl_teacher, m.s * (ws * ws * m.ratio), m.s};
+  return {m.kl_student, m.s * fnma(ws * wt, m.ratio, m.log_share), m.s};
+}
+
+template <Divergence divergence, From from>
+PYFAST_INLINE Terms terms_from(Vec zs, Vec zt, const RowPair& row) {
   if constexpr (divergence == Divergence::forward_kl) return forward_kl_terms(zs, zt, row);
   if constexpr (divergence == Divergence::reverse_kl) return reverse_kl_terms(zs, zt, row);
   if constexpr (divergence == Divergence::tvd || divergence == Divergence::mse)
     return distance_terms<divergence>(zs, zt, row);
-  return mixture_terms<divergence>(zs, zt, row);
+  return mixture_terms<divergence, from>(zs, zt, row);
+}
+
+template <Divergence divergence>
+PYFAST_INLINE Terms terms(Vec zs, Vec zt, const RowPair& row) {
+  return from_of(divergence, row) == From::student ? terms_from<divergence, From::student>(zs, zt, row)
+                                                   : terms_from<divergence, From::teacher>(zs, zt, row);
 }
 
 }  // namespace

@@ -86,9 +86,9 @@ template <Divergence divergence, class T>
 // Pass 2. scale: what the gradient is multiplied by; center: H, where it is known already. next_*: rows that the thread
 // reads after this one. This pass computes while memory would rest, so it asks for them; the first pass over them then
 // runs from L2.
-template <Divergence divergence, Into into, class T>
-Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, int64_t head, const RowPair& pair,
-                  float scale, float center, bool streaming, const T* next_student, const T* next_teacher) {
+template <Divergence divergence, From from, Into into, class T>
+Center terms_pass_from(const RowPair& pair, const T* student, const T* teacher, void* out, int64_t vocab, int64_t head,
+                       float scale, float center, bool streaming, const T* next_student, const T* next_teacher) {
   constexpr bool centered = divergence != Divergence::forward_kl;
   const RowPair row = pair;  // a copy that no store can change: its scalars stay in registers
   T* grad = static_cast<T*>(out);
@@ -123,7 +123,8 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
           prefetch(reinterpret_cast<const char*>(next_teacher + i) + byte);
         }
         const VecPair zs = load_pair(student + i), zt = load_pair(teacher + i);
-        const Terms a = terms<divergence>(zs.a, zt.a, row), b = terms<divergence>(zs.b, zt.b, row);
+        const Terms a = terms_from<divergence, from>(zs.a, zt.a, row),
+                    b = terms_from<divergence, from>(zs.b, zt.b, row);
         keep(a);
         keep(b);
         if constexpr (into == Into::grad) {
@@ -146,6 +147,13 @@ Center terms_pass(const T* student, const T* teacher, void* out, int64_t vocab, 
         }
       });
   return total;
+}
+
+template <Divergence divergence, Into into, class... Arguments>
+Center terms_pass(const RowPair& row, const Arguments&... arguments) {
+  return from_of(divergence, row) == From::student
+             ? terms_pass_from<divergence, From::student, into>(row, arguments...)
+             : terms_pass_from<divergence, From::teacher, into>(row, arguments...);
 }
 
 // What pass 3 adds to a gradient: cross-entropy (0: none) and the slope of the softcap (0: none).
@@ -276,7 +284,7 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
   double value = known.value, center = known.center;
   if (grad == nullptr) {
     if (compared && !known.apart)
-      value = terms_pass<divergence, Into::nothing>(student, teacher, nullptr, a.vocab, 0, row, scale, 0.0f, false,
+      value = terms_pass<divergence, Into::nothing>(row, student, teacher, nullptr, a.vocab, 0, scale, 0.0f, false,
                                                     next_student, next_teacher)
                   .value;
   } else if (direct) {
@@ -285,13 +293,13 @@ void distill_row(const DistillKlArgs& a, int64_t i, const T* student, const T* t
         kept_pass<divergence>(kept, grad, a.vocab, head, known.logs, student_inverse, teacher_inverse, scale, center,
                               streaming);
       else
-        value = terms_pass<divergence, Into::grad>(student, teacher, grad, a.vocab, head, row, scale,
+        value = terms_pass<divergence, Into::grad>(row, student, teacher, grad, a.vocab, head, scale,
                                                    static_cast<float>(center), streaming, next_student, next_teacher)
                     .value;
     }
   } else {
     if (compared) {
-      const Center sums = terms_pass<divergence, Into::scratch>(student, teacher, scratch, a.vocab, head, row, scale,
+      const Center sums = terms_pass<divergence, Into::scratch>(row, student, teacher, scratch, a.vocab, head, scale,
                                                                 0.0f, false, next_student, next_teacher);
       value = sums.value;
       if constexpr (!is_kl(divergence)) center = sums.center;

@@ -163,7 +163,7 @@ PYFAST_DEVICE void each_shared(const Words<T>& zs, const Words<T>& zt, const Row
       vs.at[i] = zs.at[v + i];
       vt.at[i] = zt.at[v + i];
     }
-    const Terms e = mixture_terms<divergence>(vs, vt, pair);
+    const Terms e = terms<divergence>(vs, vt, pair);
     PYFAST_UNROLL
     for (int i = 0; i < Vec::width; ++i) take(v + i, e.value.at[i], e.slope.at[i], e.mass.at[i]);
   }
