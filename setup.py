@@ -33,7 +33,7 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11
 DEFAULT_CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pyfast" / "_version.py").read_text())[1]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12's own intrinsics warn
-# -g0: Python's own flags ask for debug information, which takes a third of the time and nine tenths of the wheel
+# -g0: Python's own flags ask for debug information, which would be most of a module's bytes
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 if os.environ.get("PYFAST_SANITIZE") == "1":

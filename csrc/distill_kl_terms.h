@@ -169,13 +169,13 @@ struct MixtureTerms {
   Vec s, kl_teacher, kl_student, log_share, ratio;
 };
 
-// Which distribution the terms of a mixture are computed from: the one that is nearer to it; for skew_kl, which is
-// weighed by t alone, t.
+// Which distribution the terms are computed from: of a mixture the one that is nearer to it, but for skew_kl, which is
+// weighed by t alone. Known to the compiler for all others, so that they are compiled once.
 enum class From { teacher, student };
 
 PYFAST_INLINE From from_of(Divergence divergence, const RowPair& row) {
-  const bool student = divergence != Divergence::skew_kl && row.mixture_teacher < row.mixture_student;
-  return student ? From::student : From::teacher;
+  const bool either = divergence == Divergence::jsd || divergence == Divergence::skew_reverse_kl;
+  return either && row.mixture_teacher < row.mixture_student ? From::student : From::teacher;
 }
 
 template <From from>

@@ -181,8 +181,8 @@ def test_any_options(
     # The error of the log-sum-exps, 3e-7 of x = log s - log t, and the rounding of x move tvd and mse in the first
     # order, KL in the second; cross-entropy has that of one of them. 1 + w_s·E of skew_kl, rounded like 1, may be as
     # small as w_t.
-    first_order = 1e-8 + 3e-7 * ce_weight + (1e-6 + rounding if divergence in ("tvd", "mse") else 0.0)
-    relative = 1e-5 + (2.0**-22 / share if divergence == "skew_kl" else 0.0)
+    first_order = max(1e-6, rounding) if divergence in ("tvd", "mse") else max(1e-8, 3e-7 * ce_weight)
+    relative = max(1e-5, 2.0**-22 / share) if divergence == "skew_kl" else 1e-5
     slack = relative * true_rows.abs().max() + rounding * true_rows.abs().max().clamp(max=1.0) + first_order
     assert (got - true_rows).abs().max() <= 2 * (plain_rows - true_rows).abs().max() + slack
     absolute = (2e-6 if dtype == torch.float32 else 1e-3) + rounding

@@ -64,11 +64,13 @@ def test_any_shape_and_size(kind, rows, width, size):
     got, grad = value_and_grad(s, t, kind, reduction="none", eps=1e-30)
     true_rows, true_grad = truth(s, t, kind)
     # cosine is ½‖d‖², d the difference of rows of length 1 whose numbers are rounded, by 2^-23 together at most; the
-    # gradient is the part of d, up to 2 long and rounded six times, that lies across the student: the angle's sine
-    length, sine = (2 * true_rows).sqrt(), (true_rows * (2 - true_rows)).sqrt()
-    value_error, grad_error = (2**-22 / length, 2**-20 / sine) if kind == "cosine" else (0 * length, 0 * length)
-    assert ((got.double() - true_rows).abs() <= (2e-6 + value_error) * true_rows).all()
-    assert relative_error(grad, true_grad) < 1e-5 + grad_error.max()
+    # gradient is the part of d, up to 2 long and rounded six times, that lies across the student: the angle's sine.
+    # Only where rows are nearly parallel or opposite is that more than the bounds of the other kinds.
+    value_error, grad_error = 2e-6, 1e-5
+    if kind == "cosine":
+        sine = float((true_rows * (2 - true_rows)).min().clamp(min=0).sqrt())
+        value_error, grad_error = max(value_error, 2**-21 / sine), max(grad_error, 2**-20 / sine)
+    assert relative_error(got, true_rows) < value_error and relative_error(grad, true_grad) < grad_error
 
 
 @pytest.mark.parametrize("kind", KINDS)
